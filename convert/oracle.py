@@ -1,0 +1,227 @@
+"""transformers' DiffusionGemma as the judge: the same calls as ours, on torch.
+
+Used by verify.py, export_golden.py and the parity tests. Needs the extra `parity`.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    DynamicCache,
+    Gemma4VisionConfig,
+)
+from transformers.models.diffusion_gemma import generation_diffusion_gemma as sampling
+from transformers.utils import logging
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def load_oracle(path: Path, dtype: str = "float32") -> "Oracle":
+    """transformers' model of a Hugging Face folder, computing in `dtype`."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    raw = json.loads((path / "config.json").read_text())
+    if raw.get("vision_config") is None:
+        # transformers would build its default tower of 168 M parameters
+        raw["vision_config"] = Gemma4VisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=16
+        ).to_dict()
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        path,
+        config=DiffusionGemmaConfig.from_dict(raw),
+        dtype=DTYPES[dtype],
+        # the only one of transformers' expert paths that knows float64
+        experts_implementation="eager",
+    )
+    return Oracle(model.eval())
+
+
+@dataclass
+class RecordedStep:
+    """What transformers saw and decided in one denoising step of one row."""
+
+    canvas: np.ndarray  # (L,) what was denoised
+    logits: np.ndarray  # (L, V)
+    proposal: np.ndarray  # (L,)
+    noise: np.ndarray  # (L,)
+    entropy: np.ndarray  # (L,)
+    accepted: np.ndarray  # (L,) bool
+    argmax: np.ndarray  # (L,)
+    stopped: bool
+
+
+@dataclass
+class Trajectory:
+    """A whole `generate` of transformers, draw by draw."""
+
+    prompt: list[int]
+    starts: list[np.ndarray] = field(default_factory=list)  # first canvases
+    canvases: list[list[RecordedStep]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # all committed canvases
+
+    @property
+    def steps(self) -> list[RecordedStep]:
+        return [step for canvas in self.canvases for step in canvas]
+
+
+class Oracle:
+    """transformers' model behind our two verbs; arrays in and out are numpy."""
+
+    def __init__(self, model: DiffusionGemmaForBlockDiffusion):
+        self.model = model
+        self.config = model.config
+
+    @torch.no_grad()
+    def encode(
+        self, tokens: np.ndarray, cache: DynamicCache | None = None
+    ) -> tuple[np.ndarray, DynamicCache]:
+        """(B, T) ids -> (B, T, D) last hidden state, and the cache written."""
+        if cache is None:
+            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        output = self.model.model.encoder(
+            input_ids=torch.tensor(tokens), past_key_values=cache
+        )
+        return to_numpy(output.last_hidden_state), cache
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        canvas: np.ndarray,
+        cache: DynamicCache,
+        processed_logits: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """(B, L) ids -> (B, L, V) logits; conditioned on the last step's logits."""
+        conditioning = None
+        if processed_logits is not None:
+            dtype = self.model.model.decoder.embed_tokens.weight.dtype
+            conditioning = torch.tensor(processed_logits).to(dtype)
+        output = self.model(
+            past_key_values=cache,
+            decoder_input_ids=torch.tensor(canvas),
+            self_conditioning_logits=conditioning,
+        )
+        return to_numpy(output.logits)
+
+    @torch.no_grad()
+    def routing_margins(
+        self,
+        canvas: np.ndarray,
+        cache: DynamicCache,
+        processed_logits: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """(B, L) how clearly each token was routed, over all layers of one pass.
+
+        The smallest relative gap between the last expert chosen and the first one
+        not: rounding that closes it sends the token elsewhere.
+        """
+        gaps: list[torch.Tensor] = []
+        top = self.config.text_config.top_k_experts
+
+        def note(module, inputs, outputs) -> None:
+            ranked = outputs[0].sort(dim=-1, descending=True).values
+            if top < ranked.shape[-1]:
+                gaps.append(1 - ranked[:, top] / ranked[:, top - 1])
+
+        routers = [layer.router for layer in self.model.model.decoder.layers]
+        hooks = [router.register_forward_hook(note) for router in routers]
+        try:
+            self.denoise(canvas, cache, processed_logits)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not gaps:
+            return np.ones(canvas.shape)
+        return torch.stack(gaps).amin(dim=0).reshape(canvas.shape).numpy()
+
+    def router(self, layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D) residuals -> (N, E) probabilities and (N, k) sorted choices."""
+        router = self.model.model.decoder.layers[layer].router
+        dtype = router.proj.weight.dtype
+        with torch.no_grad():
+            probabilities, _, indices = router(torch.tensor(residual).to(dtype))
+        return to_numpy(probabilities), np.sort(indices.numpy(), axis=-1)
+
+    def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
+        """One row through transformers' own `generate`, every draw written down."""
+        torch.manual_seed(seed)
+        trajectory = Trajectory(prompt)
+        with _recording(self.model, trajectory):
+            output = self.model.generate(torch.tensor([prompt]), **settings)
+        trajectory.tokens = output.sequences[0, len(prompt) :].tolist()
+        return trajectory
+
+
+@contextmanager
+def _recording(model, trajectory: Trajectory) -> Iterator[None]:
+    """Write down what transformers' sampler sees and decides, changing nothing."""
+    forward, multinomial = model.forward, torch.multinomial
+    new = sampling.EntropyBoundSampler.initialize_canvas
+    accept = sampling.EntropyBoundSampler.accept_canvas
+    stop = sampling.StableAndConfidentStoppingCriteria.__call__
+    step: dict[str, np.ndarray] = {}
+
+    def on_new(self, batch_size, device):
+        canvas = new(self, batch_size, device)
+        if "proposal" in step:  # inside renoise: the canvas is noise
+            step["noise"] = canvas[0].numpy()
+        else:
+            trajectory.starts.append(canvas[0].numpy())
+            trajectory.canvases.append([])
+        return canvas
+
+    def on_forward(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        step["canvas"] = kwargs["decoder_input_ids"][0].numpy().copy()
+        step["logits"] = to_numpy(output.logits[0])
+        return output
+
+    def on_multinomial(probabilities, num_samples):
+        drawn = multinomial(probabilities, num_samples=num_samples)
+        step["proposal"] = drawn[:, 0].numpy()
+        return drawn
+
+    def on_accept(self, current, proposed, logits, cur_step):
+        canvas = accept(self, current, proposed, logits, cur_step)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        step["entropy"] = to_numpy(entropy[0])
+        step["accepted"] = self.accepted_token_mask[0].numpy()
+        return canvas
+
+    def on_stop(self, argmax_canvas, logits, **kwargs):
+        stopped = stop(self, argmax_canvas, logits, **kwargs)
+        argmax = argmax_canvas[0].numpy()
+        recorded = RecordedStep(**step, argmax=argmax, stopped=bool(stopped[0]))
+        trajectory.canvases[-1].append(recorded)
+        step.clear()
+        return stopped
+
+    sampler, criteria = (
+        sampling.EntropyBoundSampler,
+        sampling.StableAndConfidentStoppingCriteria,
+    )
+    with (
+        mock.patch.object(model, "forward", on_forward),
+        mock.patch.object(torch, "multinomial", on_multinomial),
+        mock.patch.object(sampler, "initialize_canvas", on_new),
+        mock.patch.object(sampler, "accept_canvas", on_accept),
+        mock.patch.object(criteria, "__call__", on_stop),
+    ):
+        yield
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """float64 stays, everything narrower becomes float32."""
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()

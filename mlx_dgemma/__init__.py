@@ -1,0 +1,71 @@
+"""DiffusionGemma in MLX: load, convert and generate by denoising.
+
+    from mlx_dgemma import load, generate
+    model, tokenizer = load("sudoku4")
+    print(generate(model, tokenizer, "1204\\n…"))
+
+Nothing heavy is imported before it is used.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint.conversion import convert
+    from .diffusion.events import Commit, Event, Prefilled, Step
+    from .diffusion.generation import generate, load, stream_generate
+    from .diffusion.settings import Settings
+    from .errors import DGemmaError
+
+__version__ = "0.1.0"
+_HOME = {
+    "Commit": "diffusion.events",
+    "DGemmaError": "errors",
+    "Event": "diffusion.events",
+    "Prefilled": "diffusion.events",
+    "Settings": "diffusion.settings",
+    "Step": "diffusion.events",
+    "convert": "checkpoint.conversion",
+    "generate": "diffusion.generation",
+    "load": "diffusion.generation",
+    "stream_generate": "diffusion.generation",
+}
+__all__ = [
+    "Commit",
+    "DGemmaError",
+    "Event",
+    "Prefilled",
+    "Settings",
+    "Step",
+    "convert",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+
+class _Package(ModuleType):
+    """Keeps `mlx_dgemma.convert` a function although a module has that name too.
+
+    Importing a submodule sets it as an attribute of its package, which would hide
+    the function of the same name from then on.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return __all__
+
+
+sys.modules[__name__].__class__ = _Package

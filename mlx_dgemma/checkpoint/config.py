@@ -1,0 +1,285 @@
+"""config.json and generation_config.json, read strictly into frozen records.
+
+Two layouts of the text configuration exist and mean the same: the release names
+the full-attention layers' shape by `global_head_dim` and
+`num_global_key_value_heads`; transformers from 5.23 writes `per_layer_config`.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..diffusion.settings import MAX_CANVAS_LENGTH, Settings
+from ..errors import ConfigError
+from .files import Keys, read_json
+
+MODEL_TYPE = "diffusion_gemma"
+SLIDING_PATTERN = 6  # without layer_types, every sixth layer is full
+MAX_WIDTH = 2**20
+MAX_VOCABULARY = 2**24
+SAMPLERS = ("EntropyBoundSamplerConfig",)
+# Keys that other tools write and that change nothing this package computes.
+HARMLESS = frozenset(
+    "architectures torch_dtype dtype transformers_version initializer_range "
+    "model_type _name_or_path quantization quantization_config pad_token_id "
+    "bos_token_id eos_token_id max_position_embeddings attention_dropout "
+    "tie_word_embeddings vision_config audio_config use_cache "
+    "vision_soft_tokens_per_image chunk_size_feed_forward is_encoder_decoder "
+    "output_attentions output_hidden_states return_dict problem_type id2label "
+    "label2id text_config generation_config image_token_id boi_token_id "
+    "eoi_token_id eoa_token_id boa_token_id audio_token_id video_token_id "
+    "enable_moe_block attention_k_eq_v".split()
+)
+
+
+class UnknownKeyWarning(UserWarning):
+    """A configuration holds keys this package does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding of one kind of layer: `rotated` of head_dim / 2 pairs turn.
+
+    Pair i turns by position · theta^(-2i / head_dim) / factor; the others stand
+    still (transformers' "default" and "proportional" rope).
+    """
+
+    theta: float
+    rotated: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Attention shape of one layer."""
+
+    kind: Literal["sliding", "full"]
+    head_dim: int
+    kv_heads: int
+    rope: Rope
+
+    @property
+    def sliding(self) -> bool:
+        return self.kind == "sliding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the weights are: every number the model is built from."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    top_k_experts: int
+    num_attention_heads: int
+    layers: tuple[LayerConfig, ...]
+    sliding_window: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    attention_bias: bool
+    canvas_length: int
+    has_vision: bool
+    settings: Settings  # what the checkpoint wants to be sampled with
+    raw: dict[str, Any]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """What a checkpoint folder declares: the model, and how to sample it.
+
+    Raises ConfigError, one line naming file and key. Warns once, naming them, of
+    keys it does not know.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    top = Keys(raw, str(path))
+    if raw.get("model_type") != MODEL_TYPE:
+        raise top.refuse(
+            "model_type",
+            f"is {raw.get('model_type')!r}; only {MODEL_TYPE!r} is supported",
+        )
+    if "auto_map" in raw:
+        raise top.refuse("auto_map", "asks to run remote code, which is never done")
+    top.one_of("tie_word_embeddings", True, (True,))
+    text = top.mapping("text_config")
+    if text is None:
+        raise top.refuse("text_config", "is missing")
+    layers, window = _layers(text)
+    canvas_length = top.whole("canvas_length", 256, 1, MAX_CANVAS_LENGTH)
+    eos = top.ids("eos_token_id") or text.ids("eos_token_id") or (1,)
+    config = ModelConfig(
+        vocab_size=text.whole("vocab_size", None, 2, MAX_VOCABULARY),
+        hidden_size=text.whole("hidden_size", None, 1, MAX_WIDTH),
+        intermediate_size=text.whole("intermediate_size", None, 1, MAX_WIDTH),
+        moe_intermediate_size=text.whole("moe_intermediate_size", None, 1, MAX_WIDTH),
+        num_experts=text.whole("num_experts", None, 1, MAX_WIDTH),
+        top_k_experts=text.whole("top_k_experts", None, 1, MAX_WIDTH),
+        num_attention_heads=text.whole("num_attention_heads", None, 1, MAX_WIDTH),
+        layers=layers,
+        sliding_window=window,
+        rms_norm_eps=text.real("rms_norm_eps", 1e-6),
+        final_logit_softcapping=text.real("final_logit_softcapping", 30.0),
+        attention_bias=text.one_of("attention_bias", False, (False, True)),
+        canvas_length=canvas_length,
+        has_vision=top.mapping("vision_config") is not None,
+        settings=_read_settings(
+            folder / "generation_config.json",
+            Settings(canvas_length=canvas_length, eos=frozenset(eos)),
+        ),
+        raw=raw,
+    )
+    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    # "all" would make the encoder bidirectional; no release uses it.
+    text.one_of("use_bidirectional_attention", "vision", ("vision",))
+    _check_heads(text, config)
+    unknown = top.unknown(HARMLESS) + [
+        f"text_config.{key}" for key in text.unknown(HARMLESS)
+    ]
+    if unknown:
+        warnings.warn(
+            f"{path}: ignoring unknown keys {', '.join(unknown)}",
+            UnknownKeyWarning,
+            stacklevel=2,
+        )
+    return config
+
+
+def _check_heads(text: Keys, config: ModelConfig) -> None:
+    if config.top_k_experts > config.num_experts:
+        raise text.refuse(
+            "top_k_experts",
+            f"is {config.top_k_experts}, above num_experts {config.num_experts}",
+        )
+    for index, layer in enumerate(config.layers):
+        if config.num_attention_heads % layer.kv_heads:
+            raise text.refuse(
+                "num_attention_heads",
+                f"is {config.num_attention_heads}, no multiple of the "
+                f"{layer.kv_heads} key/value heads of layer {index}",
+            )
+
+
+def _layers(text: Keys) -> tuple[tuple[LayerConfig, ...], int]:
+    count = text.whole("num_hidden_layers", None, 1, 1000)
+    kinds = _layer_kinds(text, count)
+    head_dim = text.whole("head_dim", 256, 2, 4096)
+    kv_heads = text.whole("num_key_value_heads", None, 1, MAX_WIDTH)
+    full_dim = text.whole("global_head_dim", 512, 2, 4096)
+    full_heads = text.whole("num_global_key_value_heads", kv_heads, 1, MAX_WIDTH)
+    # HF keeps the last window - 1 positions; a window of 1 would keep them all.
+    window = text.whole("sliding_window", None, 2, 2**31 - 1)
+    overrides = _per_layer(text, count)
+    layers = []
+    for index, kind in enumerate(kinds):
+        dim, heads = (
+            (head_dim, kv_heads) if kind == "sliding" else (full_dim, full_heads)
+        )
+        if overrides is not None:  # transformers' layout starts from the common shape
+            dim, heads = overrides.get(index, (None, None))
+            dim, heads = dim or head_dim, heads or kv_heads
+        if dim % 2:
+            raise text.refuse("head_dim", f"is {dim} in layer {index}; must be even")
+        rope = _rope(text, kind, dim)
+        layers.append(LayerConfig(kind=kind, head_dim=dim, kv_heads=heads, rope=rope))
+    return tuple(layers), window
+
+
+def _layer_kinds(text: Keys, count: int) -> list[Literal["sliding", "full"]]:
+    given = text.array("layer_types")
+    if given is None:
+        given = [
+            "sliding_attention" if (i + 1) % SLIDING_PATTERN else "full_attention"
+            for i in range(count)
+        ]
+        given[-1] = "full_attention"
+    if len(given) != count:
+        raise text.refuse(
+            "layer_types",
+            f"names {len(given)} layers but num_hidden_layers is {count}",
+        )
+    kinds: list[Literal["sliding", "full"]] = []
+    for index, name in enumerate(given):
+        if name == "sliding_attention":
+            kinds.append("sliding")
+        elif name == "full_attention":
+            kinds.append("full")
+        else:
+            raise text.refuse(
+                f"layer_types[{index}]",
+                f"is {name!r}; supported: 'sliding_attention', 'full_attention'",
+            )
+    if kinds[-1] != "full":
+        raise text.refuse("layer_types", "must end with 'full_attention'")
+    return kinds
+
+
+def _per_layer(
+    text: Keys, count: int
+) -> dict[int, tuple[int | None, int | None]] | None:
+    """`per_layer_config` as layer -> (head_dim, kv heads); None when absent."""
+    keys = text.mapping("per_layer_config")
+    if keys is None:
+        return None
+    overrides = {}
+    for name, _ in keys.items():
+        if not name.isdecimal() or int(name) >= count:
+            raise keys.refuse(name, f"is no layer; there are {count}")
+        layer = keys.mapping(name)
+        if layer is None:
+            continue
+        dim = layer.whole("head_dim", None, 2, 4096) if "head_dim" in layer else None
+        heads = None
+        if "num_key_value_heads" in layer:
+            heads = layer.whole("num_key_value_heads", None, 1, MAX_WIDTH)
+        if strange := layer.unknown():
+            raise layer.refuse(strange[0], "is not supported per layer")
+        overrides[int(name)] = (dim, heads)
+    return overrides
+
+
+def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
+    everything = text.mapping("rope_parameters")
+    keys = everything.mapping(f"{kind}_attention") if everything else None
+    if keys is None:
+        if kind == "sliding":
+            return Rope(theta=10_000.0, rotated=head_dim // 2)
+        return Rope(theta=1_000_000.0, rotated=int(0.25 * head_dim // 2))
+    rope_type = keys.one_of("rope_type", "default", ("default", "proportional"))
+    theta = keys.real("rope_theta", None)
+    part = keys.real("partial_rotary_factor", 1.0)
+    factor = keys.real("factor", 1.0) if rope_type == "proportional" else 1.0
+    if part > 1 or (rope_type == "default" and part != 1):
+        raise keys.refuse("partial_rotary_factor", f"is {part} for {rope_type!r} rope")
+    if strange := keys.unknown():
+        raise keys.refuse(strange[0], "is not supported")
+    return Rope(theta=theta, rotated=int(part * head_dim // 2), factor=factor)
+
+
+def _read_settings(path: Path, defaults: Settings) -> Settings:
+    """generation_config.json where there is one, `defaults` where it is silent."""
+    if not path.exists():
+        return defaults
+    keys = Keys(read_json(path), str(path))
+    sampler = keys.mapping("sampler_config")
+    bound = defaults.entropy_bound
+    if sampler is not None:
+        sampler.one_of("_cls_name", "EntropyBoundSamplerConfig", SAMPLERS)
+        bound = sampler.real("entropy_bound", bound)
+    eos = keys.ids("eos_token_id")
+    try:
+        return defaults.but(
+            max_tokens=keys.whole("max_new_tokens", defaults.max_tokens, 1, 2**31 - 1),
+            steps=keys.whole("max_denoising_steps", defaults.steps, 1, 1_000_000),
+            entropy_bound=bound,
+            t_max=keys.real("t_max", defaults.t_max),
+            t_min=keys.real("t_min", defaults.t_min, above=-1e-300),
+            stability=keys.whole(
+                "stability_threshold", defaults.stability, 0, 1_000_000
+            ),
+            confidence=keys.real("confidence_threshold", defaults.confidence),
+            eos=frozenset(eos) if eos else None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None

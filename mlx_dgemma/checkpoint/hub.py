@@ -1,0 +1,66 @@
+"""From what a user types to a folder of files: built-in name, path or hub id."""
+
+import re
+from pathlib import Path
+
+from ..errors import HubError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def built_in() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model; downloads it if it is a hub id.
+
+    Raises HubError when nothing by that name can be had.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise HubError(f"{path}: is a file; give the model's folder")
+    name = str(path_or_id)
+    if name in built_in():
+        return ASSETS / name
+    if not HUB_ID.fullmatch(name):
+        raise HubError(
+            f"{name}: no such folder, and neither a hub id (owner/name) nor built in "
+            f"({', '.join(built_in())})"
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # imported here: 0.3 s that a local model need not pay
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except LocalEntryNotFoundError:
+        raise HubError(
+            f"{name}: not downloaded before, and the hub cannot be reached"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise HubError(f"{name}: the hub refused ({line})") from None
+
+
+def upload(folder: Path, repo: str) -> None:
+    """Put a model folder on the hub. Raises HubError with the hub's answer."""
+    import httpx2  # huggingface-hub's own client, whose errors it lets through
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        create_repo(repo, exist_ok=True)
+        upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise HubError(f"{repo}: upload failed ({line}); {folder} is kept") from None

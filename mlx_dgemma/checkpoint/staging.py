@@ -1,0 +1,124 @@
+"""Writing a folder so that its final name never holds half of it.
+
+A hidden sibling is filled, made durable and renamed. What a killed process left is
+recognised by that process's id and removed by the next one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError
+
+SPARE_BYTES = 64 * 2**20  # tokenizer, configuration and the file system's own
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, or whose parent cannot be written to.
+
+    Raises ConversionError saying how to mend it.
+    """
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise ConversionError(
+            f"{target}: exists; choose another --mlx-path or add --overwrite"
+        )
+    if overwrite and target.exists() and not _is_checkpoint(target):
+        raise ConversionError(f"{target}: is no model folder, so not overwritten")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise ConversionError(f"{parent}: no such folder to write into")
+    if not os.access(parent, os.W_OK):
+        raise ConversionError(f"{parent}: cannot be written to")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    empty = folder.is_dir() and not any(folder.iterdir())
+    return empty or (folder / "config.json").is_file()
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Raise ConversionError when `needed` bytes do not fit beside the target."""
+    free = shutil.disk_usage(target.absolute().parent).free
+    if needed + SPARE_BYTES > free:
+        raise ConversionError(
+            f"{target}: needs {needed + SPARE_BYTES:,} bytes, "
+            f"but only {free:,} are free there"
+        )
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder to fill; becomes `target` when the block ends, vanishes if it fails."""
+    target = target.absolute()
+    remove_leftovers(target)
+    folder = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        for file in folder.iterdir():
+            _fsync(file)
+        _fsync(folder)
+        _take_place(folder, target)
+    except OSError as error:
+        raise ConversionError(f"{folder}: {error.strerror}; nothing was kept") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    _fsync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Clear what killed conversions to the same target left beside it.
+
+    A folder that was being replaced when its process died is put back.
+    """
+    for kind in ("partial", "replaced"):
+        for old in target.parent.glob(f".{target.name}.{kind}-*"):
+            process = old.name.rpartition("-")[2]
+            if process.isdecimal() and _alive(int(process)):
+                continue
+            if kind == "replaced" and not target.exists():
+                old.rename(target)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Indented, sorted JSON, as the other tools of the field leave it."""
+    path.write_text(
+        json.dumps(value, indent=4, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

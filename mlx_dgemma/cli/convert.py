@@ -1,0 +1,185 @@
+"""`mlx_dgemma.convert`: Hugging Face safetensors to MLX weights."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import debug_option, one_line_errors
+
+if TYPE_CHECKING:
+    from ..checkpoint.conversion import Converted, Progress
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--hf-path", required=True, help="Model folder, hub id or built-in name.")
+@click.option(
+    "--mlx-path", default="mlx_model", show_default=True, help="Folder to write."
+)
+@click.option("-q", "--quantize", is_flag=True, help="Quantise the weights.")
+@click.option(
+    "--q-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Bits per weight.  [default: the mode's]",
+)
+@click.option(
+    "--q-group-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    help="Weights per scale.  [default: the mode's]",
+)
+@click.option(
+    "--q-mode",
+    type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]),
+    default="affine",
+    show_default=True,
+)
+@click.option(
+    "--quant-predicate",
+    type=click.Choice(["uniform", "mixed"]),
+    default="uniform",
+    show_default=True,
+    help="Recipe; mixed: experts as asked, everything else at 8 bits.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of what stays dense.  [default: the checkpoint's]",
+)
+@click.option("-d", "--dequantize", is_flag=True, help="Make quantised layers dense.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--upload-repo", help="Hub repository to upload the result to.")
+@click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
+@debug_option
+def main(
+    hf_path: str,
+    mlx_path: str,
+    quantize: bool,
+    q_bits: str | None,
+    q_group_size: str | None,
+    q_mode: str,
+    quant_predicate: str,
+    dtype: str | None,
+    dequantize: bool,
+    revision: str | None,
+    upload_repo: str | None,
+    overwrite: bool,
+    debug: bool,
+) -> None:
+    """Convert a DiffusionGemma checkpoint to MLX, quantised if asked.
+
+    Tensors are read and written one at a time. An interrupted conversion leaves
+    nothing at --mlx-path.
+    """
+    asked = [
+        flag
+        for flag, value in {
+            "--q-bits": q_bits,
+            "--q-group-size": q_group_size,
+            "--q-mode": q_mode != "affine",
+            "--quant-predicate": quant_predicate != "uniform",
+        }.items()
+        if value
+    ]
+    if asked and not quantize:
+        raise click.UsageError(f"{asked[0]} needs --quantize")
+    if quantize and dequantize:
+        raise click.UsageError("--quantize and --dequantize exclude one another")
+    with one_line_errors(debug):
+        from ..checkpoint.conversion import convert
+
+        with _progress() as progress:
+            converted = convert(
+                hf_path,
+                mlx_path,
+                quantize=quantize,
+                q_bits=None if q_bits is None else int(q_bits),
+                q_group_size=None if q_group_size is None else int(q_group_size),
+                q_mode=q_mode,
+                quant_predicate=quant_predicate,
+                dtype=dtype,
+                dequantize=dequantize,
+                revision=revision,
+                upload_repo=upload_repo,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        _summarise(converted)
+
+
+def _summarise(converted: "Converted") -> None:
+    """What was written, and what could not be done as asked."""
+    if converted.regrouped:
+        sizes = sorted(set(converted.regrouped.values()))
+        click.echo(
+            f"{len(converted.regrouped)} layers have widths the group size does not "
+            f"divide; they use groups of {', '.join(map(str, sizes))}",
+            err=True,
+        )
+    if converted.dense:
+        click.echo(
+            f"{len(converted.dense)} layers have widths no group size divides and stay "
+            f"dense: {', '.join(converted.dense[:3])}…",
+            err=True,
+        )
+    click.echo(
+        f"{converted.path}: {converted.bytes / 1e6:,.1f} MB in {converted.shards} "
+        f"{'file' if converted.shards == 1 else 'files'}, "
+        f"{converted.bits_per_weight:.2f} bits per weight "
+        f"(from {converted.source_bytes / 1e6:,.1f} MB)"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A bar with bytes, rate and time left on a terminal; else a line now and then."""
+    if not click.get_text_stream("stderr").isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress for logs: a line every few seconds and one at the end."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self.last = now
+        rate = done / max(now - self.started, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        click.echo(
+            f"converting {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
+            f"{rate / 1e6:,.0f} MB/s, {left:.0f} s left",
+            err=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

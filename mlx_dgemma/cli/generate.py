@@ -1,0 +1,184 @@
+"""`mlx_dgemma.generate`: an answer to one prompt, drawn while it is denoised."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import INTERRUPTED, debug_option, one_line_errors
+
+if TYPE_CHECKING:
+    from ..diffusion.generation import Changes
+
+SETTINGS = [
+    click.option("--max-tokens", "-m", type=click.IntRange(1), help="Most tokens."),
+    click.option(
+        "--canvas-length", type=click.IntRange(1, 65536), help="Tokens per canvas."
+    ),
+    click.option("--steps", type=click.IntRange(1), help="Most steps per canvas."),
+    click.option(
+        "--entropy-bound",
+        type=click.FloatRange(0, min_open=True),
+        help="Nats of uncertainty accepted per step.",
+    ),
+    click.option(
+        "--t-max", type=click.FloatRange(0, min_open=True), help="First temperature."
+    ),
+    click.option("--t-min", type=click.FloatRange(0), help="Last temperature."),
+    click.option(
+        "--stability",
+        type=click.IntRange(0),
+        help="Equal drafts in a row before a canvas is done.",
+    ),
+    click.option(
+        "--confidence",
+        type=click.FloatRange(0),
+        help="Mean entropy, in nats, below which a stable canvas is done.",
+    ),
+]
+
+
+def settings_options(command):
+    """The sampler's settings; each defaults to what the checkpoint says."""
+    for option in reversed(SETTINGS):
+        command = option(command)
+    return command
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Sampler settings default to what the checkpoint says.",
+)
+@click.option("--model", required=True, help="Model folder, hub id or built-in name.")
+@click.option("--prompt", "-p", required=True, help="The prompt; - reads stdin.")
+@click.option("--system", help="A system turn before the prompt.")
+@click.option("--thinking/--no-thinking", default=False, help="Let the model think.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Chosen and reported if not given."
+)
+@click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
+@settings_options
+@click.option(
+    "--prefill-step-size",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Prompt tokens encoded at a time.",
+)
+@click.option("--show", is_flag=True, help="Draw the canvas while it is denoised.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@debug_option
+def main(
+    model: str,
+    prompt: str,
+    system: str | None,
+    thinking: bool,
+    seed: int | None,
+    stop: tuple[str, ...],
+    prefill_step_size: int,
+    show: bool,
+    revision: str | None,
+    debug: bool,
+    **changes,
+) -> None:
+    """Answer a prompt: text on stdout, numbers on stderr.
+
+    Ctrl-C ends after the running step and keeps what is committed.
+    """
+    with one_line_errors(debug):
+        if prompt == "-":
+            prompt = read_stdin()
+        interrupted = answer(
+            model,
+            prompt,
+            show=show,
+            revision=revision,
+            system=system,
+            thinking=thinking,
+            stop=stop,
+            seed=seed,
+            prefill_step_size=prefill_step_size,
+            **changes,
+        )
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def read_stdin() -> str:
+    """All of stdin as text. Raises SettingsError when it is not UTF-8 or empty."""
+    from ..errors import SettingsError
+
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"stdin is not UTF-8 at byte {error.start}") from None
+    if not text.strip():
+        raise SettingsError("stdin is empty; --prompt - reads the prompt from it")
+    return text
+
+
+def answer(
+    model_name: str,
+    prompt: str,
+    *,
+    show: bool,
+    revision: str | None,
+    system: str | None,
+    thinking: bool,
+    stop: tuple[str, ...],
+    seed: int | None,
+    prefill_step_size: int,
+    **changes,
+) -> bool:
+    """Load, generate, print; returns whether Ctrl-C ended it."""
+    from ..diffusion.generation import load, stream_generate
+    from ..diffusion.report import Report
+    from .render import screen
+
+    settings: Changes = changes  # type: ignore[assignment]
+    model, tokenizer = load(model_name, revision)
+    report = Report()
+    events = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        system=system,
+        thinking=thinking,
+        stop=stop,
+        seed=seed,
+        prefill_step_size=prefill_step_size,
+        **settings,
+    )
+    with _interrupt() as interrupt, screen(tokenizer, show) as view:
+        for event in events:
+            report.add(event)
+            view.show(event)
+            if interrupt:
+                break
+    click.echo(report.line(), err=True)
+    return bool(interrupt)
+
+
+@contextmanager
+def _interrupt() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something into; a second Ctrl-C ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    main()

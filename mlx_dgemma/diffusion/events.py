@@ -1,0 +1,53 @@
+"""What the engine reports, in the order a request sees it.
+
+    Prefilled, (Step … Step, Commit) for each canvas
+
+Arrays are evaluated: any thread may read them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """The prompt is encoded."""
+
+    request: int
+    seed: int
+    prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A denoising step was taken. Nothing here is final before the Commit."""
+
+    request: int
+    canvas_index: int
+    step: int  # 0 … steps-1
+    steps: int  # most steps this canvas may take
+    temperature: float
+    draft: mx.array  # (L,) int32 argmax canvas: the best guess so far
+    canvas: mx.array  # (L,) int32 what the next step starts from
+    accepted: mx.array  # (L,) bool
+    entropy: mx.array  # (L,) nats
+    mean_entropy: float  # nats
+    stopped: bool  # stable and confident: this canvas is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A canvas is final."""
+
+    request: int
+    canvas_index: int
+    tokens: tuple[int, ...]  # up to the end of the text, its eos left out
+    steps: int  # denoising steps this canvas took
+    finish_reason: Literal["stop", "length"] | None  # None: another canvas follows
+    text: str = ""  # what these tokens add to the answer; filled by the text layer
+
+
+Event = Prefilled | Step | Commit

@@ -1,0 +1,155 @@
+"""Text in, text out: the engine with one canvas, and the words around it."""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from ..checkpoint import hub
+from ..checkpoint.config import read_config
+from ..errors import SettingsError
+from ..model.language import DiffusionGemma
+from ..model.loading import load_model
+from ..text.chat import encode_prompt
+from ..text.tokenizer import Detokenizer, Tokenizer
+from .engine import PREFILL_STEP, Engine
+from .events import Commit, Event
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
+
+
+class Changes(TypedDict, total=False):
+    """Sampler settings a call may change; see `diffusion.settings.Settings`."""
+
+    max_tokens: int | None
+    canvas_length: int | None
+    steps: int | None
+    entropy_bound: float | None
+    t_max: float | None
+    t_min: float | None
+    stability: int | None
+    confidence: float | None
+    pinned: Mapping[int, int] | None
+
+
+def load(
+    path_or_id: str | Path, revision: str | None = None
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """A model and its tokenizer from a folder, a hub id or a built-in name.
+
+    Every weight is in memory when this returns, so the model may be used from any
+    thread. Raises DGemmaError with one line that says what is wrong.
+    """
+    folder = hub.resolve(path_or_id, revision)
+    config = read_config(folder)
+    tokenizer = Tokenizer.from_dir(folder)
+    return load_model(folder, config), tokenizer
+
+
+def stream_generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    thinking: bool = False,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    **changes: Unpack[Changes],
+) -> Iterator[Event]:
+    """Denoise the answer to `prompt`, yielding Prefilled, Step and Commit events.
+
+    prompt              text, token ids, or a list of chat messages
+    system, thinking    for a text prompt: a system turn; whether the model thinks
+    stop                strings that end the text, left out of it
+    seed                same seed, same machine, same text; chosen when None and
+                        reported by the Prefilled event
+    prefill_step_size   prompt tokens encoded at a time
+    changes             sampler settings; what is not given, the checkpoint says
+
+    A Commit's `text` is what it adds to the answer. Closing the iterator ends the
+    request. Raises SettingsError for an unknown or impossible setting.
+    """
+    settings = model.config.settings.but(**changes)
+    if any(not isinstance(s, str) or not s for s in stop):
+        raise SettingsError("stop must be strings that are not empty")
+    if prefill_step_size < 1:
+        raise SettingsError(f"prefill_step_size is {prefill_step_size}; at least 1")
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    ids = encode_prompt(tokenizer, prompt, system=system, thinking=thinking)
+    engine = Engine(model)
+    yield engine.admit(ids, settings, seed, prefill_step_size)
+    writer = Writer(tokenizer.detokenizer(), stop)
+    for event in engine.run():
+        if not isinstance(event, Commit):
+            yield event
+            continue
+        commit = writer.write(event)
+        yield commit
+        if commit.finish_reason is not None:
+            return
+
+
+def generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    thinking: bool = False,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    prefill_step_size: int = PREFILL_STEP,
+    **changes: Unpack[Changes],
+) -> str:
+    """The answer to `prompt`; arguments as of `stream_generate`."""
+    events = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        system=system,
+        thinking=thinking,
+        stop=stop,
+        seed=seed,
+        prefill_step_size=prefill_step_size,
+        **changes,
+    )
+    return "".join(event.text for event in events if isinstance(event, Commit))
+
+
+class Writer:
+    """Puts text into commits, and ends it at the first stop string.
+
+    Text that may be the beginning of a stop string is held back until the next
+    commit decides.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()):
+        self._detokenizer = detokenizer
+        self._stop = stop
+        self._held = ""
+
+    def write(self, commit: Commit) -> Commit:
+        """The commit with its text, cut and finished where a stop string begins."""
+        text = self._held + self._detokenizer.add(commit.tokens)
+        if commit.finish_reason is not None:
+            text += self._detokenizer.finish()
+        found = [at for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            return replace(commit, text=text[: min(found)], finish_reason="stop")
+        keep = len(text)
+        if commit.finish_reason is None:
+            keep -= max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[keep:]
+        return replace(commit, text=text[:keep])
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,105 @@
+"""How one request is denoised: a frozen record that refuses what it cannot mean.
+
+Knows nothing of files, models or text. The defaults are those of the released
+checkpoint; a checkpoint's own `generation_config.json` replaces them on load.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from ..errors import SettingsError
+
+MAX_CANVAS_LENGTH = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sampler settings of one request.
+
+    max_tokens      most tokens of text to return; never shortens a canvas
+    canvas_length   L, tokens denoised together
+    steps           most denoising steps per canvas
+    entropy_bound   nats; accept while the entropies accepted before stay within it
+    t_max, t_min    temperature falls linearly from t_max towards t_min
+    stability       previous argmax canvases that must equal the newest one
+    confidence      nats; mean entropy below which a stable canvas is finished
+    eos             ids that end the text
+    pinned          position in the answer -> token id that is given, never renoised
+
+    Raises SettingsError naming the setting, its value and the allowed range.
+    """
+
+    max_tokens: int = 256
+    canvas_length: int = 256
+    steps: int = 48
+    entropy_bound: float = 0.1
+    t_max: float = 0.8
+    t_min: float = 0.4
+    stability: int = 1
+    confidence: float = 0.005
+    eos: frozenset[int] = frozenset({1, 106, 50})
+    pinned: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
+        _whole("steps", self.steps, 1)
+        _whole("stability", self.stability, 0)
+        _real("entropy_bound", self.entropy_bound, positive=True)
+        _real("t_max", self.t_max, positive=True)
+        _real("t_min", self.t_min)
+        _real("confidence", self.confidence)
+        if self.t_min > self.t_max:
+            raise SettingsError(
+                f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
+            )
+        for token in self.eos:
+            _whole("eos", token, 0)
+        for position, token in self.pinned.items():
+            _whole("pinned position", position, 0)
+            _whole(f"pinned[{position}]", token, 0)
+
+    def but(self, **changes: Any) -> Self:
+        """These settings with some changed; None means "leave as it is".
+
+        Raises SettingsError for a name that is no setting.
+        """
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise SettingsError(
+                    f"{name!r} is no setting; the settings are {', '.join(known)}"
+                )
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    @property
+    def canvases(self) -> int:
+        """Most canvases this request may need."""
+        return math.ceil(self.max_tokens / self.canvas_length)
+
+    def temperature(self, step: int) -> float:
+        """Temperature of denoising step `step` in 0 … steps-1.
+
+        t_min + (t_max - t_min) · remaining / steps, where remaining counts the
+        running step (transformers' LinearTemperatureScheduleLogitsProcessor).
+        """
+        remaining = self.steps - step
+        return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
+
+
+def _whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    allowed = f"a whole number from {least}" + (f" to {most}" if most else " up")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
+    if value < least or (most is not None and value > most):
+        raise SettingsError(f"{name} is {value}; it must be {allowed}")
+
+
+def _real(name: str, value: object, *, positive: bool = False) -> None:
+    allowed = "a number above 0" if positive else "a number from 0 up"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise SettingsError(f"{name} is {value}; it must be {allowed}")

@@ -1,0 +1,146 @@
+"""Attention of one layer in its two modes, and the pure functions it stands on.
+
+`rope_tables`, `causal_mask` and `canvas_mask` are functions of integers. Masks
+are True where a query may look; none is returned where none is needed.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..checkpoint.config import LayerConfig, ModelConfig, Rope
+from .cache import LayerCache, Span
+
+Tables = tuple[mx.array, mx.array]
+
+
+def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
+    """cos and sin, each (B, 1, T, head_dim / 2) float32, for (B, T) positions.
+
+    Made on the host: device trigonometry is inexact for large angles. The angle
+    is a float32 product, as in transformers, so that both round alike.
+    """
+    pairs = np.arange(rope.rotated, dtype=np.float64)
+    frequencies = np.zeros(head_dim // 2, np.float32)
+    frequencies[: rope.rotated] = rope.theta ** (-2 * pairs / head_dim) / rope.factor
+    angles = (positions[:, None, :, None].astype(np.float32) * frequencies).astype(
+        np.float64
+    )
+    return (
+        mx.array(np.cos(angles).astype(np.float32)),
+        mx.array(np.sin(angles).astype(np.float32)),
+    )
+
+
+def rotate(x: mx.array, tables: Tables) -> mx.array:
+    """Rotary embedding of (B, H, T, head_dim), halves as pairs."""
+    cos, sin = (table.astype(x.dtype) for table in tables)
+    left, right = mx.split(x, 2, axis=-1)
+    return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | None:
+    """Who `new` tokens at the end of `span` may see: (B|1, 1, new, keys), or a word.
+
+    Key c of the span holds column span.first + c; a row's columns before its start
+    are padding. A query sees itself and what lies before it, in sliding layers at
+    most `window` columns, itself included.
+    """
+    keys = span.last - span.first
+    padded = any(start > span.first for start in span.starts)
+    if not padded and (window is None or keys <= window):
+        return None if new == 1 else "causal"
+    key = np.arange(span.first, span.last)
+    query = np.arange(span.last - new, span.last)[:, None]
+    allowed = key <= query
+    if window is not None:
+        allowed &= query - key < window
+    allowed = allowed[None]
+    if padded:
+        inside = key >= np.array(span.starts)[:, None]  # (B, keys)
+        # A padding query must see something, or its softmax has nothing to sum.
+        allowed = (allowed & inside[:, None]) | (key == query)
+    return mx.array(allowed[:, None])
+
+
+def canvas_mask(length: int, span: Span) -> mx.array | None:
+    """Which keys, prefix then canvas, a canvas of `length` sees: (B, 1, 1, keys).
+
+    All of them, but for the padding in front of shorter prefixes: None without any.
+    """
+    if all(start <= span.first for start in span.starts):
+        return None
+    key = np.arange(span.first, span.last + length)
+    return mx.array((key >= np.array(span.starts)[:, None])[:, None, None])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, scale 1, q and k normed with weights, v without.
+
+    Full layers have no v_proj: their values are the k_proj output before norm
+    and rope.
+    """
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        super().__init__()
+        self.head_dim, self.sliding = layer.head_dim, layer.sliding
+        self.eps = config.rms_norm_eps
+        queries = config.num_attention_heads * layer.head_dim
+        keys = layer.kv_heads * layer.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        if layer.sliding:
+            self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=bias)
+        self.q_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
+        self.k_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
+
+    def write(self, x: mx.array, tables: Tables, cache: LayerCache) -> None:
+        """Append the keys and values of (B, T, D) to the prefix; attend to nothing."""
+        cache.append(*self._keys_values(x, tables))
+
+    def encode(
+        self,
+        x: mx.array,
+        tables: Tables,
+        cache: LayerCache,
+        mask: mx.array | str | None,
+    ) -> mx.array:
+        """Causal attention of (B, T, D) to the prefix and itself; writes the cache."""
+        keys, values = cache.append(*self._keys_values(x, tables))
+        return self._attend(x, tables, keys, values, mask)
+
+    def denoise(
+        self, x: mx.array, tables: Tables, cache: LayerCache, mask: mx.array | None
+    ) -> mx.array:
+        """Attention of a canvas (B, L, D) to the prefix and all of itself."""
+        keys, values = self._keys_values(x, tables)
+        prefix = cache.read()
+        if prefix is not None:
+            keys = mx.concatenate([prefix[0], keys], axis=2)
+            values = mx.concatenate([prefix[1], values], axis=2)
+        return self._attend(x, tables, keys, values, mask)
+
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _keys_values(self, x: mx.array, tables: Tables) -> tuple[mx.array, mx.array]:
+        projected = self._heads(self.k_proj(x))
+        values = self._heads(self.v_proj(x)) if self.sliding else projected
+        values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
+        return rotate(self.k_norm(projected).swapaxes(1, 2), tables), values
+
+    def _attend(
+        self,
+        x: mx.array,
+        tables: Tables,
+        keys: mx.array,
+        values: mx.array,
+        mask: mx.array | str | None,
+    ) -> mx.array:
+        queries = self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2)
+        y = mx.fast.scaled_dot_product_attention(
+            rotate(queries, tables), keys, values, scale=1.0, mask=mask
+        )
+        return self.o_proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))

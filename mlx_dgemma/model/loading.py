@@ -1,0 +1,54 @@
+"""From the files of a checkpoint to a model whose every weight is in memory."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.quantize import Quantization
+from ..checkpoint.weights import read_layout
+from .language import DiffusionGemma
+from .layers import ExpertLinear, QuantizedExpertLinear
+
+
+def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
+    """The model in `folder`, dense or quantised; every array evaluated.
+
+    Evaluated arrays may be used from any thread, unevaluated ones only where they
+    were made. Raises CheckpointError naming tensors that are missing, unexpected
+    or of the wrong shape.
+    """
+    layout = read_layout(folder, config)
+    model = DiffusionGemma(config)
+    for layer, quantization in layout.quantized.items():
+        _replace(model, layer, quantization)
+    arrays: dict[Path, dict[str, mx.array]] = {}
+    weights = []
+    for parameter, name in layout.names.items():
+        file = layout.files.tensors[name].file
+        if file not in arrays:
+            arrays[file] = layout.files.load_file(file)
+        weights.append((parameter, arrays[file].pop(name)))
+    model.load_weights(weights, strict=True)
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def _replace(model: DiffusionGemma, layer: str, q: Quantization) -> None:
+    """Put the quantised twin of a layer in its place."""
+    *path, name = layer.split(".")
+    parent = model
+    for part in path:
+        parent = parent[int(part)] if part.isdecimal() else parent[part]
+    dense = parent[name]
+    spec = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+    if isinstance(dense, ExpertLinear):
+        experts, outputs, inputs = dense.weight.shape
+        parent[name] = QuantizedExpertLinear(experts, inputs, outputs, **spec)
+    elif isinstance(dense, nn.Embedding):
+        parent[name] = nn.QuantizedEmbedding(*dense.weight.shape, **spec)
+    else:
+        outputs, inputs = dense.weight.shape
+        parent[name] = nn.QuantizedLinear(inputs, outputs, "bias" in dense, **spec)

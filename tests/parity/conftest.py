@@ -1,0 +1,6 @@
+"""Parity tests judge by transformers; a missing oracle fails, it does not skip."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "convert"))
