@@ -1,5 +1,6 @@
 """`mlx_dgemma.convert`: Hugging Face safetensors to MLX weights."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def _summarise(converted: "Converted") -> None:
 @contextmanager
 def _progress() -> Iterator["Progress"]:
     """A bar with bytes, rate and time left on a terminal; else a line now and then."""
-    if not click.get_text_stream("stderr").isatty():
+    if not sys.stderr.isatty():
         yield _Lines()
         return
     from rich.console import Console

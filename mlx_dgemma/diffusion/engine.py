@@ -50,7 +50,7 @@ class Canvas:
             self.pinned = sampler.pinned_row(self.settings.pinned, self.index, length)
             self.tokens = mx.where(self.pinned >= 0, self.pinned, self.tokens)
         self.step, self.signal = 0, None
-        self.history = deque(maxlen=max(1, self.settings.stability))
+        self.history = deque(maxlen=self.settings.stability)
 
 
 class Engine:

@@ -81,11 +81,12 @@ def accept(entropies: mx.array, bounds: mx.array) -> mx.array:
 
 
 def is_stable(argmax: mx.array, history: Sequence[mx.array], needed: int) -> mx.array:
-    """Whether (L,) argmax equals each of the last `needed` ones; () bool."""
-    if len(history) < needed:
-        return mx.array(False)
-    same = mx.array(True)
-    for earlier in history[len(history) - needed :]:
+    """Whether (L,) argmax equals each of the `needed` canvases before it; () bool.
+
+    history holds at most `needed` of them: with fewer, nothing is stable yet.
+    """
+    same = mx.array(len(history) == needed)
+    for earlier in history:
         same = same & mx.all(earlier == argmax)
     return same
 

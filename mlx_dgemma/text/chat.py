@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import SettingsError, TokenizerError
-from .backends import one_line
+from .vocabularies import one_line
 
 if TYPE_CHECKING:
     import jinja2
@@ -262,7 +262,7 @@ def _environment() -> "jinja2.Environment":
     class Generation(Extension):
         """`{% generation %}` marks a trained span; its body is rendered as it is."""
 
-        tags = frozenset(["generation"])
+        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

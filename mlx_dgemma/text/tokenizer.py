@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files import read_json
 from ..errors import ConfigError, SettingsError, TokenizerError
-from .backends import Backend, JsonBackend, SentencePieceBackend, read_bytes
 from .detokenizer import REPLACEMENT, Detokenizer
+from .vocabularies import Backend, JsonBackend, SentencePieceBackend, read_bytes
 
 if TYPE_CHECKING:
     from .chat import ChatTemplate
@@ -30,7 +30,7 @@ class Tokenizer:
     ):
         self._backend = backend
         self._where = where
-        self._named = _named_tokens(config)
+        self._named = {**backend.named, **_named_tokens(config, where)}
         self.chat_template = template
         self.vocab_size = backend.size
         self.special_ids = backend.special_ids
@@ -46,7 +46,8 @@ class Tokenizer:
         from .chat import ChatTemplate
 
         path = Path(path)
-        config = _read(path / "tokenizer_config.json") or {}
+        older = _read(path / "special_tokens_map.json") or {}
+        config = {**older, **(_read(path / "tokenizer_config.json") or {})}
         if (path / "tokenizer.json").exists():
             backend: Backend = JsonBackend(path / "tokenizer.json")
         elif (path / "tokenizer.model").exists():
@@ -144,13 +145,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise TokenizerError(str(error)) from None
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(config: Mapping[str, Any], where: str) -> dict[str, str]:
     """`bos_token` and the like -> piece, as chat templates see them."""
     extra = config.get("extra_special_tokens")
     named = [(k, v) for k, v in config.items() if k.endswith("_token")]
     named += extra.items() if isinstance(extra, dict) else []
-    pieces = [(k, v.get("content") if isinstance(v, dict) else v) for k, v in named]
-    return {key: piece for key, piece in pieces if isinstance(piece, str)}
+    pieces = {}
+    for key, value in named:
+        piece = value.get("content") if isinstance(value, dict) else value
+        if piece is None or key.startswith("add_"):  # add_bos_token is a switch
+            continue
+        if not isinstance(piece, str):
+            raise TokenizerError(f"{where}: {key} must be text, not {piece!r}")
+        pieces[key] = piece
+    return pieces
 
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:

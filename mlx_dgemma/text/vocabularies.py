@@ -22,6 +22,7 @@ class Backend(Protocol):
 
     size: int
     special_ids: frozenset[int]
+    named: dict[str, str]  # "bos_token" and the like, as far as the file tells
 
     def piece(self, token: int) -> str | None: ...
 
@@ -54,6 +55,7 @@ class JsonBackend:
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.size = self._fast.get_vocab_size()
+        self.named = {}
 
     def piece(self, token: int) -> str | None:
         return self._fast.id_to_token(token)
@@ -104,6 +106,9 @@ class SentencePieceBackend:
         flagged = (self._ids.get(name) for name in _flagged_special(config))
         special = {i for i in flagged if i is not None}
         self.special_ids = frozenset(special | set(self._control.values()))
+        ids = {"bos_token": self._model.bos_id(), "pad_token": self._model.pad_id()}
+        # sentencepiece says -1 where there is none
+        self.named = {key: self._model.IdToPiece(i) for key, i in ids.items() if i >= 0}
         self._add_bos = config.get("add_bos_token", True) is True
         self._add_eos = config.get("add_eos_token", False) is True
         longest = sorted(self._control, key=len, reverse=True)
@@ -126,7 +131,7 @@ class SentencePieceBackend:
                 ids.extend(self._model.EncodeAsIds(part))
         if not add_special_tokens:
             return ids
-        bos, eos = self._model.bos_id(), self._model.eos_id()  # -1: there is none
+        bos, eos = self._model.bos_id(), self._model.eos_id()
         first = [bos] if self._add_bos and bos >= 0 else []
         return first + ids + ([eos] if self._add_eos and eos >= 0 else [])
 

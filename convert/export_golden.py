@@ -1,0 +1,114 @@
+"""Record trajectories of transformers for tests that run without torch.
+
+    python convert/export_golden.py
+
+Each file holds one `generate` of transformers on the built-in checkpoint, every draw
+included: per step the canvas, logits, proposals, noise, entropies, accepted
+positions, argmax and stop flag. Ours must follow it decision by decision.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import transformers
+from oracle import Trajectory, load_oracle
+from sudoku import held_out
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+ASSETS = ROOT / "mlx_dgemma" / "assets"
+MODEL = "sudoku4"
+# name -> what is asked of transformers beyond the checkpoint's settings
+RUNS = {
+    "solved": {"puzzle": 0, "seed": 0},
+    "another": {"puzzle": 1, "seed": 1},
+    "few_steps": {"puzzle": 2, "seed": 2, "max_denoising_steps": 3},
+    "cold": {"puzzle": 3, "seed": 3, "t_max": 0.2, "t_min": 0.1},
+    "patient": {"puzzle": 4, "seed": 4, "stability_threshold": 3},
+    # a prompt the model was not trained on goes on for several canvases
+    "canvases": {
+        "prompt": [2, 12, 13, 14, 10] * 9,
+        "seed": 5,
+        "max_new_tokens": 96,
+        "max_denoising_steps": 4,
+        "eos_token_id": [31],
+    },
+}
+
+
+def arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
+    """A trajectory as flat arrays: (steps, …), canvases told apart by `lengths`."""
+    steps = trajectory.steps
+    return {
+        "prompt": np.array(trajectory.prompt, np.int32),
+        "tokens": np.array(trajectory.tokens, np.int32),
+        "starts": np.stack(trajectory.starts).astype(np.int32),
+        "lengths": np.array([len(c) for c in trajectory.canvases], np.int32),
+        "canvas": np.stack([s.canvas for s in steps]).astype(np.int32),
+        "logits": np.stack([s.logits for s in steps]).astype(np.float32),
+        "proposal": np.stack([s.proposal for s in steps]).astype(np.int32),
+        "noise": np.stack([s.noise for s in steps]).astype(np.int32),
+        "entropy": np.stack([s.entropy for s in steps]).astype(np.float32),
+        "accepted": np.stack([s.accepted for s in steps]),
+        "argmax": np.stack([s.argmax for s in steps]).astype(np.int32),
+        "stopped": np.array([s.stopped for s in steps]),
+    }
+
+
+def prompt_of(puzzle: int) -> list[int]:
+    """The rendered prompt of a held-out puzzle."""
+    sys.path.insert(0, str(ROOT))
+    from mlx_dgemma.text.chat import encode_prompt
+    from mlx_dgemma.text.tokenizer import Tokenizer
+
+    text, _ = held_out(len(RUNS))[puzzle]
+    return encode_prompt(Tokenizer.from_dir(ASSETS / MODEL), text)
+
+
+@click.command()
+def main() -> None:
+    """Record all golden trajectories anew."""
+    oracle = load_oracle(ASSETS / MODEL)
+    GOLDEN.mkdir(exist_ok=True)
+    provenance = {
+        "date": date.today().isoformat(),
+        "command": "python convert/export_golden.py",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": f"CPU, {platform.machine()}",
+        "model": MODEL,
+        "model_sha256": _sha256(ASSETS / MODEL / "model.safetensors"),
+        "runs": {},
+    }
+    for name, run in RUNS.items():
+        settings = dict(run)
+        seed, puzzle = settings.pop("seed"), settings.pop("puzzle", None)
+        prompt = settings.pop("prompt", None) or prompt_of(puzzle)
+        trajectory = oracle.generate(prompt, seed, **settings)
+        file = GOLDEN / f"{name}.npz"
+        np.savez_compressed(file, **arrays(trajectory))
+        provenance["runs"][name] = {
+            "seed": seed,
+            "settings": settings,
+            "steps": [len(c) for c in trajectory.canvases],
+            "sha256": _sha256(file),
+        }
+        click.echo(f"{name}: {provenance['runs'][name]['steps']} steps")
+    text = json.dumps(provenance, indent=2)
+    (GOLDEN / "PROVENANCE.json").write_text(text + "\n")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Chat templates in their sandbox, and prompts of every shape."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_tokenizers import byte_level
+
+from mlx_dgemma.errors import SettingsError, TokenizerError
+from mlx_dgemma.text.chat import encode_prompt
+from mlx_dgemma.text.tokenizer import Tokenizer
+
+BOS = 2
+TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set text = message.content %}
+    {%- else %}
+        {%- set text = message.content | map(attribute='text') | join %}
+    {%- endif %}
+    {{- '<|turn>' + message.role + '\\n' + text + '<turn|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}
+{%- if enable_thinking %}{{ '<think>' }}{% endif %}
+"""
+USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+def make(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
+    byte_level().save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<bos>", "pad_token": "<pad>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return make(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Tokenizer:
+    return make(tmp_path_factory.mktemp("plain"), template=None)
+
+
+def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def refusal(kind: type[Exception], call, *args, **kwargs) -> str:
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_text_is_one_user_message(tokenizer):
+    ids = encode_prompt(tokenizer, "hello")
+    assert shown(tokenizer, ids) == "<bos><|turn>user\nhello<turn|><|turn>model\n"
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+
+
+def test_thinking_is_off_unless_asked_for(tokenizer):
+    assert "<think>" not in shown(tokenizer, encode_prompt(tokenizer, "a"))
+    thinking = encode_prompt(tokenizer, "a", thinking=True)
+    assert shown(tokenizer, thinking).endswith("model\n<think>")
+
+
+@pytest.mark.parametrize("prompt", ["hi", [USER]])
+def test_system_is_put_in_front(tokenizer, prompt):
+    ids = encode_prompt(tokenizer, prompt, system="be kind")
+    assert ids == encode_prompt(tokenizer, [SYSTEM, USER])
+    assert shown(tokenizer, ids).startswith("<bos><|turn>system\nbe kind<turn|>")
+
+
+def test_messages_are_not_changed(tokenizer):
+    messages = [dict(USER)]
+    encode_prompt(tokenizer, messages, system="be kind")
+    assert messages == [USER]
+
+
+def test_text_parts_are_text(tokenizer):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    message = {"role": "user", "content": parts}
+    assert encode_prompt(tokenizer, [message]) == encode_prompt(tokenizer, "hi")
+
+
+def test_a_call_of_tools_needs_no_content(tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}
+    ids = encode_prompt(tokenizer, [USER, call])
+    assert "<|turn>assistant\n<turn|>" in shown(tokenizer, ids)
+    message = refusal(
+        SettingsError, encode_prompt, tokenizer, [USER, {**call, "tool_calls": []}]
+    )
+    assert message == "message 1: content is NoneType; it must be text or text parts"
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), range(5, 7)])
+def test_ids_are_used_as_they_are(tokenizer, plain, ids):
+    assert encode_prompt(tokenizer, ids) == [5, 6]
+    assert encode_prompt(plain, ids) == [5, 6]
+
+
+def test_without_template_text_is_raw_behind_bos(plain):
+    raw = encode_prompt(plain, "hello")
+    assert shown(plain, raw) == "<bos>hello"
+    assert encode_prompt(plain, "<bos>hello") == raw
+    assert encode_prompt(plain, "") == [BOS]
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text())
+def test_every_text_arrives_whole(plain, text):
+    ids = encode_prompt(plain, text)
+    assert ids[0] == BOS
+    assert plain.decode(ids[1:], skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "why"),
+    [
+        ([], {}, "prompt is empty; give text, token ids or messages"),
+        (5, {}, "prompt is int; it must be text, a list of token ids or"),
+        (b"hi", {}, "prompt is bytes; it must be text"),
+        ({"role": "user"}, {}, "prompt is dict; it must be text"),
+        ([1, -2], {}, "prompt[1] is -2; a list prompt holds token ids"),
+        ([1, True], {}, "prompt[1] is True"),
+        ([1, USER], {}, "prompt[1] is {'role'"),
+        ([1.5], {}, "prompt[0] is 1.5"),
+        ([None], {}, "prompt[0] is None"),
+        (["hi"], {}, 'message 0: is str; it must be {"role", "content"}'),
+        ([USER, 3], {}, "message 1: is int"),
+        ([{"content": "a"}], {}, "message 0: role is None; it must be one of system,"),
+        ([USER, {"role": "bot", "content": ""}], {}, "message 1: role is 'bot'"),
+        ([{"role": ["user"], "content": ""}], {}, "message 0: role is ['user']"),
+        ([{"role": "user"}], {}, "message 0: content is NoneType; it must be text"),
+        ([{"role": "user", "content": 3}], {}, "message 0: content is int"),
+        ([{"role": "user", "content": ["a"]}], {}, "message 0: a content part must be"),
+        (
+            [USER, {"role": "user", "content": [{"type": "text"}]}],
+            {},
+            "message 1: a content part must be",
+        ),
+        (
+            [USER, {"role": "user", "content": [{"type": "image"}]}],
+            {},
+            "message 1: holds a part of type 'image'; this version reads text only",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": ""}]}],
+            {},
+            "this version reads text only",
+        ),
+        ([SYSTEM], {"system": "x"}, "system is given and message 0 is a system"),
+        ("hi", {"system": 3}, "system must be text, not int"),
+        ([1], {"system": "x"}, "system cannot be used: the prompt is token ids"),
+        ([1], {"thinking": True}, "thinking cannot be used: the prompt is token ids"),
+        ("a\ud800", {}, "text holds a lone surrogate at character"),
+        ([{**USER, "at": Path()}], {}, "message 0 holds a PosixPath; only text,"),
+        ([{**USER, "at": [{1}]}], {}, "message 0 holds a set; only text,"),
+    ],
+)
+def test_a_bad_prompt_is_refused(tokenizer, prompt, options, why):
+    assert why in refusal(SettingsError, encode_prompt, tokenizer, prompt, **options)
+
+
+@pytest.mark.parametrize("option", [{"system": "x"}, {"thinking": True}])
+def test_without_template_only_plain_text_is_possible(plain, option):
+    message = refusal(SettingsError, encode_prompt, plain, "hi", **option)
+    assert message == (
+        f"{next(iter(option))} cannot be used: the tokenizer has no chat template"
+    )
+    message = refusal(TokenizerError, encode_prompt, plain, [USER])
+    assert "no chat template; add chat_template.jinja" in message
+
+
+def test_an_empty_prompt_without_bos_is_refused(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert "prompt is empty" in refusal(SettingsError, encode_prompt, tokenizer, "")
+
+
+def test_apply_chat_template_can_tokenize(tokenizer):
+    text = tokenizer.apply_chat_template([USER])
+    assert text == "<bos><|turn>user\nhi<turn|><|turn>model\n"
+    ids = tokenizer.apply_chat_template([USER], tokenize=True)
+    assert ids == tokenizer.encode(text)
+    bare = tokenizer.apply_chat_template([USER], add_generation_prompt=False)
+    assert bare == "<bos><|turn>user\nhi<turn|>"
+
+
+# Where templates come from
+
+
+def test_the_template_file_comes_first(tmp_path):
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "beside"}')
+    assert make(tmp_path, None).apply_chat_template([USER]) == "beside"
+    config = {"chat_template": "inside"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_dir(tmp_path).apply_chat_template([USER]) == "inside"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer.from_dir(tmp_path).apply_chat_template([USER]) == "file"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    make(tmp_path, None)
+    entries = [
+        {"name": "rag", "template": "rag"},
+        {"name": "default", "template": "default"},
+    ]
+    config = {"chat_template": entries}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_dir(tmp_path).apply_chat_template([USER]) == "default"
+
+
+def test_a_torn_template_file_is_refused(tmp_path):
+    make(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"hi \xff")
+    message = refusal(TokenizerError, Tokenizer.from_dir, tmp_path)
+    assert message == f"{path}: not UTF-8 at byte 3"
+    path.write_text("one\n{% for %}\n")
+    message = refusal(TokenizerError, Tokenizer.from_dir, tmp_path)
+    assert message.startswith(f"{path}: line 2: ")
