@@ -60,12 +60,12 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        value = vars(import_module(f".{_HOME[name]}", __name__))[name]
         super().__setattr__(name, value)
         return value
 
     def __dir__(self) -> list[str]:
-        return __all__
+        return [*__all__, "__version__"]
 
 
 sys.modules[__name__].__class__ = _Package

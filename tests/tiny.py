@@ -74,6 +74,8 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> mx.array:
         values = rng.uniform(0.05, 0.2, shape)
     elif "norm" in name or "scale" in name:
         values = rng.uniform(0.5, 1.5, shape)
+        if name == "norm.weight":  # or every token predicts itself
+            values *= rng.choice([-1.0, 1.0], shape)
     elif "router" in name:
         values = rng.normal(size=shape) * 2
     else:

@@ -108,9 +108,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise top.refuse("text_config", "is missing")
     layers, window = _layers(text)
     canvas_length = top.whole("canvas_length", 256, 1, MAX_CANVAS_LENGTH)
-    eos = top.ids("eos_token_id") or text.ids("eos_token_id") or (1,)
+    vocab_size = text.whole("vocab_size", None, 2, MAX_VOCABULARY)
+    eos = top.ids("eos_token_id", vocab_size) or text.ids("eos_token_id", vocab_size)
     config = ModelConfig(
-        vocab_size=text.whole("vocab_size", None, 2, MAX_VOCABULARY),
+        vocab_size=vocab_size,
         hidden_size=text.whole("hidden_size", None, 1, MAX_WIDTH),
         intermediate_size=text.whole("intermediate_size", None, 1, MAX_WIDTH),
         moe_intermediate_size=text.whole("moe_intermediate_size", None, 1, MAX_WIDTH),
@@ -126,14 +127,12 @@ def read_config(folder: Path) -> ModelConfig:
         has_vision=top.mapping("vision_config") is not None,
         settings=_read_settings(
             folder / "generation_config.json",
-            Settings(canvas_length=canvas_length, eos=frozenset(eos)),
+            Settings(canvas_length=canvas_length, eos=frozenset(eos or (1,))),
+            vocab_size,
         ),
         raw=raw,
     )
-    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    # "all" would make the encoder bidirectional; no release uses it.
-    text.one_of("use_bidirectional_attention", "vision", ("vision",))
-    _check_heads(text, config)
+    _check_text(text, config)
     unknown = top.unknown(HARMLESS) + [
         f"text_config.{key}" for key in text.unknown(HARMLESS)
     ]
@@ -146,7 +145,12 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _check_heads(text: Keys, config: ModelConfig) -> None:
+def _check_text(text: Keys, config: ModelConfig) -> None:
+    """Refuse variants no release has, and numbers that contradict one another."""
+    text.one_of("tie_word_embeddings", True, (True,))
+    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    # "all" would make the encoder bidirectional; no release uses it.
+    text.one_of("use_bidirectional_attention", "vision", ("vision",))
     if config.top_k_experts > config.num_experts:
         raise text.refuse(
             "top_k_experts",
@@ -223,9 +227,10 @@ def _per_layer(
     if keys is None:
         return None
     overrides = {}
+    numbers = {str(index): index for index in range(count)}
     for name, _ in keys.items():
-        if not name.isdecimal() or int(name) >= count:
-            raise keys.refuse(name, f"is no layer; there are {count}")
+        if name not in numbers:
+            raise keys.refuse(name, f"is no layer; they are 0 to {count - 1}")
         layer = keys.mapping(name)
         if layer is None:
             continue
@@ -235,12 +240,17 @@ def _per_layer(
             heads = layer.whole("num_key_value_heads", None, 1, MAX_WIDTH)
         if strange := layer.unknown():
             raise layer.refuse(strange[0], "is not supported per layer")
-        overrides[int(name)] = (dim, heads)
+        overrides[numbers[name]] = (dim, heads)
     return overrides
 
 
 def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
     everything = text.mapping("rope_parameters")
+    kinds = frozenset(["sliding_attention", "full_attention"])
+    if everything and (strange := everything.unknown(kinds)):
+        raise everything.refuse(
+            strange[0], "is not supported; parameters are given per kind of layer"
+        )
     keys = everything.mapping(f"{kind}_attention") if everything else None
     if keys is None:
         if kind == "sliding":
@@ -257,7 +267,7 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
     return Rope(theta=theta, rotated=int(part * head_dim // 2), factor=factor)
 
 
-def _read_settings(path: Path, defaults: Settings) -> Settings:
+def _read_settings(path: Path, defaults: Settings, vocab_size: int) -> Settings:
     """generation_config.json where there is one, `defaults` where it is silent."""
     if not path.exists():
         return defaults
@@ -267,18 +277,20 @@ def _read_settings(path: Path, defaults: Settings) -> Settings:
     if sampler is not None:
         sampler.one_of("_cls_name", "EntropyBoundSamplerConfig", SAMPLERS)
         bound = sampler.real("entropy_bound", bound)
-    eos = keys.ids("eos_token_id")
+    eos = keys.ids("eos_token_id", vocab_size)
     try:
         return defaults.but(
             max_tokens=keys.whole("max_new_tokens", defaults.max_tokens, 1, 2**31 - 1),
             steps=keys.whole("max_denoising_steps", defaults.steps, 1, 1_000_000),
             entropy_bound=bound,
             t_max=keys.real("t_max", defaults.t_max),
-            t_min=keys.real("t_min", defaults.t_min, above=-1e-300),
+            t_min=keys.real("t_min", defaults.t_min, zero=True),
             stability=keys.whole(
                 "stability_threshold", defaults.stability, 0, 1_000_000
             ),
-            confidence=keys.real("confidence_threshold", defaults.confidence),
+            confidence=keys.real(
+                "confidence_threshold", defaults.confidence, zero=True
+            ),
             eos=frozenset(eos) if eos else None,
         )
     except ValueError as error:

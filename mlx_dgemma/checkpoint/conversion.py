@@ -77,6 +77,11 @@ class _Plan:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the model will compute in."""
+        return self.tensors[disk_name("norm.weight")].dtype
+
 
 def convert(
     hf_path: str | Path,
@@ -121,6 +126,7 @@ def convert(
     base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
     staging.check_target(target, overwrite)
     source = hub.resolve(hf_path, revision)
+    staging.check_apart(source, target)
     config = read_config(source)
     Tokenizer.from_dir(source)  # a model nobody can talk to is refused early
     layout = read_layout(source, config)
@@ -225,9 +231,7 @@ class _Planner:
             return parts.pop(part)
 
         for part, part_shape in chosen.packed(shape).items():
-            kind = dtype if part != "weight" else mx.uint32
-            if part == "scales" and chosen.mode != "affine":
-                kind = mx.uint8  # one byte of shared exponent per group
+            kind = chosen.coded(part) or dtype
             self.out.tensors[f"{layer_path(layer)}.{part}"] = Pending(
                 kind, part_shape, lambda part=part: make(part)
             )
@@ -281,7 +285,8 @@ def _write(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         staging.write_json(folder / INDEX, index)
     staging.write_json(
-        folder / "config.json", released_config(config, plan.quantization)
+        folder / "config.json",
+        released_config(config, plan.quantization, plan.dtype),
     )
     for name in CARRIED:
         if (source / name).is_file():
@@ -302,7 +307,7 @@ def _split(tensors: dict[str, Pending], limit: int) -> Iterable[dict[str, Pendin
 
 
 def released_config(
-    config: ModelConfig, quantization: QuantizationMap | None
+    config: ModelConfig, quantization: QuantizationMap | None, dtype: mx.Dtype
 ) -> dict[str, Any]:
     """config.json in the release's layout, which every other reader knows."""
     raw = {k: v for k, v in config.raw.items() if not k.startswith("quantization")}
@@ -316,6 +321,9 @@ def released_config(
         for dim, heads in sliding:
             text |= {"head_dim": dim, "num_key_value_heads": heads}
     raw["text_config"] = text
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    for part in (raw, text):
+        part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
     if quantization is not None:
         raw["quantization"] = raw["quantization_config"] = quantization.to_config()
     return raw

@@ -81,7 +81,8 @@ class Keys:
             raise self.refuse(key, f"is {value}; it must be from {least} to {most}")
         return value
 
-    def real(self, key: str, default: float | None, *, above: float = 0.0) -> float:
+    def real(self, key: str, default: float | None, *, zero: bool = False) -> float:
+        """A number above 0, or from 0 up if `zero`."""
         value = self._get(key)
         if value is None:
             value = default
@@ -89,15 +90,21 @@ class Keys:
             raise self.refuse(key, "is missing")
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.refuse(key, f"is {value!r}; it must be a number")
-        if not math.isfinite(value) or value <= above:
-            raise self.refuse(key, f"is {value}; it must be above {above}")
-        return float(value)
+        allowed = "from 0 up" if zero else "above 0"
+        try:
+            number = float(value)
+        except OverflowError:  # whole numbers in JSON have no end
+            number = math.inf
+        if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+            raise self.refuse(key, f"is {number}; it must be a number {allowed}")
+        return number
 
     def one_of(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
         value = self._get(key)
         if value is None:
             value = default
-        if isinstance(value, list | dict) or value not in allowed:
+        # of the same type too: True == 1 and 4.0 == 4
+        if not any(type(value) is type(a) and value == a for a in allowed):
             shown = ", ".join(repr(a) for a in allowed)
             raise self.refuse(key, f"is {value!r}; supported: {shown}")
         return value
@@ -120,13 +127,16 @@ class Keys:
         self._seen.update(self._values)
         return list(self._values.items())
 
-    def ids(self, key: str) -> tuple[int, ...] | None:
-        """One token id or a list of them; None when absent."""
+    def ids(self, key: str, vocab_size: int) -> tuple[int, ...] | None:
+        """One token id below `vocab_size` or a list of them; None when absent."""
         value = self._get(key)
         if value is None:
             return None
         ids = value if isinstance(value, list) else [value]
         for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise self.refuse(key, f"is {value!r}; it must be token ids")
+            known = isinstance(token, int) and 0 <= token < vocab_size
+            if not known or isinstance(token, bool):
+                raise self.refuse(
+                    key, f"is {value!r}; it must be token ids below {vocab_size}"
+                )
         return tuple(ids)

@@ -12,7 +12,7 @@ WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 def built_in() -> list[str]:
     """Names of the checkpoints that come with the package."""
-    return sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").exists())
+    return sorted(config.parent.name for config in ASSETS.glob("*/config.json"))
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
@@ -39,7 +39,11 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     # imported here: 0.3 s that a local model need not pay
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
@@ -47,6 +51,8 @@ def _download(name: str, revision: str | None) -> Path:
         raise HubError(
             f"{name}: not downloaded before, and the hub cannot be reached"
         ) from None
+    except HFValidationError as error:
+        raise HubError(f"{name}: neither a folder nor a hub id ({error})") from None
     except (HfHubHTTPError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         raise HubError(f"{name}: the hub refused ({line})") from None

@@ -80,6 +80,13 @@ class Quantization:
         parts = {"weight": (*outer, inner * self.bits // 32), "scales": scales}
         return parts | {"biases": scales} if self.mode == "affine" else parts
 
+    def coded(self, part: str) -> mx.Dtype | None:
+        """The integers that hold a part; None for a part of floats."""
+        if part == "weight":
+            return mx.uint32
+        # one byte of shared exponent per group
+        return mx.uint8 if part == "scales" and self.mode != "affine" else None
+
     def apply(self, weight: mx.array) -> dict[str, mx.array]:
         """Quantise a dense (…, out, in) weight into its named parts."""
         parts = mx.quantize(
@@ -139,24 +146,28 @@ class QuantizationMap:
 
 def read_quantization(raw: dict[str, Any], where: str) -> QuantizationMap | None:
     """The quantisation a config.json declares; None when the weights are dense."""
-    value = raw.get("quantization") or raw.get("quantization_config")
-    if value is None:
+    key = "quantization" if raw.get("quantization") else "quantization_config"
+    keys = Keys(raw, where).mapping(key)
+    if keys is None:
         return None
-    keys = Keys({"quantization": value}, where).mapping("quantization")
-    assert keys is not None
-    default = _read_one(keys, where)
+    for name, entry in keys.items():
+        if name == "quant_method":
+            raise keys.refuse(
+                name, f"is {entry!r}, not MLX's; convert from the bfloat16 release"
+            )
+    default = _read_one(keys)
     overrides = {}
     for name, entry in keys.items():
         if isinstance(entry, dict):
             layer = keys.mapping(name)
             assert layer is not None
-            overrides[name] = _read_one(layer, where)
+            overrides[name] = _read_one(layer)
         elif name not in ("bits", "group_size", "mode") and entry is not False:
             raise keys.refuse(name, f"is {entry!r}; is this an MLX quantisation?")
     return QuantizationMap(default, overrides)
 
 
-def _read_one(keys: Keys, where: str) -> Quantization:
+def _read_one(keys: Keys) -> Quantization:
     mode = keys.one_of("mode", "affine", tuple(MODES))
     allowed = MODES[mode]
     return Quantization(

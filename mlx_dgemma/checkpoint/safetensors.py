@@ -84,9 +84,10 @@ def _check_entries(
     infos, ranges = {}, []
     for name, entry in header.items():
         try:
-            dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+            dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
             start, end = entry["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end))
+            # bool is an int too
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
@@ -155,7 +156,7 @@ def write_file(path: Path, tensors: dict[str, Pending]) -> Iterator[tuple[str, i
         os.fsync(file.fileno())
 
 
-def _bytes(name: str, tensor: Pending) -> memoryview:
+def _bytes(name: str, tensor: Pending) -> np.ndarray:
     array = tensor.make()
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise CheckpointError(
@@ -164,4 +165,5 @@ def _bytes(name: str, tensor: Pending) -> memoryview:
         )
     if array.dtype == mx.bfloat16:  # numpy has no bfloat16; the bytes are the same
         array = mx.view(array, mx.uint16)
-    return memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
+    rows = np.ascontiguousarray(np.array(array, copy=False))
+    return rows.reshape(-1).view(np.uint8)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ SPARE_BYTES = 64 * 2**20  # tokenizer, configuration and the file system's own
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists, or whose parent cannot be written to.
 
+    Clears what killed conversions left first: it may put a model back there.
     Raises ConversionError saying how to mend it.
     """
-    if (target.exists() or target.is_symlink()) and not overwrite:
+    remove_leftovers(target.absolute())
+    if target.is_symlink():
+        raise ConversionError(f"{target}: is a link; give the folder it leads to")
+    if target.exists() and not overwrite:
         raise ConversionError(
             f"{target}: exists; choose another --mlx-path or add --overwrite"
         )
@@ -40,6 +45,14 @@ def _is_checkpoint(folder: Path) -> bool:
     return empty or (folder / "config.json").is_file()
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse to replace the folder that is read, or one around it."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ConversionError(
+            f"{target}: holds the model to convert; choose another --mlx-path"
+        )
+
+
 def check_disk(target: Path, needed: int) -> None:
     """Raise ConversionError when `needed` bytes do not fit beside the target."""
     free = shutil.disk_usage(target.absolute().parent).free
@@ -54,31 +67,30 @@ def check_disk(target: Path, needed: int) -> None:
 def staged(target: Path) -> Iterator[Path]:
     """A folder to fill; becomes `target` when the block ends, vanishes if it fails."""
     target = target.absolute()
-    remove_leftovers(target)
     folder = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    folder.mkdir()
     try:
+        folder.mkdir()
         yield folder
         for file in folder.iterdir():
             _fsync(file)
         _fsync(folder)
         _take_place(folder, target)
     except OSError as error:
-        raise ConversionError(f"{folder}: {error.strerror}; nothing was kept") from None
+        why = error.strerror or error
+        raise ConversionError(f"{folder}: {why}; nothing was kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_place(folder: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        target.rename(replaced)
     try:
+        if target.exists():
+            target.rename(replaced)
         folder.rename(target)
-    except OSError:
-        if replaced.exists():
+    finally:  # an interrupt, too, must not leave the name empty
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
-        raise
     _fsync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -89,9 +101,9 @@ def remove_leftovers(target: Path) -> None:
     A folder that was being replaced when its process died is put back.
     """
     for kind in ("partial", "replaced"):
-        for old in target.parent.glob(f".{target.name}.{kind}-*"):
+        for old in target.parent.glob(f".{escape(target.name)}.{kind}-*"):
             process = old.name.rpartition("-")[2]
-            if process.isdecimal() and _alive(int(process)):
+            if not process.isdecimal() or _alive(int(process)):
                 continue
             if kind == "replaced" and not target.exists():
                 old.rename(target)
@@ -100,9 +112,12 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Whether another process has that id; our own, where seen, was used before."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

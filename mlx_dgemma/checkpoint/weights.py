@@ -46,6 +46,8 @@ def parameter_name(disk_name: str) -> str | None:
     name = disk_name.removeprefix(DECODER)
     if match := DECODER_SCALAR.fullmatch(name):
         return f"layers.{match[1]}.decoder_scalar"
+    if name.endswith(("encoder_scalar", "decoder_scalar")):
+        return None  # our own names for them
     return BARE_EXPERTS.sub(r"\1.weight", name)
 
 
@@ -236,7 +238,7 @@ def _named_parameters(files: Files, config: ModelConfig) -> dict[str, str]:
     strange = []
     for name in files.tensors:
         parameter = parameter_name(name)
-        if parameter is not None:
+        if parameter is not None and parameter not in found:
             found[parameter] = name
         elif config.has_vision and name.startswith(VISION):
             continue
@@ -267,13 +269,13 @@ def _quantized_layers(
     files: Files, names: dict[str, str], config: ModelConfig
 ) -> dict[str, Quantization]:
     """Path in the model -> its quantisation, for layers stored with scales."""
+    path = files.folder / "config.json"
+    declared = read_quantization(config.raw, str(path))
     layers = [
         name.removesuffix(".scales") for name in names if name.endswith(".scales")
     ]
     if not layers:
         return {}
-    path = files.folder / "config.json"
-    declared = read_quantization(config.raw, str(path))
     if declared is None:
         raise CheckpointError(
             f"{path}: quantization is missing, but {layer_path(layers[0])} is quantised"
@@ -296,19 +298,30 @@ def _check_shapes(layout: Layout, config: ModelConfig) -> None:
     for parameter, shape in shapes.items():
         layer = parameter.removesuffix(".weight")
         if layer in quantized and parameter.endswith(".weight"):
-            parts = {
-                part: files.tensors[names[f"{layer}.{part}"]].shape
-                for part in quantized[layer].packed(shape)
-            }
-            check_quantized(layer_path(layer), shape, parts, quantized[layer])
+            _check_parts(layout, layer, shape)
             continue
-        info = files.tensors[names[parameter]]
+        info = layout.info(parameter)
         if info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: {names[parameter]} has shape {list(info.shape)}, but "
                 f"config.json needs {list(shape)}"
             )
-        if info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{info.file}: {names[parameter]} holds {info.dtype}, not floats"
-            )
+        _check_dtype(info, names[parameter], FLOATS)
+
+
+def _check_parts(layout: Layout, layer: str, shape: tuple[int, ...]) -> None:
+    """Check a layer that is stored quantised; `shape` is its dense weight's."""
+    quantization = layout.quantized[layer]
+    names = {part: f"{layer}.{part}" for part in quantization.packed(shape)}
+    shapes = {part: layout.info(name).shape for part, name in names.items()}
+    check_quantized(layer_path(layer), shape, shapes, quantization)
+    for part, name in names.items():
+        coded = quantization.coded(part)
+        allowed = FLOATS if coded is None else (coded,)
+        _check_dtype(layout.info(name), layout.names[name], allowed)
+
+
+def _check_dtype(info: TensorInfo, name: str, allowed: tuple[mx.Dtype, ...]) -> None:
+    if info.dtype not in allowed:
+        kind = "floats" if allowed == FLOATS else str(allowed[0])
+        raise CheckpointError(f"{info.file}: {name} holds {info.dtype}, not {kind}")

@@ -1,15 +1,19 @@
-"""What all commands share: one-line errors, one-line warnings, exit codes."""
+"""What all commands share: one-line errors, harmless text, exit codes."""
 
+import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import click
 
 from ..errors import DGemmaError
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # 128 + the signal, as shells count
+JOINERS = "\u200c\u200d"  # invisible, but Persian and families of emoji need them
 
 debug_option = click.option(
     "--debug", is_flag=True, help="Show the whole traceback of an error."
@@ -18,34 +22,87 @@ debug_option = click.option(
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn every refusal into one line on stderr and exit code 1; Ctrl-C into 130."""
+    """Turn every refusal into one line on stderr and exit code 1; Ctrl-C into 130.
+
+    A reader that went away, as `head` does, is no error worth a line: 141.
+    """
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _show_warning
         try:
             yield
-        except DGemmaError as error:
-            if debug:
-                raise
-            fail(str(error))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
-        except ImportError as error:
-            if debug or "mlx" not in str(error):
-                raise
-            fail("MLX has no backend here; install mlx-dgemma[cpu] or [cuda13]")
-        except (MemoryError, OSError) as error:
+        except BrokenPipeError:
+            _drop_output()
+            sys.exit(PIPE_CLOSED)
+        except (DGemmaError, ImportError, MemoryError, OSError, RuntimeError) as error:
             if debug:
                 raise
-            fail(f"{type(error).__name__}: {error}")
+            fail(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
+    """What to tell a person of an error."""
+    match error:
+        case DGemmaError():
+            return str(error)
+        case ImportError(name=str(name)) if name.partition(".")[0] == "mlx":
+            return "MLX has no backend here; install mlx-dgemma[cpu] or [cuda13]"
+        case ImportError():
+            return f"{error}; install mlx-dgemma again"
+        case MemoryError():
+            return "out of memory; quantise the model or give it a larger machine"
+        case OSError(filename=str(path), strerror=str(reason)):
+            return f"{path}: {reason}"
+    return f"{type(error).__name__}: {error}; --debug shows where"
 
 
 def fail(message: str) -> None:
     """Print one line and leave with exit code 1."""
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + _one_line(message), err=True)
     sys.exit(FAILED)
 
 
+def harmless(text: str) -> str:
+    """`text` with nothing in it that could steer a terminal.
+
+    C0 controls become their pictures (␛), others their code point; newlines stay.
+    """
+    return "".join(c if c == "\n" or not _steers(c) else _picture(c) for c in text)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person watches; a closed stream is None."""
+    return stream is not None and stream.isatty()
+
+
+def _steers(character: str) -> bool:
+    # Cf: invisible, as bidirectional overrides are; Zl, Zp: line ends; Cs: no text
+    category = unicodedata.category(character)
+    return category in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in JOINERS
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if character == "\t":
+        return "    "
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+
+
+def _one_line(message: str) -> str:
+    return " ".join(harmless(message).split())
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    click.echo("warning: " + " ".join(str(message).split()), err=True)
+    click.echo("warning: " + _one_line(str(message)), err=True)
+
+
+def _drop_output() -> None:
+    """Point stdout and stderr nowhere: what they still hold would fail at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import debug_option, one_line_errors
+from .common import debug_option, is_terminal, one_line_errors
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from ..checkpoint.conversion import Converted, Progress
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -113,6 +115,8 @@ def main(
 
 def _summarise(converted: "Converted") -> None:
     """What was written, and what could not be done as asked."""
+    from ..diffusion.report import size
+
     if converted.regrouped:
         sizes = sorted(set(converted.regrouped.values()))
         click.echo(
@@ -121,25 +125,52 @@ def _summarise(converted: "Converted") -> None:
             err=True,
         )
     if converted.dense:
+        shown = ", ".join(converted.dense[:3])
         click.echo(
             f"{len(converted.dense)} layers have widths no group size divides and stay "
-            f"dense: {', '.join(converted.dense[:3])}…",
+            f"dense: {shown}{'…' if len(converted.dense) > 3 else ''}",
             err=True,
         )
     click.echo(
-        f"{converted.path}: {converted.bytes / 1e6:,.1f} MB in {converted.shards} "
+        f"{converted.path}: {size(converted.bytes)} in {converted.shards} "
         f"{'file' if converted.shards == 1 else 'files'}, "
         f"{converted.bits_per_weight:.2f} bits per weight "
-        f"(from {converted.source_bytes / 1e6:,.1f} MB)"
+        f"(from {size(converted.source_bytes)})"
     )
 
 
 @contextmanager
 def _progress() -> Iterator["Progress"]:
     """A bar with bytes, rate and time left on a terminal; else a line now and then."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield _Lines()
         return
+    bar = _Bar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    """Progress for a person, from the first tensor on: not amid a download's bars."""
+
+    def __init__(self) -> None:
+        self.bar: Bar | None = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = _new_bar()
+            self.bar.start()
+            self.task = self.bar.add_task("converting", total=total)
+        self.bar.update(self.task, completed=done)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _new_bar() -> "Bar":
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -150,16 +181,14 @@ def _progress() -> Iterator["Progress"]:
         TransferSpeedColumn,
     )
 
-    columns = (
+    return Progress(
         TextColumn("converting"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda name, done, total: bar.update(task, completed=done, total=total)
 
 
 class _Lines:
@@ -169,6 +198,8 @@ class _Lines:
         self.started = self.last = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int) -> None:
+        from ..diffusion.report import size
+
         now = time.monotonic()
         if now - self.last < SECONDS_BETWEEN_LINES and done < total:
             return
@@ -176,8 +207,8 @@ class _Lines:
         rate = done / max(now - self.started, 1e-9)
         left = (total - done) / max(rate, 1e-9)
         click.echo(
-            f"converting {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
-            f"{rate / 1e6:,.0f} MB/s, {left:.0f} s left",
+            f"converting {size(done)} of {size(total)}, {size(int(rate))}/s, "
+            f"{left:.0f} s left",
             err=True,
         )
 

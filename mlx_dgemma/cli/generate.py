@@ -112,6 +112,8 @@ def read_stdin() -> str:
     """All of stdin as text. Raises SettingsError when it is not UTF-8 or empty."""
     from ..errors import SettingsError
 
+    if sys.stdin is None:
+        raise SettingsError("stdin is closed; --prompt - reads the prompt from it")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

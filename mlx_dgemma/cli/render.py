@@ -4,46 +4,28 @@ The canvas is drawn on stderr, the text goes to stdout. What the model writes is
 never sent to a terminal as it is: control characters are shown as pictures.
 """
 
+import os
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+import click
+
 from ..diffusion.events import Commit, Event, Step
+from .common import harmless, is_terminal
 
 if TYPE_CHECKING:
-    from rich.live import Live
+    from rich.console import Console
     from rich.text import Text
 
     from ..text.tokenizer import Tokenizer
 
 SECONDS_PER_FRAME = 1 / 20
 SPECIAL = "·"
-
-
-def harmless(text: str) -> str:
-    """`text` with nothing in it that could steer a terminal.
-
-    C0 controls become their pictures (␛), others their code point; newlines stay.
-    """
-    return "".join(c if c == "\n" or not _steers(c) else _picture(c) for c in text)
-
-
-def _steers(character: str) -> bool:
-    # Cc: control; Cf: invisible formatting, among it the bidirectional overrides
-    category = unicodedata.category(character)
-    return category == "Cc" or (category == "Cf" and character not in "\u200d\u200c")
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    if character == "\t":
-        return "    "
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+UP, ERASE_LINE, ERASE_BELOW = "\x1b[{}A", "\x1b[K", "\x1b[J"
+WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
 class View(Protocol):
@@ -54,8 +36,9 @@ class View(Protocol):
 
 @contextmanager
 def screen(tokenizer: "Tokenizer", show: bool) -> Iterator[View]:
-    """The view for this terminal; live only if asked for and stderr is a terminal."""
-    view = _Live(tokenizer) if show and sys.stderr.isatty() else _Plain()
+    """The view for this terminal; live only if asked for and stderr can be drawn on."""
+    drawable = is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") != "dumb"
+    view = _Live(tokenizer) if show and drawable else _Plain()
     try:
         yield view
     finally:
@@ -66,72 +49,136 @@ class _Plain:
     """Committed text as it comes."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stdout.isatty()
+        self.terminal = is_terminal(sys.stdout)
         self.open_line = False
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Commit) and event.text:
+        if isinstance(event, Commit):
             self.write(event.text)
 
     def write(self, text: str) -> None:
-        sys.stdout.write(harmless(text) if self.terminal else text)
-        sys.stdout.flush()
-        self.open_line = not text.endswith("\n")
+        if text:
+            text = harmless(text) if self.terminal else text
+            # bytes: the same ones whatever the locale, and colour codes of the model's
+            click.echo(text.encode("utf-8", "replace"), nl=False)
+            self.open_line = not text.endswith("\n")
 
     def close(self) -> None:
         if self.open_line:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            self.write("\n")
 
 
 class _Live(_Plain):
-    """The canvas redrawn after each step, cleared when its text is committed."""
+    """The canvas, drawn over after each step; finished lines scroll away above it."""
 
     def __init__(self, tokenizer: "Tokenizer"):
         super().__init__()
         self.tokenizer = tokenizer
+        self.surface = Surface()
+        self.lines = ""  # committed lines that the next frame moves above the canvas
         self.line = ""  # the last line of committed text, not ended yet
-        self.live: Live | None = None
         self.drawn = 0.0
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Step):
-            self._draw(event)
-        elif isinstance(event, Commit):
-            self._clear()
-            # a line is written once it is whole, so that redrawing cannot eat it
+        if isinstance(event, Commit):
+            if not self.terminal:
+                super().show(event)
+            # a line is written once it is whole, so that drawing cannot eat it
             whole, newline, self.line = (self.line + event.text).rpartition("\n")
-            if newline:
-                self.write(whole + newline)
+            self.lines += whole + newline
+        elif isinstance(event, Step):
+            now = time.monotonic()
+            if now - self.drawn >= SECONDS_PER_FRAME:
+                self.drawn = now
+                self._draw(event)
 
     def close(self) -> None:
-        self._clear()
-        if self.line:
-            self.write(self.line)
+        self.surface.erase()
+        if self.terminal:
+            self.write(self.lines + self.line)
         super().close()
 
     def _draw(self, step: Step) -> None:
-        now = time.monotonic()
-        if now - self.drawn < SECONDS_PER_FRAME and not step.stopped:
-            return
-        self.drawn = now
-        if self.live is None:
-            from rich.console import Console
-            from rich.live import Live
+        if self.lines and self.terminal:
+            self.surface.erase()
+            self.write(self.lines)
+        self.lines = ""
+        size = self.surface.size()
+        console = self.surface.console
+        self.surface.draw(frame(console, self.tokenizer, step, self.line, *size))
 
-            console = Console(stderr=True, highlight=False)
-            self.live = Live(console=console, auto_refresh=False, transient=True)
-            self.live.start()
-        self.live.update(canvas_text(self.tokenizer, step, self.line), refresh=True)
 
-    def _clear(self) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+class Surface:
+    """Lines at the end of stderr's terminal that are drawn over again and again.
+
+    Nothing is blanked before it is rewritten, so nothing flickers, and no mode of
+    the terminal outlives a frame.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.widths: list[int] = []  # of the lines that are on the terminal
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows, asked anew: the person may have resized the window."""
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+        return columns or 80, rows or 24
+
+    def draw(self, lines: "list[Text]") -> None:
+        """Put lines, each narrower than the terminal, in place of the last ones."""
+        from rich.text import Text
+
+        with self.console.capture() as captured:
+            self.console.print(Text("\n").join(lines), soft_wrap=True, end="")
+        drawn = captured.get().replace("\n", f"{ERASE_LINE}\n")
+        # unwrapped: a terminal may think a character wider than rich does
+        self._send(f"{self._home()}{WRAP_OFF}{drawn}{ERASE_BELOW}{WRAP_ON}")
+        self.widths = [line.cell_len for line in lines]
+
+    def erase(self) -> None:
+        """Leave the terminal as if nothing had been drawn."""
+        if self.widths:
+            self._send(self._home() + ERASE_BELOW)
+            self.widths = []
+
+    def _home(self) -> str:
+        # a terminal made narrower has broken the lines that no longer fit
+        columns, _ = self.size()
+        rows = sum(max(1, -(-width // columns)) for width in self.widths)
+        return "\r" + (UP.format(rows - 1) if rows > 1 else "")
+
+    def _send(self, codes: str) -> None:
+        sys.stderr.write(codes)
+        sys.stderr.flush()
+
+
+def frame(
+    console: "Console",
+    tokenizer: "Tokenizer",
+    step: Step,
+    before: str,
+    columns: int,
+    rows: int,
+) -> "list[Text]":
+    """The canvas and its numbers as lines that fit into columns and rows.
+
+    Of a canvas that is too tall, the end is shown.
+    """
+    from rich.text import Text
+
+    width = max(2, columns - 1)  # a full last column is where terminals disagree
+    text = canvas_text(tokenizer, step, before[-columns * rows :])
+    lines = list(text.wrap(console, width, overflow="fold"))
+    room = max(1, rows - 2)
+    if len(lines) > room:
+        lines = [Text("…", style="dim"), *lines[len(lines) - room + 1 :]]
+    return [*lines, Text(numbers(step, width), style="cyan")]
 
 
 def canvas_text(tokenizer: "Tokenizer", step: Step, before: str = "") -> "Text":
-    """One frame: accepted tokens solid, drafts dim, and a line of numbers.
+    """The draft: accepted tokens solid, others dim.
 
     Special tokens are dots, those at the end left out; `before` is committed text
     that the canvas continues.
@@ -140,19 +187,26 @@ def canvas_text(tokenizer: "Tokenizer", step: Step, before: str = "") -> "Text":
 
     tokens: list[int] = step.draft.tolist()  # type: ignore[assignment]
     accepted: list[bool] = step.accepted.tolist()  # type: ignore[assignment]
-    frame = Text(harmless(before), style="bold", no_wrap=False)
+    text = Text().append(harmless(before), style="bold")
     while tokens and tokens[-1] in tokenizer.special_ids:
         tokens.pop()
     pieces = tokenizer.detokenizer()
     for token, sure in zip(tokens, accepted, strict=False):
         special = token in tokenizer.special_ids
         piece = SPECIAL if special else pieces.add([token])
-        frame.append(harmless(piece), style="bold" if sure else "dim")
-    frame.append(harmless(pieces.finish()), style="dim")
-    count = sum(accepted)
-    frame.append(
-        f"\nstep {step.step + 1}/{step.steps} · {count}/{len(accepted)} accepted · "
+        text.append(harmless(piece), style="bold" if sure else "dim")
+    text.append(harmless(pieces.finish()), style="dim")
+    return text
+
+
+def numbers(step: Step, width: int) -> str:
+    """One line about a step; what does not fit into `width` is left out."""
+    accepted: list[bool] = step.accepted.tolist()  # type: ignore[assignment]
+    parts = [
+        f"step {step.step + 1}/{step.steps}",
         f"entropy {step.mean_entropy:.3f} nats",
-        style="cyan",
-    )
-    return frame
+        f"{sum(accepted)}/{len(accepted)} accepted",
+    ]
+    while len(parts) > 1 and len(" · ".join(parts)) > width:
+        parts.pop()
+    return " · ".join(parts)[:width]

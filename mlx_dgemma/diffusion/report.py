@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from .. import backends
 from .events import Commit, Event, Prefilled, Step
 
+LISTED = 8  # canvases whose steps are given one by one
+
 
 @dataclass
 class Report:
@@ -43,17 +45,33 @@ class Report:
     def line(self) -> str:
         """One line for a person."""
         seconds = time.perf_counter() - self.started
-        steps = " + ".join(map(str, self.steps_per_canvas)) or "0"
         return (
-            f"{self.prompt_tokens} prompt tokens · "
-            f"{self.committed_tokens} committed tokens · "
-            f"{_count(len(self.steps_per_canvas), 'canvas', 'canvases')} "
-            f"({steps} steps) · "
-            f"{self.tokens_per_forward:.1f} tokens per forward · "
+            f"{_count(self.prompt_tokens, 'prompt token')} · "
+            f"{_count(self.committed_tokens, 'committed token')} · "
+            f"{self._canvases()} · "
+            f"{self.tokens_per_forward:.2f} tokens per forward · "
             f"{self.committed_tokens / seconds:.1f} tok/s wall · "
-            f"peak {backends.peak_memory() / 1e9:.2f} GB · seed {self.seed}"
+            f"peak memory {size(backends.peak_memory())} · seed {self.seed}"
         )
 
+    def _canvases(self) -> str:
+        done = self.steps_per_canvas
+        text = _count(len(done), "canvas", "canvases")
+        if len(done) > LISTED:
+            text += f" ({sum(done) / len(done):.1f} steps each, at most {max(done)})"
+        elif done:
+            text += (
+                f" ({' + '.join(map(str, done))} {'step' if done == [1] else 'steps'})"
+            )
+        if self.running_steps:
+            text += f" and {_count(self.running_steps, 'step')} of one not finished"
+        return text
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+
+def size(count: int) -> str:
+    """Bytes for a person, in decimal units."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,23 @@
+"""Several requests in one engine: each tick is one step for all of them.
+
+python examples/05_many_at_once.py
+"""
+
+from mlx_dgemma import Commit, load
+from mlx_dgemma.diffusion.engine import Engine
+from mlx_dgemma.text.chat import encode_prompt
+
+PUZZLES = ["2001\n0004\n0040\n0300", "1030\n0010\n3000\n0020", "0020\n0200\n0014\n0400"]
+
+model, tokenizer = load("sudoku4")
+engine = Engine(model)
+for seed, puzzle in enumerate(PUZZLES):
+    engine.admit(encode_prompt(tokenizer, puzzle), model.config.settings, seed)
+
+ticks = 0
+while engine.running:
+    ticks += 1
+    for event in engine.tick():
+        if isinstance(event, Commit):
+            answer = tokenizer.decode(event.tokens).replace("\n", " ")
+            print(f"tick {ticks}: request {event.request} is done: {answer}")

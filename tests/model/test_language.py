@@ -1,0 +1,170 @@
+"""Properties of the model that hold for any weights."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_tiny
+
+from mlx_dgemma import load
+from mlx_dgemma.model.cache import PrefixCache
+
+RNG = np.random.default_rng(7)
+PROMPT = RNG.integers(0, 32, 40)
+CANVAS = mx.array(RNG.integers(0, 32, (1, 16)).astype(np.int32))
+CLOSE = {"atol": 2e-5}  # float32 sums in another order
+
+
+def ids(values) -> mx.array:
+    return mx.array(np.asarray(values, dtype=np.int32).reshape(1, -1))
+
+
+def encoded(model, tokens, sizes=()) -> PrefixCache:
+    """A prefix encoded in chunks of `sizes`, the rest at once."""
+    cache = model.make_cache()
+    start = 0
+    for size in (*sizes, len(tokens)):
+        if chunk := list(tokens[start : start + size]):
+            model.encode(ids(chunk), cache)
+        start += size
+    return cache
+
+
+@given(sizes=st.lists(st.integers(1, 15), max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_any_chunking_gives_the_same_prefix(tiny_model, sizes):
+    model, _ = tiny_model
+    whole = model.denoise(CANVAS, encoded(model, PROMPT))
+    parts = model.denoise(CANVAS, encoded(model, PROMPT, sizes))
+    np.testing.assert_allclose(np.array(parts), np.array(whole), **CLOSE)
+
+
+def test_one_token_at_a_time_gives_the_same_prefix(tiny_model):
+    model, _ = tiny_model
+    whole = model.denoise(CANVAS, encoded(model, PROMPT))
+    parts = model.denoise(CANVAS, encoded(model, PROMPT, [1] * 40))
+    np.testing.assert_allclose(np.array(parts), np.array(whole), **CLOSE)
+
+
+def test_denoise_never_writes_the_cache(tiny_model):
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    before = [(np.array(c.keys), np.array(c.values), c.last) for c in cache.layers]
+    first = np.array(model.denoise(CANVAS, cache))
+    signal = model.self_condition(mx.array(first))
+    mx.eval(model.denoise(CANVAS, cache, signal))
+    for layer, (keys, values, last) in zip(cache.layers, before, strict=True):
+        np.testing.assert_array_equal(np.array(layer.keys), keys)
+        np.testing.assert_array_equal(np.array(layer.values), values)
+        assert layer.last == last
+    np.testing.assert_array_equal(np.array(model.denoise(CANVAS, cache)), first)
+
+
+def test_encode_writes_what_encode_hidden_writes(tiny_model):
+    model, _ = tiny_model
+    cache = model.make_cache()
+    hidden = model.encode_hidden(ids(PROMPT), cache)
+    assert hidden.shape == (1, 40, 64)
+    for a, b in zip(cache.layers, encoded(model, PROMPT).layers, strict=True):
+        for mine, theirs in ((a.read(), b.read()),):
+            np.testing.assert_array_equal(np.array(mine[0]), np.array(theirs[0]))
+            np.testing.assert_array_equal(np.array(mine[1]), np.array(theirs[1]))
+
+
+def test_the_encoder_is_causal(tiny_model):
+    """A later token changes no earlier hidden state."""
+    model, _ = tiny_model
+    other = PROMPT.copy()
+    other[25] = (other[25] + 1) % 32
+    first = np.array(model.encode_hidden(ids(PROMPT), model.make_cache()))
+    second = np.array(model.encode_hidden(ids(other), model.make_cache()))
+    np.testing.assert_allclose(first[:, :25], second[:, :25], atol=1e-6)
+    assert np.abs(first[:, 25:] - second[:, 25:]).max() > 1e-2
+
+
+def test_every_canvas_position_sees_every_other(tiny_model):
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    before = np.array(model.denoise(CANVAS, cache))
+    for changed in (0, 7, 15):
+        tokens = np.array(CANVAS)
+        tokens[0, changed] = (tokens[0, changed] + 1) % 32
+        after = np.array(model.denoise(mx.array(tokens), cache))
+        assert (np.abs(after - before).max(axis=-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("back", [6, 7, 8, 30])
+def test_sliding_layers_see_the_last_window_less_one(tmp_path, back):
+    """With sliding layers below one full layer, a token further back than that
+    reaches the canvas through the full layer alone."""
+    model, _ = load(write_tiny(tmp_path / "m", sliding_window=8))
+    layer = encoded(model, PROMPT).layers[0]
+    keys = layer.read()[0]
+    assert keys.shape[2] == 7
+    other = PROMPT.copy()
+    other[-back] = (other[-back] + 1) % 32
+    changed = encoded(model, other).layers[0].read()[0]
+    differs = np.abs(np.array(keys - changed)).max(axis=(0, 1, 3)) > 1e-6
+    assert differs.sum() == (1 if back <= 7 else 0)
+
+
+def test_a_zero_signal_is_no_signal(tiny_model):
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    nothing = model.denoise(CANVAS, cache)
+    zeros = model.denoise(CANVAS, cache, mx.zeros((1, 16, 64)))
+    np.testing.assert_array_equal(np.array(zeros), np.array(nothing))
+    # a softmax over zeros is the mean embedding, which is something
+    uniform = model.self_condition(mx.zeros((1, 16, 32)))
+    assert np.abs(np.array(model.denoise(CANVAS, cache, uniform) - nothing)).max() > 0.1
+
+
+def test_the_signal_of_certain_logits_is_the_embedding(tiny_model):
+    model, _ = tiny_model
+    certain = mx.where(mx.arange(32) == CANVAS[..., None], 0.0, -mx.inf)
+    np.testing.assert_allclose(
+        np.array(model.self_condition(certain)),
+        np.array(model._embed(CANVAS)),
+        rtol=1e-6,
+    )
+
+
+def test_logits_are_capped(tmp_path):
+    model, _ = load(write_tiny(tmp_path / "m", final_logit_softcapping=0.5))
+    logits = model.denoise(CANVAS, encoded(model, PROMPT))
+    assert logits.dtype == mx.float32
+    assert 0.45 < mx.abs(logits).max().item() <= 0.5
+
+
+def test_rows_of_different_prefix_length_are_as_alone(tiny_model):
+    model, _ = tiny_model
+    canvases = mx.array(RNG.integers(0, 32, (4, 16)).astype(np.int32))
+    caches = [encoded(model, PROMPT[:n]) for n in (3, 40, 8, 7)]
+    joined = PrefixCache.join(model.config, caches)
+    together = np.array(model.denoise(canvases, joined))
+    for row, cache in enumerate(caches):
+        alone = np.array(model.denoise(canvases[row : row + 1], cache))
+        np.testing.assert_allclose(together[row : row + 1], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_sixteen_bit_weights_run_on_this_device(tiny, dtype):
+    """MLX's CPU cannot gather products in 16 bits: the loop over experts does."""
+    model, _ = load(tiny)
+    exact = np.array(model.denoise(CANVAS, encoded(model, PROMPT)))
+    model.set_dtype(dtype)
+    rounded = np.array(model.denoise(CANVAS, encoded(model, PROMPT)))
+    # a token sent to another expert by rounding may differ more than rounding does
+    assert np.median(np.abs(rounded - exact)) < (0.01 if dtype == mx.float16 else 0.08)
+
+
+def test_both_expert_paths_agree(tiny_model, monkeypatch):
+    from mlx_dgemma import backends
+
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    gathered = np.array(model.denoise(CANVAS, cache))
+    monkeypatch.setattr(backends, "loops_over_experts", lambda dtype: True)
+    looped = np.array(model.denoise(CANVAS, cache))
+    np.testing.assert_allclose(looped, gathered, **CLOSE)

@@ -1,0 +1,143 @@
+"""The built-in checkpoint follows trajectories recorded from transformers.
+
+Teacher-forced: the canvases transformers denoised go in, and its logits, entropies,
+accepted positions, argmax and stop flags must come out; then its draws are replayed
+through the whole engine. `convert/export_golden.py` made the files.
+"""
+
+import hashlib
+import json
+from collections import deque
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dgemma import load
+from mlx_dgemma.checkpoint.hub import ASSETS
+from mlx_dgemma.diffusion import sampler
+from mlx_dgemma.diffusion.engine import Engine
+from mlx_dgemma.diffusion.events import Commit, Step
+
+GOLDEN = Path(__file__).parent / "golden"
+PROVENANCE = json.loads((GOLDEN / "PROVENANCE.json").read_text())
+RUNS = sorted(PROVENANCE["runs"])
+# transformers' names of our settings
+OURS = {"max_denoising_steps": "steps", "max_new_tokens": "max_tokens"}
+OURS |= {"stability_threshold": "stability", "confidence_threshold": "confidence"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(ASSETS / PROVENANCE["model"])[0]
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def settings_of(model, name: str):
+    changes = {
+        OURS.get(k, k): v for k, v in PROVENANCE["runs"][name]["settings"].items()
+    }
+    if "eos_token_id" in changes:
+        changes["eos"] = frozenset(changes.pop("eos_token_id"))
+    return model.config.settings.but(**changes)
+
+
+def ids(array: np.ndarray) -> mx.array:
+    return mx.array(array.astype(np.int32))
+
+
+def test_files_are_those_that_were_recorded():
+    for name in RUNS:
+        digest = hashlib.sha256((GOLDEN / f"{name}.npz").read_bytes()).hexdigest()
+        assert digest == PROVENANCE["runs"][name]["sha256"]
+    weights = ASSETS / PROVENANCE["model"] / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digest == PROVENANCE["model_sha256"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_each_step_decides_as_transformers_did(model, name):
+    record, settings = golden(name), settings_of(model, name)
+    step = 0
+    for index, length in enumerate(record["lengths"]):
+        cache = model.make_cache()
+        before = record["tokens"][: index * settings.canvas_length]
+        model.encode(ids(np.concatenate([record["prompt"], before])[None]), cache)
+        signal = None
+        for number in range(length):
+            canvas = record["canvas"][step]
+            logits = model.denoise(ids(canvas[None]), cache, signal)
+            np.testing.assert_allclose(
+                np.array(logits)[0], record["logits"][step], atol=2e-3
+            )
+            refined = sampler.refine(
+                logits,
+                temperatures=mx.array([settings.temperature(number)]),
+                bounds=mx.array([settings.entropy_bound]),
+                uniforms=mx.zeros((1, len(canvas))),
+                noise=ids(record["noise"][step][None]),
+            )
+            np.testing.assert_allclose(
+                np.array(refined.entropy)[0], record["entropy"][step], atol=1e-3
+            )
+            for ours, theirs in (
+                (refined.accepted, record["accepted"]),
+                (refined.argmax, record["argmax"]),
+            ):
+                np.testing.assert_array_equal(np.array(ours)[0], theirs[step])
+            signal = model.self_condition(refined.processed)
+            step += 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_engine_follows_the_same_draws(model, name, monkeypatch):
+    record, settings = golden(name), settings_of(model, name)
+    starts, proposals, noise = (
+        deque(record[k]) for k in ("starts", "proposal", "noise")
+    )
+    monkeypatch.setattr(
+        sampler, "random_tokens", lambda key, length, vocab: ids(starts.popleft())
+    )
+    monkeypatch.setattr(
+        sampler, "propose", lambda processed, u: ids(proposals.popleft()[None])
+    )
+    monkeypatch.setattr(
+        Engine,
+        "_draw",
+        lambda self, canvases, length: (
+            mx.zeros((1, length)),
+            ids(noise.popleft()[None]),
+        ),
+    )
+    engine = Engine(model)
+    engine.admit(record["prompt"].tolist(), settings, seed=0)
+    events = list(engine.run())
+    steps = [e for e in events if isinstance(e, Step)]
+    commits = [e for e in events if isinstance(e, Commit)]
+    assert [c.steps for c in commits] == record["lengths"].tolist()
+    assert [s.stopped for s in steps] == record["stopped"].tolist()
+    for number, step in enumerate(steps):
+        np.testing.assert_array_equal(np.array(step.draft), record["argmax"][number])
+        np.testing.assert_array_equal(
+            np.array(step.accepted), record["accepted"][number]
+        )
+        np.testing.assert_allclose(
+            np.array(step.entropy), record["entropy"][number], atol=1e-3
+        )
+    tokens = record["tokens"].tolist()
+    end = next((i for i, t in enumerate(tokens) if t in settings.eos), None)
+    expected = tokens[: settings.max_tokens][:end]
+    assert [t for c in commits for t in c.tokens] == expected
+
+
+def test_trajectories_cover_the_stop_rule():
+    """Some canvases stop early, some run to the end, one text has several."""
+    lengths = {name: golden(name)["lengths"].tolist() for name in RUNS}
+    assert lengths["solved"][0] < PROVENANCE["runs"]["solved"].get("cap", 24)
+    assert len(lengths["canvases"]) == 3
+    assert golden("solved")["stopped"][-1] and not golden("canvases")["stopped"].all()
