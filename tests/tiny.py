@@ -92,8 +92,6 @@ def write_tiny(folder: Path, *, seed: int = 0, **text: Any) -> Path:
         disk_name(name): random_weight(name, shape, seed)
         for name, shape in expected_shapes(config).items()
     }
-    for name in [name for name in weights if ".experts." in name]:
-        weights[name.removesuffix(".weight")] = weights.pop(name)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     write_tokenizer(folder)
     return folder

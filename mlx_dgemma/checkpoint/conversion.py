@@ -248,7 +248,8 @@ class _Planner:
             }
             return quantization.undo(parts, dtype)
 
-        self.out.tensors[f"{layer_path(layer)}.weight"] = Pending(dtype, shape, make)
+        name = disk_name(f"{layer}.weight")
+        self.out.tensors[name] = Pending(dtype, shape, make)
 
 
 def _write(

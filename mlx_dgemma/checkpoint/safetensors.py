@@ -84,14 +84,9 @@ def _check_entries(
     infos, ranges = {}, []
     for name, entry in header.items():
         try:
-            dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
-            start, end = entry["data_offsets"]
-            # bool is an int too
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            dtype_name, shape, start, end = _parse_entry(entry)
         except (TypeError, KeyError, ValueError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path}: {name}: broken header entry")
+            raise CheckpointError(f"{path}: {name}: broken header entry") from None
         if dtype_name not in DTYPES:
             raise CheckpointError(
                 f"{path}: {name}: dtype {dtype_name} is not supported; "
@@ -115,6 +110,16 @@ def _check_entries(
         if start < end:
             raise CheckpointError(f"{path}: {name} and {following} overlap")
     return infos
+
+
+def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and byte range of a header entry; ValueError if it is no such."""
+    shape = tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    # bool is an int too
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError
+    return str(entry["dtype"]), shape, start, end
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def write_file(path: Path, tensors: dict[str, Pending]) -> Iterator[tuple[str, i
         os.fsync(file.fileno())
 
 
-def _bytes(name: str, tensor: Pending) -> np.ndarray:
+def _bytes(name: str, tensor: Pending) -> memoryview:
     array = tensor.make()
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise CheckpointError(
@@ -166,4 +171,4 @@ def _bytes(name: str, tensor: Pending) -> np.ndarray:
     if array.dtype == mx.bfloat16:  # numpy has no bfloat16; the bytes are the same
         array = mx.view(array, mx.uint16)
     rows = np.ascontiguousarray(np.array(array, copy=False))
-    return rows.reshape(-1).view(np.uint8)
+    return rows.reshape(-1).view(np.uint8).data

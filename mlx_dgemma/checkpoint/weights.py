@@ -21,6 +21,7 @@ from .safetensors import TensorInfo, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 ENCODER_SCALAR = re.compile(
@@ -52,12 +53,14 @@ def parameter_name(disk_name: str) -> str | None:
 
 
 def disk_name(parameter: str) -> str:
-    """The name under which this package writes a parameter."""
-    layer, _, scalar = parameter.rpartition(".")
-    if scalar == "encoder_scalar":
+    """The release's name of a dense parameter: experts have no `.weight` suffix."""
+    layer, _, last = parameter.rpartition(".")
+    if last == "encoder_scalar":
         return f"model.encoder.language_model.{layer}.layer_scalar"
-    if scalar == "decoder_scalar":
+    if last == "decoder_scalar":
         return f"{DECODER}{layer}.layer_scalar"
+    if last == "weight" and ".experts." in layer:
+        return DECODER + layer
     return DECODER + parameter
 
 
@@ -188,10 +191,10 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not SHARD.fullmatch(file):
             raise CheckpointError(
                 f"{path}: {name} is said to lie in {file!r}; "
-                "a shard must be a file in the same folder"
+                "a shard must be a .safetensors file in the same folder"
             )
         if file not in headers:
             headers[file] = read_header(folder / file)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..checkpoint.conversion import Converted, Progress
 
 SECONDS_BETWEEN_LINES = 5.0
+NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -176,18 +177,17 @@ def _new_bar() -> "Bar":
         BarColumn,
         DownloadColumn,
         Progress,
-        TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
+    console = Console(stderr=True)
     return Progress(
-        TextColumn("converting"),
-        BarColumn(),
+        BarColumn(max(4, min(40, console.width - NUMBERS_WIDTH))),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
 
 

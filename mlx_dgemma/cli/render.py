@@ -140,14 +140,20 @@ class Surface:
     def erase(self) -> None:
         """Leave the terminal as if nothing had been drawn."""
         if self.widths:
-            self._send(self._home() + ERASE_BELOW)
+            # line by line: tmux moves a screen erased at once into its history
+            blank = "\n".join([ERASE_LINE] * self._rows())
+            self._send(f"{self._home()}{blank}{ERASE_BELOW}{self._home()}")
             self.widths = []
 
     def _home(self) -> str:
-        # a terminal made narrower has broken the lines that no longer fit
-        columns, _ = self.size()
-        rows = sum(max(1, -(-width // columns)) for width in self.widths)
+        rows = self._rows()
         return "\r" + (UP.format(rows - 1) if rows > 1 else "")
+
+    def _rows(self) -> int:
+        """Rows what is drawn takes now, as far as the terminal can be reached."""
+        columns, rows = self.size()
+        # a terminal made narrower has broken the lines that no longer fit
+        return min(rows, sum(max(1, -(-width // columns)) for width in self.widths))
 
     def _send(self, codes: str) -> None:
         sys.stderr.write(codes)

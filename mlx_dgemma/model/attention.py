@@ -4,6 +4,8 @@
 are True where a query may look; none is returned where none is needed.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -50,7 +52,7 @@ def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | No
     padded = any(start > span.first for start in span.starts)
     if not padded and (window is None or keys <= window):
         return None if new == 1 else "causal"
-    key = np.arange(span.first, span.last)
+    key: Any = np.arange(span.first, span.last)
     query = np.arange(span.last - new, span.last)[:, None]
     allowed = key <= query
     if window is not None:
@@ -70,7 +72,7 @@ def canvas_mask(length: int, span: Span) -> mx.array | None:
     """
     if all(start <= span.first for start in span.starts):
         return None
-    key = np.arange(span.first, span.last + length)
+    key: Any = np.arange(span.first, span.last + length)
     return mx.array((key >= np.array(span.starts)[:, None])[:, None, None])
 
 

@@ -43,12 +43,13 @@ def _replace(model: DiffusionGemma, layer: str, q: Quantization) -> None:
     for part in path:
         parent = parent[int(part)] if part.isdecimal() else parent[part]
     dense = parent[name]
-    spec = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+    spec = (q.group_size, q.bits, q.mode)
     if isinstance(dense, ExpertLinear):
         experts, outputs, inputs = dense.weight.shape
-        parent[name] = QuantizedExpertLinear(experts, inputs, outputs, **spec)
+        parent[name] = QuantizedExpertLinear(experts, inputs, outputs, *spec)
     elif isinstance(dense, nn.Embedding):
-        parent[name] = nn.QuantizedEmbedding(*dense.weight.shape, **spec)
+        size, width = dense.weight.shape
+        parent[name] = nn.QuantizedEmbedding(size, width, *spec)
     else:
         outputs, inputs = dense.weight.shape
-        parent[name] = nn.QuantizedLinear(inputs, outputs, "bias" in dense, **spec)
+        parent[name] = nn.QuantizedLinear(inputs, outputs, "bias" in dense, *spec)

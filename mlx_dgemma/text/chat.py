@@ -32,6 +32,8 @@ TEMPLATE_FAILURES = (
     AttributeError,
     ArithmeticError,
     RecursionError,
+    MemoryError,
+    SyntaxError,
 )
 
 
@@ -125,9 +127,11 @@ def encode_prompt(
     else:
         messages = [_message(m, i) for i, m in enumerate(prompt)]
     if system is not None:
-        if messages[0]["role"] == "system":
+        roles = [message["role"] for message in messages]
+        if "system" in roles:
             raise SettingsError(
-                "system is given and message 0 is a system message; leave one out"
+                f"system is given and message {roles.index('system')} is a system "
+                "message; leave one out"
             )
         messages.insert(0, {"role": "system", "content": system})
     text = tokenizer.apply_chat_template(messages, enable_thinking=thinking)
@@ -184,10 +188,8 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if role not in ROLES:
         refuse(f"role is {role!r}; it must be one of {', '.join(ROLES)}")
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
         return dict(message)  # a call of tools needs no words
-    if isinstance(content, str):
-        return dict(message)
     if not isinstance(content, list | tuple):
         refuse(f"content is {type(content).__name__}; it must be text or text parts")
     for part in content:

@@ -33,9 +33,11 @@ class Tokenizer:
         self._named = {**backend.named, **_named_tokens(config, where)}
         self.chat_template = template
         self.vocab_size = backend.size
-        self.special_ids = backend.special_ids
         self.bos_token_id = self._named_id("bos_token")
         self.pad_token_id = self._named_id("pad_token")
+        # named in tokenizer_config.json is special too, flagged or not
+        named = {self._backend.token_id(piece) for piece in self._named.values()}
+        self.special_ids = backend.special_ids | (named - {None})
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":

@@ -147,8 +147,8 @@ class SentencePieceBackend:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())
+    """An error's message without its line breaks; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -159,6 +159,7 @@ def test_every_text_arrives_whole(plain, text):
             "this version reads text only",
         ),
         ([SYSTEM], {"system": "x"}, "system is given and message 0 is a system"),
+        ([USER, SYSTEM], {"system": "x"}, "system is given and message 1 is a system"),
         ("hi", {"system": 3}, "system must be text, not int"),
         ([1], {"system": "x"}, "system cannot be used: the prompt is token ids"),
         ([1], {"thinking": True}, "thinking cannot be used: the prompt is token ids"),

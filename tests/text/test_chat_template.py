@@ -78,6 +78,7 @@ def test_an_enumeration_is_its_text():
         ("{{ raise_exception('no\nsuch role') }}", "no such role"),
         ("{{ missing.key }}", "'missing' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ [0] * 10**16 }}", "MemoryError"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
         ("{{ strftime_now(3) }}", "must be str"),
         ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
@@ -107,3 +108,8 @@ def test_a_template_that_cannot_be_parsed_is_one_line(source):
 def test_messages_must_be_objects():
     message = refusal(SettingsError, render, "x", ["hi"])
     assert message == 'a message must be {"role", "content"}'
+
+
+def test_a_template_that_python_cannot_compile_is_one_line():
+    message = refusal(TokenizerError, ChatTemplate, "{% break %}", "here.jinja")
+    assert message.startswith("here.jinja: 'break' outside loop")

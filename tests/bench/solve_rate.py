@@ -1,0 +1,126 @@
+"""How many unseen puzzles `sudoku4` solves, ours beside transformers.
+
+    python tests/bench/solve_rate.py [--count 500] [--steps 1,2,4,8,24] [--oracle]
+    python tests/bench/solve_rate.py --recipes
+
+Puzzles come from the side of the split that training never draws from. `--oracle`
+also runs transformers' own `generate` (needs the extra `parity`). `--recipes`
+converts the checkpoint by every recipe and tells size, largest change of the logits
+and solve rate of each. Prints Markdown.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "convert"))
+from sudoku import held_out  # noqa: E402
+
+from mlx_dgemma import convert, load  # noqa: E402
+from mlx_dgemma.checkpoint.hub import resolve  # noqa: E402
+from mlx_dgemma.diffusion.engine import Engine  # noqa: E402
+from mlx_dgemma.diffusion.events import Commit  # noqa: E402
+from mlx_dgemma.text.chat import encode_prompt  # noqa: E402
+
+ROWS = 50  # puzzles denoised together
+RECIPES = {
+    "8 bit": {"q_bits": 8},
+    "mixed (experts 4, rest 8)": {"quant_predicate": "mixed"},
+    "4 bit": {"q_bits": 4},
+    "mxfp8": {"q_mode": "mxfp8"},
+    "mxfp4": {"q_mode": "mxfp4"},
+    "nvfp4": {"q_mode": "nvfp4"},
+}
+
+
+def solve(model, tokenizer, pairs, steps: int | None) -> tuple[float, float]:
+    """Share of `pairs` solved exactly, and mean denoising steps per puzzle."""
+    settings = model.config.settings.but(steps=steps)
+    right, taken = 0, 0
+    for start in range(0, len(pairs), ROWS):
+        engine = Engine(model)
+        answers = {}
+        for seed, (puzzle, answer) in enumerate(pairs[start : start + ROWS], start):
+            ids = encode_prompt(tokenizer, puzzle)
+            answers[engine.admit(ids, settings, seed).request] = answer
+        for event in engine.run():
+            if isinstance(event, Commit):
+                right += tokenizer.decode(event.tokens) == answers[event.request]
+                taken += event.steps
+    return right / len(pairs), taken / len(pairs)
+
+
+def sweep(name: str, pairs, steps: list[int], oracle: bool) -> None:
+    """Ours, and transformers' if asked, at every step cap."""
+    model, tokenizer = load(name)
+    print("| steps allowed | ours: solved | mean steps | transformers | mean steps |")
+    print("| --- | --- | --- | --- | --- |")
+    for most in steps:
+        rate, mean = solve(model, tokenizer, pairs, most)
+        theirs, their_mean = "", ""
+        if oracle:
+            from train_sudoku import evaluate
+
+            found = evaluate(resolve(name), len(pairs), most)
+            theirs, their_mean = f"{found[0]:.1%}", f"{found[1]:.2f}"
+        print(f"| {most} | {rate:.1%} | {mean:.2f} | {theirs} | {their_mean} |")
+
+
+def recipes(name: str, pairs) -> None:
+    """Every recipe against the dense checkpoint."""
+    dense, tokenizer = load(name)
+    prompts = [encode_prompt(tokenizer, puzzle) for puzzle, _ in pairs[:ROWS]]
+    canvas = np.random.default_rng(0).integers(
+        0, dense.config.vocab_size, (ROWS, dense.config.canvas_length)
+    )
+
+    def logits(model) -> np.ndarray:
+        cache = model.make_cache()
+        model.encode(mx.array(prompts, dtype=mx.int32), cache)
+        return np.array(model.denoise(mx.array(canvas.astype(np.int32)), cache))
+
+    exact = logits(dense)
+    size = sum(f.stat().st_size for f in resolve(name).glob("*.safetensors"))
+    rate, mean = solve(dense, tokenizer, pairs, None)
+    print("| recipe | MB | bits per weight | max abs Δ logits | solved | mean steps |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"| dense | {size / 1e6:.2f} | 32 | 0 | {rate:.1%} | {mean:.2f} |")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (label, how) in enumerate(RECIPES.items()):
+            made = convert(name, Path(folder) / str(number), quantize=True, **how)
+            model, _ = load(made.path)
+            change = np.abs(logits(model) - exact).max()
+            rate, mean = solve(model, tokenizer, pairs, None)
+            print(
+                f"| {label} | {made.bytes / 1e6:.2f} | {made.bits_per_weight:.2f} | "
+                f"{change:.3f} | {rate:.1%} | {mean:.2f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="sudoku4")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--steps", default="1,2,4,8,24")
+    parser.add_argument("--oracle", action="store_true")
+    parser.add_argument("--recipes", action="store_true")
+    options = parser.parse_args()
+    pairs = held_out(options.count)
+    started = time.perf_counter()
+    if options.recipes:
+        recipes(options.model, pairs)
+    else:
+        steps = [int(most) for most in options.steps.split(",")]
+        sweep(options.model, pairs, steps, options.oracle)
+    seconds = time.perf_counter() - started
+    print(f"\n{len(pairs)} unseen puzzles, {seconds:.0f} s on {mx.default_device()}")
+
+
+if __name__ == "__main__":
+    main()

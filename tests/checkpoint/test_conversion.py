@@ -1,0 +1,458 @@
+"""What a conversion writes: values, configuration, shards, carried files."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.utils
+import numpy as np
+import pytest
+from tiny import tiny_config, write_tiny
+
+from mlx_dgemma import load
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.weights import open_files, parameter_name
+from mlx_dgemma.errors import CheckpointError, ConversionError
+from mlx_dgemma.model.language import DiffusionGemma
+from mlx_dgemma.model.loading import load_model
+
+DECODER = "model.decoder."
+INDEX = "model.safetensors.index.json"
+PROMPT = mx.array([[2, 3, 9, 10, 11, 12, 13, 14, 15, 16, 4]])
+CANVAS = mx.array([list(range(7, 23))])
+VISION = {
+    "model.encoder.vision_tower.patch.weight": mx.arange(6).reshape(2, 3) / 7,
+    "model.encoder.embed_vision.projection.weight": mx.ones((4, 2)).astype(mx.bfloat16),
+}
+# How a weight of inner width 64 or 128 is stored, and one of 32: experts' down_proj.
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    f"affine-{bits}": (
+        {"q_bits": bits},
+        {"group_size": 64, "bits": bits, "mode": "affine"},
+        {"group_size": 32, "bits": bits, "mode": "affine"},
+    )
+    for bits in (2, 3, 4, 5, 6, 8)
+}
+for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
+    spec = {"group_size": size, "bits": bits, "mode": mode}
+    MODES[mode] = ({"q_mode": mode}, spec, spec)
+EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
+
+
+def tensors(folder: Path) -> dict[str, mx.array]:
+    """All tensors of a folder by their parameter, vision by its name on disk."""
+    found: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        found |= {parameter_name(name) or name: a for name, a in arrays.items()}
+    return found
+
+
+def bits(array: mx.array) -> bytes:
+    return np.array(mx.view(array.reshape(-1), mx.uint8)).tobytes()
+
+
+def same(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
+        assert bits(array) == bits(theirs[name]), name
+
+
+def logits(model: DiffusionGemma) -> np.ndarray:
+    cache = model.make_cache()
+    model.encode(PROMPT, cache)
+    signal = model.self_condition(model.denoise(CANVAS, cache))
+    return np.array(model.denoise(CANVAS, cache, signal))
+
+
+def edited(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint folder with its weights changed.
+
+    dtype   of every tensor
+    more    tensors to add
+    config  keys of config.json to change
+    """
+    shutil.copytree(source, target)
+    arrays = mx.load(str(source / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    dtype = changes.get("dtype")
+    arrays = {n: a if dtype is None else a.astype(dtype) for n, a in arrays.items()}
+    mx.save_safetensors(
+        str(target / "model.safetensors"), arrays | changes.get("more", {})
+    )
+    config = read_json(target) | changes.get("config", {})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    convert(tiny, folder, quantize=True)
+    return folder
+
+
+# Dense
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_a_dense_conversion_keeps_every_value_bit_for_bit(tiny, tmp_path, dtype):
+    source = edited(tiny, tmp_path / "source", dtype=dtype)
+    convert(source, tmp_path / "out")
+    same(tensors(tmp_path / "out"), tensors(source))
+
+
+def test_a_conversion_is_the_same_whatever_was_converted_before(tiny, tmp_path):
+    convert(tiny, tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "two")
+    for name in listing(tmp_path / "one"):
+        one, two = (tmp_path / which / name for which in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+def test_names_on_disk_are_those_mlx_vlm_reads(tiny, tmp_path):
+    convert(tiny, tmp_path / "out")
+    names = open_files(tmp_path / "out").tensors
+    assert f"{DECODER}layers.0.experts.gate_up_proj" in names
+    assert "model.encoder.language_model.layers.0.layer_scalar" in names
+
+
+def test_a_tied_copy_is_not_written(tiny, tmp_path):
+    copies = {"lm_head.weight": mx.zeros((32, 64))}
+    source = edited(tiny, tmp_path / "source", more=copies)
+    convert(source, tmp_path / "out")
+    same(tensors(tmp_path / "out"), tensors(tiny))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_is_of_every_dense_tensor_and_said_in_the_config(tiny, tmp_path, dtype):
+    text = tiny_config()["text_config"] | {"dtype": "float32"}
+    config = {"dtype": "float32", "torch_dtype": "float32", "text_config": text}
+    source = edited(tiny, tmp_path / "source", config=config)
+    convert(source, tmp_path / "out", dtype=dtype)
+    wanted = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    found = tensors(tmp_path / "out")
+    same(found, {n: a.astype(wanted[dtype]) for n, a in tensors(tiny).items()})
+    written = read_json(tmp_path / "out")
+    assert (written["dtype"], written["torch_dtype"]) == (dtype, dtype)
+    assert written["text_config"]["dtype"] == dtype
+
+
+def test_without_dtype_the_sources_own_is_kept_in_what_stays_dense(tiny, tmp_path):
+    source = edited(tiny, tmp_path / "source", dtype=mx.bfloat16)
+    convert(source, tmp_path / "out", quantize=True)
+    found = tensors(tmp_path / "out")
+    assert found["norm.weight"].dtype == mx.bfloat16
+    assert found["embed_tokens.scales"].dtype == mx.bfloat16
+    assert load_model(tmp_path / "out", read_config(tmp_path / "out")).dtype == (
+        mx.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"dtype": "float16"}, {"quantize": True}], ids=["as", "half", "q"]
+)
+def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
+    config = {"vision_config": {"hidden_size": 3}}
+    source = edited(tiny, tmp_path / "source", more=VISION, config=config)
+    converted = convert(source, tmp_path / "out", **how)
+    found = tensors(tmp_path / "out")
+    same({name: found[name] for name in VISION}, VISION)
+    assert read_json(tmp_path / "out")["vision_config"] == {"hidden_size": 3}
+    plain = convert(tiny, tmp_path / "plain", **how)
+    assert converted.bits_per_weight == plain.bits_per_weight
+    assert converted.bytes == plain.bytes + sum(a.nbytes for a in VISION.values())
+
+
+# Quantised
+
+
+def by_hand(tiny: Path, spec_of: Callable[[str, int], dict[str, Any]]) -> np.ndarray:
+    """Logits of the dense model, its weights rounded by mlx as they would be."""
+    model = load_model(tiny, read_config(tiny))
+    rounded = []
+    for name, weight in mlx.utils.tree_flatten(model.parameters()):
+        if weight.ndim < 2:
+            continue
+        spec = spec_of(name, weight.shape[-1])
+        parts = mx.quantize(weight, **spec)
+        rounded.append((name, mx.dequantize(*parts, **spec, dtype=mx.float32)))
+    model.load_weights(rounded, strict=False)
+    return logits(model)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_quantised_logits_are_those_of_weights_rounded_by_hand(tiny, tmp_path, name):
+    how, wide, narrow = MODES[name]
+    converted = convert(tiny, tmp_path / "out", quantize=True, **how)
+    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
+    found = logits(model)
+    wanted = by_hand(tiny, lambda _, width: narrow if width == 32 else wide)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    exact = logits(load_model(tiny, read_config(tiny)))
+    assert np.abs(wanted - exact).max() > 0.02  # rounding shows, and alike
+    assert converted.bits_per_weight < 32 / 2
+
+
+def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
+    out = tmp_path / "out"
+    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
+    _, wide, narrow = MODES["affine-3"]
+
+    def spec(name: str, width: int) -> dict[str, Any]:
+        if ".experts." in name:
+            return narrow if width == 32 else wide
+        return EIGHT
+
+    found = logits(load_model(out, read_config(out)))
+    np.testing.assert_allclose(found, by_hand(tiny, spec), atol=2e-4)
+
+
+def test_overrides_are_written_by_path_on_disk_as_mlx_lm_does(tiny, tmp_path):
+    out = tmp_path / "out"
+    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
+    written = read_json(out)
+    assert written["quantization_config"] == written["quantization"]
+    quantization = written["quantization"]
+    _, wide, narrow = MODES["affine-3"]
+    assert {k: quantization.pop(k) for k in wide} == wide
+    layers = [f"{DECODER}layers.{i}" for i in range(3)]
+    for layer in layers:
+        assert quantization.pop(f"{layer}.experts.down_proj") == narrow
+        assert f"{layer}.experts.gate_up_proj" not in quantization
+    assert all(spec == EIGHT for spec in quantization.values())
+    found = {
+        n.removesuffix(".scales") for n in open_files(out).tensors if "scales" in n
+    }
+    experts = {
+        f"{x}.experts.{p}" for x in layers for p in ("down_proj", "gate_up_proj")
+    }
+    assert found - set(quantization) == experts
+    assert set(quantization) <= found
+
+
+def test_layers_no_group_divides_stay_dense_and_are_told(tmp_path):
+    source = write_tiny(tmp_path / "source", intermediate_size=40)
+    converted = convert(source, tmp_path / "out", quantize=True)
+    dense = {f"{DECODER}layers.{i}.mlp.down_proj" for i in range(3)}
+    assert set(converted.dense) == dense | {f"{DECODER}self_conditioning.down_proj"}
+    regrouped = {f"{DECODER}layers.{i}.experts.down_proj": 32 for i in range(3)}
+    assert converted.regrouped == regrouped
+    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
+    assert model.layers[0].mlp.down_proj.weight.shape == (64, 40)
+    assert np.isfinite(logits(model)).all()
+
+
+def test_attention_biases_survive_quantisation(tmp_path):
+    source = write_tiny(tmp_path / "source", attention_bias=True)
+    convert(source, tmp_path / "out", quantize=True, q_bits=8)
+    name = "layers.0.self_attn.k_proj.bias"
+    same(
+        {name: tensors(tmp_path / "out")[name]},
+        {name: tensors(source)[name]},
+    )
+    exact = logits(load_model(source, read_config(source)))
+    found = logits(load_model(tmp_path / "out", read_config(tmp_path / "out")))
+    assert np.abs(found - exact).max() < 1
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_dequantizing_gives_back_what_was_rounded(tiny, tmp_path, name):
+    how, wide, narrow = MODES[name]
+    convert(tiny, tmp_path / "q", quantize=True, **how)
+    convert(tmp_path / "q", tmp_path / "out", dequantize=True)
+    wanted = {}
+    for parameter, array in tensors(tiny).items():
+        wanted[parameter] = array
+        if array.ndim >= 2:
+            spec = narrow if array.shape[-1] == 32 else wide
+            parts = mx.quantize(array, **spec)
+            wanted[parameter] = mx.dequantize(*parts, **spec, dtype=mx.float32)
+    same(tensors(tmp_path / "out"), wanted)
+    assert not {"quantization", "quantization_config"} & set(
+        read_json(tmp_path / "out")
+    )
+
+
+def test_dequantizing_obeys_dtype(quantised, tmp_path):
+    convert(quantised, tmp_path / "out", dequantize=True, dtype="bfloat16")
+    found = tensors(tmp_path / "out").values()
+    assert {array.dtype for array in found} == {mx.bfloat16}
+
+
+# Configuration and files
+
+
+def test_transformers_layout_becomes_the_releases(tiny, tmp_path):
+    text = tiny_config()["text_config"]
+    del text["global_head_dim"], text["num_global_key_value_heads"]
+    text["per_layer_config"] = {"2": {"head_dim": 32, "num_key_value_heads": 1}}
+    source = edited(tiny, tmp_path / "source", config={"text_config": text})
+    convert(source, tmp_path / "out")
+    assert read_json(tmp_path / "out") == tiny_config()
+    theirs = read_config(source)
+    assert read_config(tmp_path / "out").layers == theirs.layers
+
+
+def test_shapes_the_releases_layout_cannot_say_keep_their_own(tmp_path):
+    layers = {"0": {"head_dim": 8}, "2": {"head_dim": 32, "num_key_value_heads": 1}}
+    source = write_tiny(tmp_path / "source", per_layer_config=layers)
+    convert(source, tmp_path / "out")
+    ours, theirs = read_config(tmp_path / "out"), read_config(source)
+    assert ours.layers == theirs.layers
+    assert [one.head_dim for one in ours.layers] == [8, 16, 32]
+
+
+def test_keys_of_others_are_kept(tiny, tmp_path):
+    config = {"architectures": ["X"], "image_token_id": 9}
+    source = edited(tiny, tmp_path / "source", config=config)
+    convert(source, tmp_path / "out")
+    assert read_json(tmp_path / "out").items() >= config.items()
+
+
+def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    carried = {
+        "generation_config.json": b'{"t_max": 0.9}',
+        "special_tokens_map.json": b'{"bos_token": "<bos>"}',
+        "LICENSE": b"terms\r\n\xff",
+    }
+    left = {"README.md": b"x", "pytorch_model.bin": b"x", "modeling.py": b"x"}
+    for name, content in (carried | left).items():
+        (source / name).write_bytes(content)
+    convert(source, tmp_path / "out")
+    assert listing(tmp_path / "out") == sorted(
+        [
+            *carried,
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        ]
+    )
+    for name in (*carried, "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    model, tokenizer = load(tmp_path / "out")
+    assert tokenizer.chat_template is not None
+    assert model.config.settings.t_max == 0.9
+
+
+@pytest.mark.parametrize("how", [{}, {"quantize": True}], ids=["dense", "quantised"])
+def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
+    one, many = tmp_path / "one", tmp_path / "many"
+    convert(tiny, one, **how)
+    limit = 20_000
+    converted = convert(tiny, many, shard_bytes=limit, **how)
+    same(tensors(many), tensors(one))
+    files = sorted(many.glob("*.safetensors"))
+    assert len(files) == converted.shards > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    index = read_json(many, INDEX)
+    assert index["metadata"]["total_size"] == converted.bytes
+    for file in files:
+        held = mx.load(str(file))
+        assert all(index["weight_map"][name] == file.name for name in held)
+        assert sum(a.nbytes for a in held.values()) <= limit or len(held) == 1
+    assert len(index["weight_map"]) == len(open_files(one).tensors)
+    np.testing.assert_array_equal(
+        logits(load_model(many, read_config(many))),
+        logits(load_model(one, read_config(one))),
+    )
+
+
+def test_a_limit_below_every_tensor_gives_each_its_file(tiny, tmp_path):
+    converted = convert(tiny, tmp_path / "out", shard_bytes=1)
+    assert converted.shards == len(open_files(tiny).tensors)
+    load_model(tmp_path / "out", read_config(tmp_path / "out"))
+
+
+def test_a_sharded_source_is_converted_like_a_single_file(tiny, tmp_path):
+    convert(tiny, tmp_path / "many", shard_bytes=50_000)
+    convert(tmp_path / "many", tmp_path / "one")
+    same(tensors(tmp_path / "one"), tensors(tiny))
+    assert not (tmp_path / "one" / INDEX).exists()
+
+
+def test_progress_counts_every_tensor_to_the_end(tiny, tmp_path):
+    calls: list[tuple[str, int, int]] = []
+    converted = convert(tiny, tmp_path / "out", progress=lambda *a: calls.append(a))
+    assert {name for name, _, _ in calls} == set(open_files(tmp_path / "out").tensors)
+    done = [done for _, done, _ in calls]
+    assert done == sorted(done)
+    assert done[-1] == converted.bytes
+    assert {total for _, _, total in calls} == {converted.bytes}
+
+
+def test_the_numbers_told_are_those_of_the_files(tiny, tmp_path):
+    converted = convert(tiny, tmp_path / "out", quantize=True)
+    file = tmp_path / "out" / "model.safetensors"
+    with file.open("rb") as opened:
+        (header,) = struct.unpack("<Q", opened.read(8))
+    assert converted.bytes == file.stat().st_size - 8 - header
+    assert converted.source_bytes == sum(a.nbytes for a in tensors(tiny).values())
+    weights = sum(array.size for array in tensors(tiny).values())
+    assert converted.bits_per_weight == pytest.approx(8 * converted.bytes / weights)
+    assert (converted.path, converted.shards) == (tmp_path / "out", 1)
+
+
+# Refused before a byte is written
+
+
+def refused(tmp_path: Path, source: Path, *named: str, **how: Any) -> None:
+    with pytest.raises((ConversionError, CheckpointError)) as caught:
+        convert(source, tmp_path / "out", **how)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+    assert listing(tmp_path) == []
+
+
+def test_quantising_what_is_quantised_is_refused(quantised, tmp_path):
+    for how in ({"quantize": True}, {}, {"dtype": "float16"}):
+        refused(tmp_path, quantised, str(quantised), "--dequantize", **how)
+
+
+def test_dequantising_what_is_dense_is_refused(tiny, tmp_path):
+    refused(tmp_path, tiny, str(tiny), "not quantised", dequantize=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"quantize": True, "dequantize": True}, "exclude"),
+        ({"dtype": "float64"}, "float64"),
+        ({"quant_predicate": "best"}, "best"),
+        ({"quantize": True, "q_mode": "int4"}, "int4"),
+        ({"quantize": True, "q_bits": 7}, "q-bits is 7"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_group_size": 64}, "q-group-size"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(tiny, tmp_path, how, named):
+    refused(tmp_path, tiny, named, **how)
+
+
+def test_too_little_disk_names_what_is_needed_and_what_is_there(
+    tiny, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_234_567)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    needed = open_files(tiny).nbytes + 64 * 2**20
+    refused(tmp_path, tiny, f"{needed:,}", "1,234,567")

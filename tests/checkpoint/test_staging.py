@@ -1,0 +1,381 @@
+"""Under a conversion's own name there is nothing or everything, whatever happens."""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from tiny import write_tiny
+
+from mlx_dgemma.checkpoint import conversion, staging
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.errors import ConversionError
+from mlx_dgemma.model.loading import load_model
+
+DRIVER = Path(__file__).with_name("slow_convert.py")
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def whole(folder: Path, source: Path) -> None:
+    """The folder holds the source's model, complete."""
+    ours = load_model(folder, read_config(folder))
+    theirs = load_model(source, read_config(source))
+    assert mx.array_equal(ours.embed_tokens.weight, theirs.embed_tokens.weight).item()
+    assert listing(folder) == listing(source)
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    """Another model, with a file that the tiny one lacks."""
+    folder = write_tiny(tmp_path_factory.mktemp("older") / "model", seed=1)
+    (folder / "LICENSE").write_text("of old")
+    return folder
+
+
+@pytest.fixture
+def out(older, tmp_path) -> Path:
+    """A target at which a model lies already, alone in its parent."""
+    return shutil.copytree(older, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture(scope="module")
+def alive() -> Iterator[int]:
+    """The id of a process that lives as long as the tests."""
+    process = subprocess.Popen(["sleep", "600"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+# What may be written to
+
+
+def test_an_existing_target_is_refused_and_untouched(tiny, older, out):
+    with pytest.raises(ConversionError, match=r"out: exists; .*--overwrite"):
+        convert(tiny, out)
+    whole(out, older)
+    assert listing(out.parent) == ["out"]
+
+
+def test_overwrite_replaces_and_keeps_nothing_of_the_old(tiny, out):
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
+
+
+def test_an_empty_folder_may_be_overwritten(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(tiny, tmp_path / "out", overwrite=True)
+    whole(tmp_path / "out", tiny)
+
+
+def test_what_is_no_model_folder_is_never_overwritten(tiny, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"meow")
+    (tmp_path / "file").write_bytes(b"text")
+    for target in (photos, tmp_path / "file"):
+        with pytest.raises(ConversionError, match="no model folder"):
+            convert(tiny, target, overwrite=True)
+    assert (photos / "cat.jpg").read_bytes() == b"meow"
+    assert listing(tmp_path) == ["file", "photos"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a model", "to nothing"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_link_is_refused(tiny, out, there, overwrite):
+    link = out.with_name("link")
+    link.symlink_to(out if there else out / "absent")
+    with pytest.raises(ConversionError, match="link"):
+        convert(tiny, link, overwrite=overwrite)
+    assert link.is_symlink()
+
+
+def test_a_parent_that_is_missing_is_named(tiny, tmp_path):
+    with pytest.raises(ConversionError, match=rf"{tmp_path / 'no'}: no such folder"):
+        convert(tiny, tmp_path / "no" / "out")
+    assert listing(tmp_path) == []
+
+
+def test_the_model_that_is_read_is_never_replaced(older, out):
+    (out / "inner").mkdir()
+    for file in list(out.iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, out / "inner" / file.name)
+    indirect = out / "inner" / ".." / ".." / "out"
+    for source, target in ((out, out), (out, indirect), (out / "inner", out)):
+        with pytest.raises(ConversionError, match="holds the model to convert"):
+            convert(source, target, overwrite=True)
+    whole(out / "inner", older)
+    assert listing(out.parent) == ["out"]
+
+
+def test_a_target_inside_its_source_is_a_folder_like_any_other(older, out):
+    convert(out, out / "mlx")
+    whole(out / "mlx", older)
+    assert listing(out) == sorted([*listing(older), "mlx"])
+
+
+def test_a_relative_target_lies_in_the_working_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(tiny, "out")
+    whole(tmp_path / "out", tiny)
+
+
+# Failures
+
+
+def broken_after(count: int, error: BaseException):
+    """A writer that fails after so many tensors."""
+    write = conversion.write_file
+
+    def write_some(path, tensors):
+        for number, written in enumerate(write(path, tensors)):
+            if number == count:
+                raise error
+            yield written
+
+    return write_some
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, OSError("odd"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("there", [True, False], ids=["overwriting", "new"])
+def test_a_failure_midway_leaves_everything_as_it_was(
+    tiny, older, tmp_path, monkeypatch, error, there
+):
+    target = tmp_path / "out"
+    if there:
+        shutil.copytree(older, target)
+    monkeypatch.setattr(conversion, "write_file", broken_after(9, error))
+    wanted = ConversionError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted) as caught:
+        convert(tiny, target, overwrite=True)
+    if isinstance(error, OSError):
+        assert (error.strerror or "odd") in str(caught.value)
+    assert listing(tmp_path) == (["out"] if there else [])
+    if there:
+        whole(target, older)
+
+
+def test_an_interrupt_in_the_progress_report_leaves_nothing(tiny, tmp_path):
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny, tmp_path / "out", progress=interrupt)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_failing_rename_puts_the_old_model_back(
+    tiny, older, out, monkeypatch, error, number
+):
+    calls, rename = [], Path.rename
+
+    def fail(path: Path, target: Path):
+        calls.append(path)
+        if len(calls) == number:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((ConversionError, KeyboardInterrupt)):
+        convert(tiny, out, overwrite=True)
+    whole(out, older)
+    assert listing(out.parent) == ["out"]
+
+
+def test_a_name_too_long_for_the_staging_folder_is_refused(tiny, tmp_path):
+    with pytest.raises(ConversionError, match="too long"):
+        convert(tiny, tmp_path / ("x" * 250))
+    assert listing(tmp_path) == []
+
+
+def test_every_file_is_durable_before_the_folder_gets_its_name(
+    tiny, tmp_path, monkeypatch
+):
+    events, rename, fsync = [], Path.rename, staging._fsync
+
+    def note_rename(path: Path, target: Path):
+        events.append("named")
+        return rename(path, target)
+
+    def note_fsync(path: Path) -> None:
+        events.append(path.name)
+        fsync(path)
+
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(staging, "_fsync", note_fsync)
+    convert(tiny, tmp_path / "out")
+    before = events[: events.index("named")]
+    assert set(before) >= set(listing(tmp_path / "out"))
+    assert before[-1] == f".out.partial-{os.getpid()}"  # then the names in it
+    assert events[-1] == tmp_path.name  # and last its own name
+
+
+# What other processes left
+
+
+def leave(tmp_path: Path, kind: str, process: int, source: Path | None = None) -> Path:
+    """What a killed conversion leaves beside its target."""
+    folder = tmp_path / f".out.{kind}-{process}"
+    if source is not None:
+        return shutil.copytree(source, folder)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half")
+    return folder
+
+
+def test_what_dead_processes_left_is_removed(tiny, tmp_path, dead):
+    leave(tmp_path, "partial", dead)
+    leave(tmp_path, "partial", 2**40)  # no process can have that id
+    convert(tiny, tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
+
+
+def test_what_live_processes_write_is_kept(tiny, tmp_path, alive):
+    folder = leave(tmp_path, "partial", alive)
+    convert(tiny, tmp_path / "out")
+    assert listing(tmp_path) == [folder.name, "out"]
+    assert listing(folder) == ["model.safetensors"]
+
+
+def test_a_leftover_of_our_own_id_is_removed(tiny, tmp_path):
+    leave(tmp_path, "partial", os.getpid())  # in a container every run may be 7
+    convert(tiny, tmp_path / "out")
+    whole(tmp_path / "out", tiny)
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name", [".out.partial-backup", ".out2.partial-{dead}", "out.partial-{dead}"]
+)
+def test_folders_of_other_names_are_nobodys_leftovers(tiny, tmp_path, dead, name):
+    other = tmp_path / name.format(dead=dead)
+    other.mkdir()
+    convert(tiny, tmp_path / "out")
+    assert other.is_dir()
+
+
+@pytest.mark.parametrize("name", ["out[1]", "o*t", "?ut"])
+def test_names_with_wildcards_find_their_own_leftovers_only(tiny, tmp_path, dead, name):
+    mine = tmp_path / f".{name}.partial-{dead}"
+    mine.mkdir()
+    other = leave(tmp_path, "partial", dead)
+    convert(tiny, tmp_path / name)
+    assert listing(tmp_path) == sorted([other.name, name])
+
+
+def test_a_replaced_model_whose_successor_died_is_put_back(tiny, older, tmp_path, dead):
+    leave(tmp_path, "replaced", dead, older)
+    leave(tmp_path, "partial", dead)
+    with pytest.raises(ConversionError, match="--overwrite"):
+        convert(tiny, tmp_path / "out")
+    whole(tmp_path / "out", older)
+    assert listing(tmp_path) == ["out"]
+    convert(tiny, tmp_path / "out", overwrite=True)
+    whole(tmp_path / "out", tiny)
+
+
+def test_a_replaced_model_is_forgotten_where_its_successor_stands(
+    tiny, older, tmp_path, dead
+):
+    convert(tiny, tmp_path / "out")
+    leave(tmp_path, "replaced", dead, older)
+    with pytest.raises(ConversionError, match="--overwrite"):
+        convert(tiny, tmp_path / "out")
+    whole(tmp_path / "out", tiny)
+    assert listing(tmp_path) == ["out"]
+
+
+# SIGKILL
+
+
+def kill(source: Path, target: Path, step: str, delay: float = 0.0) -> None:
+    """Start a conversion with --overwrite and kill it at that step."""
+    process = subprocess.Popen(
+        [sys.executable, DRIVER, source, target, step],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[2])},
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        time.sleep(delay)
+        process.kill()
+
+
+RNG = random.Random(0)
+STEPS = [f"tensor-{RNG.randrange(1, 60)}", "copy-1", "fsync-3", "rename-1"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(
+    tiny, tmp_path, step
+):
+    target = tmp_path / "out"
+    kill(tiny, target, step)
+    assert not target.exists()
+    assert len(listing(tmp_path)) == 1  # what it was writing
+    convert(tiny, target)
+    whole(target, tiny)
+    assert listing(tmp_path) == ["out"]
+
+
+def test_killed_before_the_rename_the_old_model_stands(tiny, older, out):
+    kill(tiny, out, "rename-1")
+    whole(out, older)
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
+
+
+def test_killed_between_the_renames_the_old_model_comes_back(tiny, older, out):
+    kill(tiny, out, "rename-2")
+    assert not out.exists()
+    with pytest.raises(ConversionError, match="--overwrite"):
+        convert(tiny, out)
+    whole(out, older)
+    assert listing(out.parent) == ["out"]
+
+
+def test_killed_after_the_renames_the_new_model_stands(tiny, out):
+    kill(tiny, out, "remove-1")
+    whole(out, tiny)
+    convert(tiny, out, overwrite=True)
+    assert listing(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("delay", [RNG.random() * 0.25 for _ in range(3)])
+def test_killed_at_any_moment_old_or_new_stands_whole(tiny, older, out, delay):
+    kill(tiny, out, "slow", delay)
+    if out.exists():
+        whole(out, older if (out / "LICENSE").exists() else tiny)
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
