@@ -13,8 +13,9 @@ from ..model.language import DiffusionGemma
 from ..model.loading import load_model
 from ..text.chat import encode_prompt
 from ..text.tokenizer import Detokenizer, Tokenizer
-from .engine import PREFILL_STEP, Engine
+from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event
+from .settings import Settings
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
@@ -70,7 +71,7 @@ def stream_generate(
     changes             sampler settings; what is not given, the checkpoint says
 
     A Commit's `text` is what it adds to the answer. Closing the iterator ends the
-    request. Raises SettingsError for an unknown or impossible setting.
+    request. Raises SettingsError, at once, for an unknown or impossible setting.
     """
     settings = model.config.settings.but(**changes)
     if any(not isinstance(s, str) or not s for s in stop):
@@ -80,9 +81,20 @@ def stream_generate(
     if seed is None:
         seed = secrets.randbelow(2**32)
     ids = encode_prompt(tokenizer, prompt, system=system, thinking=thinking)
-    engine = Engine(model)
-    yield engine.admit(ids, settings, seed, prefill_step_size)
+    check_ids(ids, settings, model.config.vocab_size)
     writer = Writer(tokenizer.detokenizer(), stop)
+    return _stream(Engine(model), writer, ids, settings, seed, prefill_step_size)
+
+
+def _stream(
+    engine: Engine,
+    writer: "Writer",
+    ids: Sequence[int],
+    settings: Settings,
+    seed: int,
+    prefill_step_size: int,
+) -> Iterator[Event]:
+    yield engine.admit(ids, settings, seed, prefill_step_size)
     for event in engine.run():
         if not isinstance(event, Commit):
             yield event

@@ -126,10 +126,16 @@ def test_a_conversion_is_the_same_whatever_was_converted_before(tiny, tmp_path):
         assert one.read_bytes() == two.read_bytes(), name
 
 
-def test_names_on_disk_are_those_mlx_vlm_reads(tiny, tmp_path):
+def test_dense_names_on_disk_are_the_releases(tiny, tmp_path):
     convert(tiny, tmp_path / "out")
-    names = open_files(tmp_path / "out").tensors
-    assert f"{DECODER}layers.0.experts.gate_up_proj" in names
+    assert set(open_files(tmp_path / "out").tensors) == set(open_files(tiny).tensors)
+
+
+def test_quantised_names_on_disk_are_mlx_vlms(quantised):
+    names = open_files(quantised).tensors
+    for part in ("weight", "scales", "biases"):
+        assert f"{DECODER}layers.0.experts.gate_up_proj.{part}" in names
+        assert f"{DECODER}embed_tokens.{part}" in names
     assert "model.encoder.language_model.layers.0.layer_scalar" in names
 
 

@@ -45,6 +45,7 @@ class Words:
 
 
 def step(draft, accepted=(), *, number=3, steps=48, entropy=0.25, stopped=False):
+    draft = list(draft)
     row = mx.array([i in accepted for i in range(len(draft))])
     return Step(
         request=0,
@@ -80,25 +81,42 @@ def lines_of(words, one, columns, rows=1000, before=""):
     return sent.splitlines(), COLOURS.sub("", sent).split("\n")[:-1]
 
 
+class Terminal(io.StringIO):
+    """A stream a person watches; bytes may be written to its `buffer`."""
+
+    columns = 80
+
+    def __init__(self):
+        super().__init__()
+        self.buffer = self.Bytes()
+        self.buffer.text = self
+
+    class Bytes(io.BytesIO):
+        def write(self, data):
+            return self.text.write(data.decode())
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 99
+
+    def take(self):
+        """What was sent since the last time."""
+        sent = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        return sent
+
+
 @pytest.fixture
 def drawn(monkeypatch):
-    """Steps are drawn on this screen: a stderr that is a terminal."""
-
-    class Terminal(io.StringIO):
-        columns = 80
-
-        def isatty(self):
-            return True
-
-        def fileno(self):
-            return 99
-
+    """The terminal that stderr is."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(
-        render.os, "get_terminal_size", lambda fd: (terminal.columns, 24)
-    )
+    size = lambda handle: (terminal.columns, 24)  # noqa: E731
+    monkeypatch.setattr(render.os, "get_terminal_size", size)
     return terminal
 
 
@@ -202,46 +220,57 @@ def test_numbers_that_do_not_fit_are_left_out(width, line):
     assert render.numbers(one, width) == line
 
 
+def draw(surface, text, columns=80):
+    words = Words(text)
+    surface.draw(render.frame(surface.console, words, step([1]), "", columns, 99))
+
+
 def test_a_shorter_frame_leaves_nothing_of_a_longer_one(drawn):
+    screen = Screen().feed("above\n")
     surface = render.Surface()
     for text in ("one two\nthree four\nfive\nsix", "1 漢字\nb", "x\ny\nz"):
-        words = Words(text)
-        size = surface.size()
-        frame = render.frame(surface.console, words, step([1]), "", *size)
-        surface.draw(frame)
-        shown = Screen().feed("above\n" + drawn.getvalue()).lines()
+        draw(surface, text)
+        shown = screen.feed(drawn.take()).lines()
         assert shown[:-1] == ["above", *text.split("\n")]
     surface.erase()
-    assert Screen().feed("above\n" + drawn.getvalue()).lines() == ["above"]
+    assert screen.feed(drawn.take()).lines() == ["above"]
+    assert (screen.row, screen.column) == (1, 0)
 
 
 def test_a_terminal_made_narrower_shows_one_frame_only(drawn):
-    surface = render.Surface()
-    words = Words("word " * 40)
     screen = Screen(80).feed("above\n")
+    surface = render.Surface()
     for columns in (80, 40, 17):
-        if columns < screen.columns:
-            screen.narrow(columns)
-            drawn.columns = columns
-        frame = render.frame(surface.console, words, step([1]), "", columns, 99)
-        surface.draw(frame)
-        screen.feed(drawn.getvalue())
-        drawn.seek(0), drawn.truncate()
-        shown = screen.lines()
+        screen.narrow(columns)
+        drawn.columns = columns
+        draw(surface, "word " * 40, columns)
+        shown = screen.feed(drawn.take()).lines()
         assert shown[0] == "above"
         assert " ".join(shown[1:-1]).split() == ["word"] * 40
-        assert len([line for line in shown if "step" in line]) == 1
-
-
-def test_erasing_never_clears_the_screen_from_its_top(drawn):
-    """tmux moves what a clear from the top left would erase into its history."""
-    surface = render.Surface()
-    surface.draw(render.frame(surface.console, Words("a\nb"), step([1]), "", 80, 24))
-    drawn.seek(0), drawn.truncate()
+        assert shown[-1].startswith("step 3/48")
+    screen.narrow(9)
+    drawn.columns = 9
     surface.erase()
-    before, _, _ = drawn.getvalue().partition(render.ERASE_BELOW)
-    assert before.count(render.ERASE_LINE) == 3
-    assert Screen().feed("\n\n" + before).row == 2
+    assert screen.feed(drawn.take()).lines() == ["above"]
+
+
+def test_characters_wider_than_thought_do_not_break_a_line(drawn):
+    surface = render.Surface()
+    draw(surface, "漢" * 100)
+    screen = Screen(columns=60).feed(drawn.take())  # as if each took a quarter more
+    assert len(screen.lines()) == 4
+    assert screen.feed("x" * 61).row == 4, "wrapping is on again"
+
+
+def test_the_screen_is_never_cleared_from_its_top(drawn):
+    """tmux moves what such a clear would erase into its history."""
+    surface = render.Surface()
+    draw(surface, "a\nb")
+    screen = Screen().feed(drawn.take())
+    surface.erase()
+    before, clear, _ = drawn.take().partition(render.ERASE_BELOW)
+    assert clear and screen.feed(before).lines() == []
+    assert screen.row == 2
 
 
 def test_at_most_twenty_frames_a_second(drawn, monkeypatch):
@@ -249,45 +278,52 @@ def test_at_most_twenty_frames_a_second(drawn, monkeypatch):
     monkeypatch.setattr(render.time, "monotonic", lambda: next(clock))
     with render.screen(Words("a"), True) as view:
         for number in range(200):  # two seconds, a canvas done every third step
-            view.show(step([1], number=number + 1, steps=200, stopped=number % 3 == 2))
-            if number % 3 == 2:
+            done = number % 3 == 2
+            view.show(step([1], number=number + 1, steps=200, stopped=done))
+            if done:
                 view.show(commit("a\n"))
     frames = drawn.getvalue().count(render.WRAP_OFF)
     assert 30 <= frames <= 41
 
 
-@pytest.mark.parametrize("elsewhere", [True, False])
-def test_the_live_view_writes_the_same_text_as_none(drawn, monkeypatch, elsewhere):
-    """Whether stdout is the same terminal or a file; in order, nothing lost."""
-    texts = ["ab", "c\nde", "", "\n\nf", "g"]
-    written = {}
-    for show in (True, False):
-        drawn.seek(0), drawn.truncate()
-        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-        stdout = out if elsewhere else drawn
-        monkeypatch.setattr(sys, "stdout", stdout)
-        monkeypatch.setattr(render.click, "echo", lambda data, nl: _echo(stdout, data))
-        with render.screen(Words("x"), show) as view:
-            view.show(Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0))
-            for text in texts:
-                monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
-                view.show(step([1]))
-                view.show(commit(text))
-        if elsewhere:
-            written[show] = out.buffer.getvalue()
-        else:
-            written[show] = Screen().feed(drawn.getvalue()).lines()
-    assert written[True] == written[False]
-    assert written[True] == (
-        b"abc\nde\n\nfg\n" if elsewhere else ["abc", "de", "", "fg"]
-    )
+def test_the_live_view_writes_the_same_bytes_as_none(drawn, monkeypatch, capfdbinary):
+    written = [written_by(show, monkeypatch, capfdbinary) for show in (True, False)]
+    assert written == [b"abc\nde\n\nf\x1bg\n"] * 2
+    assert drawn.getvalue().count(render.WRAP_OFF) == 5
 
 
-def _echo(stdout, data):
-    if isinstance(stdout, io.TextIOWrapper):
-        stdout.buffer.write(data)
-    else:
-        stdout.write(data.decode())
+def test_the_live_view_leaves_the_text_alone_on_a_terminal(drawn, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", drawn)
+    written_by(True, monkeypatch)
+    live = Screen().feed(drawn.take()).lines()
+    written_by(False, monkeypatch)
+    assert live == Screen().feed(drawn.take()).lines() == ["abc", "de", "", "f␛g"]
+
+
+def written_by(show, monkeypatch, capture=None):
+    """Bytes on stdout of some canvases whose lines end at odd places."""
+    monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
+    with render.screen(Words("x"), show) as view:
+        view.show(Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0))
+        for text in ["ab", "c\nde", "", "\n\nf", "\x1bg"]:
+            view.show(step([1]))
+            view.show(commit(text))
+    return capture.readouterr().out if capture else b""
+
+
+def test_committed_lines_stay_above_the_canvas_and_an_open_line_begins_it(
+    drawn, monkeypatch
+):
+    monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
+    monkeypatch.setattr(sys, "stdout", drawn)
+    with render.screen(Words(" draft"), True) as view:
+        view.show(step([1]))
+        view.show(commit("one\ntwo\nthree"))
+        assert Screen().feed(drawn.getvalue()).lines()[0] == " draft"
+        view.show(step([1], number=1))
+        shown = Screen().feed(drawn.getvalue()).lines()
+        assert shown[:3] == ["one", "two", "three draft"]
+        assert shown[3].startswith("step 1/48") and len(shown) == 4
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_unknown_settings_are_refused(tiny_model):
 def test_impossible_settings_are_refused(tiny_model, changes, message):
     with pytest.raises(SettingsError, match=message):
         generate(*tiny_model, "ab", **changes)
+    with pytest.raises(SettingsError, match=message):
+        stream_generate(*tiny_model, "ab", **changes)  # before the first event
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
