@@ -68,6 +68,7 @@ class Trajectory:
     """A whole `generate` of transformers, draw by draw."""
 
     prompt: list[int]
+    temperatures: list[float]  # of step 0, 1, …
     starts: list[np.ndarray] = field(default_factory=list)  # first canvases
     canvases: list[list[RecordedStep]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # all committed canvases
@@ -157,7 +158,11 @@ class Oracle:
     def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
         """One row through transformers' own `generate`, every draw written down."""
         torch.manual_seed(seed)
-        trajectory = Trajectory(prompt)
+        config, _ = self.model._prepare_generation_config(None, **settings)
+        most, low, high = config.max_denoising_steps, config.t_min, config.t_max
+        remaining = range(most, 0, -1)
+        temperatures = [low + (high - low) * n / most for n in remaining]
+        trajectory = Trajectory(prompt, temperatures)
         with _recording(self.model, trajectory):
             output = self.model.generate(torch.tensor([prompt]), **settings)
         trajectory.tokens = output.sequences[0, len(prompt) :].tolist()

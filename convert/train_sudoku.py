@@ -182,8 +182,8 @@ def train(
 ) -> Path:
     """Train `sudoku4` from scratch and write it to the new folder `out`.
 
-    Without `minutes` the result depends on the seed alone; with it the schedule also
-    follows the clock, so that training ends, annealed, after that long at the latest.
+    Without `minutes`, the same seed and machine give the same result; with it, the lr
+    follows the clock too, and training ends, annealed, after that long at the latest.
     """
     out.mkdir(parents=True)
     model = new_model(seed)

@@ -37,8 +37,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: broken JSON at line {error.lineno} ({error.msg})"
         ) from None
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be parsed ({error})") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be parsed (nested too deeply)") from None
+    except ValueError:  # of int, for thousands of digits
+        raise ConfigError(f"{path}: cannot be parsed (a number is too long)") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a JSON object")
     return value

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, ConversionError
+from ..errors import ConversionError
 from .files import Keys
 
 
@@ -68,7 +68,7 @@ class Quantization:
         None when no group size divides `in`: the weight then stays dense.
         """
         for size in sorted(MODES[self.mode].group_sizes, reverse=True):
-            # packed words hold whole groups of 32 values in every mode
+            # kernels take `in` in blocks of 32, also where groups are of 16
             if size <= self.group_size and shape[-1] % max(size, 32) == 0:
                 return Quantization(group_size=size, bits=self.bits, mode=self.mode)
         return None
@@ -172,23 +172,8 @@ def _read_one(keys: Keys) -> Quantization:
     allowed = MODES[mode]
     return Quantization(
         mode=mode,
-        bits=keys.one_of("bits", allowed.bits[0], allowed.bits),
+        bits=keys.one_of("bits", allowed.bits[0], tuple(sorted(allowed.bits))),
         group_size=keys.one_of(
-            "group_size", allowed.group_sizes[0], allowed.group_sizes
+            "group_size", allowed.group_sizes[0], tuple(sorted(allowed.group_sizes))
         ),
     )
-
-
-def check_quantized(
-    layer: str,
-    shape: tuple[int, ...],
-    parts: dict[str, tuple[int, ...]],
-    q: Quantization,
-) -> None:
-    """Raise CheckpointError unless the parts on disk have the shapes `q` gives."""
-    wanted = q.packed(shape)
-    if wanted != parts:
-        raise CheckpointError(
-            f"{layer}: stored as {parts}, but {q.bits}-bit {q.mode} in groups of "
-            f"{q.group_size} needs {wanted}; see config.json: quantization"
-        )

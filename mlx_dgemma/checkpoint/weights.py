@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from .config import ModelConfig
 from .files import read_json
-from .quantize import Quantization, check_quantized, quantizable, read_quantization
+from .quantize import Quantization, quantizable, read_quantization
 from .safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -314,14 +314,17 @@ def _check_shapes(layout: Layout, config: ModelConfig) -> None:
 
 def _check_parts(layout: Layout, layer: str, shape: tuple[int, ...]) -> None:
     """Check a layer that is stored quantised; `shape` is its dense weight's."""
-    quantization = layout.quantized[layer]
-    names = {part: f"{layer}.{part}" for part in quantization.packed(shape)}
-    shapes = {part: layout.info(name).shape for part, name in names.items()}
-    check_quantized(layer_path(layer), shape, shapes, quantization)
-    for part, name in names.items():
-        coded = quantization.coded(part)
-        allowed = FLOATS if coded is None else (coded,)
-        _check_dtype(layout.info(name), layout.names[name], allowed)
+    q = layout.quantized[layer]
+    for part, wanted in q.packed(shape).items():
+        info, name = layout.info(f"{layer}.{part}"), layout.names[f"{layer}.{part}"]
+        if info.shape != wanted:
+            raise CheckpointError(
+                f"{info.file}: {name} has shape {list(info.shape)}, but {q.bits}-bit "
+                f"{q.mode} in groups of {q.group_size}, which config.json says under "
+                f"quantization, needs {list(wanted)}"
+            )
+        coded = q.coded(part)
+        _check_dtype(info, name, FLOATS if coded is None else (coded,))
 
 
 def _check_dtype(info: TensorInfo, name: str, allowed: tuple[mx.Dtype, ...]) -> None:

@@ -16,6 +16,7 @@ from rich.cells import cell_len
 
 ROOT = Path(__file__).parents[2]
 TOKEN = re.compile(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|([^\x1b])", re.DOTALL)
+CODES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -41,7 +42,7 @@ class Screen:
 
     def lines(self) -> list[str]:
         """What is on it, without blanks at the ends and empty lines at the bottom."""
-        lines = ["".join(cell or " " for cell in row).rstrip() for row in self.rows]
+        lines = ["".join(row).rstrip() for row in self.rows]
         while lines and not lines[-1]:
             lines.pop()
         return lines

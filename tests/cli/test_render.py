@@ -20,16 +20,19 @@ WIDE = ["漢字", "日本語", "🙂", "🚀🚀", "한국", "e\u0301", "word ",
 
 
 class Pieces:
-    """Hands out each piece as it comes."""
+    """Hands out each piece as it comes; "½" is held back, as half a character is."""
 
     def __init__(self, pieces):
         self.pieces = pieces
+        self.held = ""
 
     def add(self, ids):
-        return "".join(self.pieces[i] for i in ids)
+        text = self.held + "".join(self.pieces[i] for i in ids)
+        self.held = "½" * text.endswith("½")
+        return text.removesuffix("½")
 
     def finish(self):
-        return ""
+        return self.held
 
 
 class Words:
@@ -109,9 +112,8 @@ class Terminal(io.StringIO):
         return sent
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The terminal that stderr is."""
+def watched(monkeypatch):
+    """Make stderr a terminal. Not a fixture: pytest would set its own stderr after."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -201,6 +203,12 @@ def test_special_tokens_are_dots_and_those_at_the_end_are_left_out():
     assert render.canvas_text(words, step([0, 0, 0])).plain == ""
 
 
+def test_half_a_character_at_the_end_is_shown_as_a_draft():
+    text = render.canvas_text(Words("a", "½"), step([1, 2], {0, 1}))
+    assert text.plain == "a½"
+    assert text.get_style_at_offset(console(), 1).dim
+
+
 def test_the_numbers_count_the_whole_canvas():
     one = step([1, 1, 0, 0], {0, 2, 3}, number=12, entropy=1.23456)
     assert render.numbers(one, 80) == "step 12/48 · entropy 1.235 nats · 3/4 accepted"
@@ -225,7 +233,8 @@ def draw(surface, text, columns=80):
     surface.draw(render.frame(surface.console, words, step([1]), "", columns, 99))
 
 
-def test_a_shorter_frame_leaves_nothing_of_a_longer_one(drawn):
+def test_a_shorter_frame_leaves_nothing_of_a_longer_one(monkeypatch):
+    drawn = watched(monkeypatch)
     screen = Screen().feed("above\n")
     surface = render.Surface()
     for text in ("one two\nthree four\nfive\nsix", "1 漢字\nb", "x\ny\nz"):
@@ -237,16 +246,17 @@ def test_a_shorter_frame_leaves_nothing_of_a_longer_one(drawn):
     assert (screen.row, screen.column) == (1, 0)
 
 
-def test_a_terminal_made_narrower_shows_one_frame_only(drawn):
+def test_a_terminal_made_narrower_shows_one_frame_only(monkeypatch):
+    drawn = watched(monkeypatch)
     screen = Screen(80).feed("above\n")
     surface = render.Surface()
     for columns in (80, 40, 17):
         screen.narrow(columns)
         drawn.columns = columns
-        draw(surface, "word " * 40, columns)
+        draw(surface, "word " * 20, columns)
         shown = screen.feed(drawn.take()).lines()
         assert shown[0] == "above"
-        assert " ".join(shown[1:-1]).split() == ["word"] * 40
+        assert " ".join(shown[1:-1]).split() == ["word"] * 20
         assert shown[-1].startswith("step 3/48")
     screen.narrow(9)
     drawn.columns = 9
@@ -254,7 +264,8 @@ def test_a_terminal_made_narrower_shows_one_frame_only(drawn):
     assert screen.feed(drawn.take()).lines() == ["above"]
 
 
-def test_characters_wider_than_thought_do_not_break_a_line(drawn):
+def test_characters_wider_than_thought_do_not_break_a_line(monkeypatch):
+    drawn = watched(monkeypatch)
     surface = render.Surface()
     draw(surface, "漢" * 100)
     screen = Screen(columns=60).feed(drawn.take())  # as if each took a quarter more
@@ -262,8 +273,9 @@ def test_characters_wider_than_thought_do_not_break_a_line(drawn):
     assert screen.feed("x" * 61).row == 4, "wrapping is on again"
 
 
-def test_the_screen_is_never_cleared_from_its_top(drawn):
+def test_the_screen_is_never_cleared_from_its_top(monkeypatch):
     """tmux moves what such a clear would erase into its history."""
+    drawn = watched(monkeypatch)
     surface = render.Surface()
     draw(surface, "a\nb")
     screen = Screen().feed(drawn.take())
@@ -273,7 +285,8 @@ def test_the_screen_is_never_cleared_from_its_top(drawn):
     assert screen.row == 2
 
 
-def test_at_most_twenty_frames_a_second(drawn, monkeypatch):
+def test_at_most_twenty_frames_a_second(monkeypatch):
+    drawn = watched(monkeypatch)
     clock = iter(i * 0.01 for i in range(1, 10_000))  # steps of 10 ms
     monkeypatch.setattr(render.time, "monotonic", lambda: next(clock))
     with render.screen(Words("a"), True) as view:
@@ -286,13 +299,15 @@ def test_at_most_twenty_frames_a_second(drawn, monkeypatch):
     assert 30 <= frames <= 41
 
 
-def test_the_live_view_writes_the_same_bytes_as_none(drawn, monkeypatch, capfdbinary):
+def test_the_live_view_writes_the_same_bytes_as_none(monkeypatch, capfdbinary):
+    drawn = watched(monkeypatch)
     written = [written_by(show, monkeypatch, capfdbinary) for show in (True, False)]
     assert written == [b"abc\nde\n\nf\x1bg\n"] * 2
     assert drawn.getvalue().count(render.WRAP_OFF) == 5
 
 
-def test_the_live_view_leaves_the_text_alone_on_a_terminal(drawn, monkeypatch):
+def test_the_live_view_leaves_the_text_alone_on_a_terminal(monkeypatch):
+    drawn = watched(monkeypatch)
     monkeypatch.setattr(sys, "stdout", drawn)
     written_by(True, monkeypatch)
     live = Screen().feed(drawn.take()).lines()
@@ -311,9 +326,8 @@ def written_by(show, monkeypatch, capture=None):
     return capture.readouterr().out if capture else b""
 
 
-def test_committed_lines_stay_above_the_canvas_and_an_open_line_begins_it(
-    drawn, monkeypatch
-):
+def test_committed_lines_stay_above_the_canvas_and_an_open_line_begins_it(monkeypatch):
+    drawn = watched(monkeypatch)
     monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
     monkeypatch.setattr(sys, "stdout", drawn)
     with render.screen(Words(" draft"), True) as view:
@@ -339,8 +353,8 @@ def test_text_is_made_harmless_for_a_terminal_alone(
     assert capfdbinary.readouterr().out == expected.encode()
 
 
-def test_a_dumb_terminal_gets_plain_text(drawn, monkeypatch, capsysbinary):
-    monkeypatch.setattr(sys, "stderr", drawn)
+def test_a_dumb_terminal_gets_plain_text(monkeypatch, capsysbinary):
+    drawn = watched(monkeypatch)
     monkeypatch.setenv("TERM", "dumb")
     with render.screen(Words("a"), True) as view:
         view.show(step([1]))

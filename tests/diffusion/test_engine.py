@@ -239,10 +239,8 @@ def test_events_can_be_read_from_another_thread(tiny_model):
     def reader() -> None:
         for e in events:
             if isinstance(e, Step):
-                read.append(
-                    [e.draft.tolist(), e.canvas.tolist(), e.accepted.tolist()]
-                    + [e.entropy.tolist()]
-                )
+                arrays = (e.draft, e.canvas, e.accepted, e.entropy)
+                read.append([array.tolist() for array in arrays])
 
     thread = threading.Thread(target=reader)
     thread.start()

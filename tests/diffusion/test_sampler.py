@@ -55,7 +55,7 @@ def test_accept_takes_the_surest_within_the_bound(entropies, bound):
 
 
 def test_accept_counts_what_was_accepted_before():
-    """0.05 + 0.05 is within 0.1, so the third is in; with it 0.15 keeps out a fourth."""
+    """0.05 + 0.05 is within the bound, so a third is in; with it a fourth is not."""
     h = mx.array([[0.05, 0.05, 0.05, 0.05]])
     assert sampler.accept(h, mx.array([0.1001])).sum().item() == 3
     # the surest is accepted however unsure it is

@@ -44,7 +44,7 @@ def test_but_changes_only_what_is_given():
 
 
 def test_but_refuses_names_that_are_no_setting():
-    with pytest.raises(SettingsError, match="'temperature' is no setting.*t_max"):
+    with pytest.raises(SettingsError, match=r"'temperature' is no setting.*t_max"):
         Settings().but(temperature=1.0)
 
 
