@@ -66,8 +66,8 @@ def killed(mutant: Mutant) -> str:
         raise SystemExit(
             f"{mutant.formula}: pytest ended with {run.returncode}\n{run.stdout}"
         )
-    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    return failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else ""
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0].partition(" ")[2] if failed else ""
 
 
 def main() -> None:

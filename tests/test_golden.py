@@ -73,7 +73,7 @@ def test_each_step_decides_as_transformers_did(model, name):
             canvas = record["canvas"][step]
             logits = model.denoise(ids(canvas[None]), cache, signal)
             np.testing.assert_allclose(
-                np.array(logits)[0], record["logits"][step], atol=2e-3
+                np.array(logits)[0], record["logits"][step], atol=5e-4
             )
             refined = sampler.refine(
                 logits,
@@ -83,7 +83,7 @@ def test_each_step_decides_as_transformers_did(model, name):
                 noise=ids(record["noise"][step][None]),
             )
             np.testing.assert_allclose(
-                np.array(refined.entropy)[0], record["entropy"][step], atol=1e-3
+                np.array(refined.entropy)[0], record["entropy"][step], atol=5e-4
             )
             for ours, theirs in (
                 (refined.accepted, record["accepted"]),
@@ -127,7 +127,7 @@ def test_the_engine_follows_the_same_draws(model, name, monkeypatch):
             np.array(step.accepted), record["accepted"][number]
         )
         np.testing.assert_allclose(
-            np.array(step.entropy), record["entropy"][number], atol=1e-3
+            np.array(step.entropy), record["entropy"][number], atol=5e-4
         )
     tokens = record["tokens"].tolist()
     end = next((i for i, t in enumerate(tokens) if t in settings.eos), None)

@@ -1,104 +1,29 @@
 """What a conversion writes: values, configuration, shards, carried files."""
 
-import json
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.utils
 import numpy as np
 import pytest
+from folders import edited, listing, logits, read_json, same, tensors
 from tiny import tiny_config, write_tiny
 
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.conversion import convert
-from mlx_dgemma.checkpoint.weights import open_files, parameter_name
+from mlx_dgemma.checkpoint.weights import open_files
 from mlx_dgemma.errors import CheckpointError, ConversionError
-from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.model.loading import load_model
 
 DECODER = "model.decoder."
 INDEX = "model.safetensors.index.json"
-PROMPT = mx.array([[2, 3, 9, 10, 11, 12, 13, 14, 15, 16, 4]])
-CANVAS = mx.array([list(range(7, 23))])
 VISION = {
     "model.encoder.vision_tower.patch.weight": mx.arange(6).reshape(2, 3) / 7,
     "model.encoder.embed_vision.projection.weight": mx.ones((4, 2)).astype(mx.bfloat16),
 }
-# How a weight of inner width 64 or 128 is stored, and one of 32: experts' down_proj.
-MODES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    f"affine-{bits}": (
-        {"q_bits": bits},
-        {"group_size": 64, "bits": bits, "mode": "affine"},
-        {"group_size": 32, "bits": bits, "mode": "affine"},
-    )
-    for bits in (2, 3, 4, 5, 6, 8)
-}
-for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
-    spec = {"group_size": size, "bits": bits, "mode": mode}
-    MODES[mode] = ({"q_mode": mode}, spec, spec)
-EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
-
-
-def tensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a folder by their parameter, vision by its name on disk."""
-    found: dict[str, mx.array] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
-        found |= {parameter_name(name) or name: a for name, a in arrays.items()}
-    return found
-
-
-def bits(array: mx.array) -> bytes:
-    return np.array(mx.view(array.reshape(-1), mx.uint8)).tobytes()
-
-
-def same(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> None:
-    """The same names, dtypes, shapes and bits."""
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
-        assert bits(array) == bits(theirs[name]), name
-
-
-def logits(model: DiffusionGemma) -> np.ndarray:
-    cache = model.make_cache()
-    model.encode(PROMPT, cache)
-    signal = model.self_condition(model.denoise(CANVAS, cache))
-    return np.array(model.denoise(CANVAS, cache, signal))
-
-
-def edited(source: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a checkpoint folder with its weights changed.
-
-    dtype   of every tensor
-    more    tensors to add
-    config  keys of config.json to change
-    """
-    shutil.copytree(source, target)
-    arrays = mx.load(str(source / "model.safetensors"))
-    assert isinstance(arrays, dict)
-    dtype = changes.get("dtype")
-    arrays = {n: a if dtype is None else a.astype(dtype) for n, a in arrays.items()}
-    mx.save_safetensors(
-        str(target / "model.safetensors"), arrays | changes.get("more", {})
-    )
-    config = read_json(target) | changes.get("config", {})
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +54,6 @@ def test_a_conversion_is_the_same_whatever_was_converted_before(tiny, tmp_path):
 def test_dense_names_on_disk_are_the_releases(tiny, tmp_path):
     convert(tiny, tmp_path / "out")
     assert set(open_files(tmp_path / "out").tensors) == set(open_files(tiny).tensors)
-
-
-def test_quantised_names_on_disk_are_mlx_vlms(quantised):
-    names = open_files(quantised).tensors
-    for part in ("weight", "scales", "biases"):
-        assert f"{DECODER}layers.0.experts.gate_up_proj.{part}" in names
-        assert f"{DECODER}embed_tokens.{part}" in names
-    assert "model.encoder.language_model.layers.0.layer_scalar" in names
 
 
 def test_a_tied_copy_is_not_written(tiny, tmp_path):
@@ -184,122 +101,6 @@ def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
     plain = convert(tiny, tmp_path / "plain", **how)
     assert converted.bits_per_weight == plain.bits_per_weight
     assert converted.bytes == plain.bytes + sum(a.nbytes for a in VISION.values())
-
-
-# Quantised
-
-
-def by_hand(tiny: Path, spec_of: Callable[[str, int], dict[str, Any]]) -> np.ndarray:
-    """Logits of the dense model, its weights rounded by mlx as they would be."""
-    model = load_model(tiny, read_config(tiny))
-    rounded = []
-    for name, weight in mlx.utils.tree_flatten(model.parameters()):
-        if weight.ndim < 2:
-            continue
-        spec = spec_of(name, weight.shape[-1])
-        parts = mx.quantize(weight, **spec)
-        rounded.append((name, mx.dequantize(*parts, **spec, dtype=mx.float32)))
-    model.load_weights(rounded, strict=False)
-    return logits(model)
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_quantised_logits_are_those_of_weights_rounded_by_hand(tiny, tmp_path, name):
-    how, wide, narrow = MODES[name]
-    converted = convert(tiny, tmp_path / "out", quantize=True, **how)
-    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
-    found = logits(model)
-    wanted = by_hand(tiny, lambda _, width: narrow if width == 32 else wide)
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
-    exact = logits(load_model(tiny, read_config(tiny)))
-    assert np.abs(wanted - exact).max() > 0.02  # rounding shows, and alike
-    assert converted.bits_per_weight < 32 / 2
-
-
-def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
-    out = tmp_path / "out"
-    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
-    _, wide, narrow = MODES["affine-3"]
-
-    def spec(name: str, width: int) -> dict[str, Any]:
-        if ".experts." in name:
-            return narrow if width == 32 else wide
-        return EIGHT
-
-    found = logits(load_model(out, read_config(out)))
-    np.testing.assert_allclose(found, by_hand(tiny, spec), atol=2e-4)
-
-
-def test_overrides_are_written_by_path_on_disk_as_mlx_lm_does(tiny, tmp_path):
-    out = tmp_path / "out"
-    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
-    written = read_json(out)
-    assert written["quantization_config"] == written["quantization"]
-    quantization = written["quantization"]
-    _, wide, narrow = MODES["affine-3"]
-    assert {k: quantization.pop(k) for k in wide} == wide
-    layers = [f"{DECODER}layers.{i}" for i in range(3)]
-    for layer in layers:
-        assert quantization.pop(f"{layer}.experts.down_proj") == narrow
-        assert f"{layer}.experts.gate_up_proj" not in quantization
-    assert all(spec == EIGHT for spec in quantization.values())
-    found = {
-        n.removesuffix(".scales") for n in open_files(out).tensors if "scales" in n
-    }
-    experts = {
-        f"{x}.experts.{p}" for x in layers for p in ("down_proj", "gate_up_proj")
-    }
-    assert found - set(quantization) == experts
-    assert set(quantization) <= found
-
-
-def test_layers_no_group_divides_stay_dense_and_are_told(tmp_path):
-    source = write_tiny(tmp_path / "source", intermediate_size=40)
-    converted = convert(source, tmp_path / "out", quantize=True)
-    dense = {f"{DECODER}layers.{i}.mlp.down_proj" for i in range(3)}
-    assert set(converted.dense) == dense | {f"{DECODER}self_conditioning.down_proj"}
-    regrouped = {f"{DECODER}layers.{i}.experts.down_proj": 32 for i in range(3)}
-    assert converted.regrouped == regrouped
-    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
-    assert model.layers[0].mlp.down_proj.weight.shape == (64, 40)
-    assert np.isfinite(logits(model)).all()
-
-
-def test_attention_biases_survive_quantisation(tmp_path):
-    source = write_tiny(tmp_path / "source", attention_bias=True)
-    convert(source, tmp_path / "out", quantize=True, q_bits=8)
-    name = "layers.0.self_attn.k_proj.bias"
-    same(
-        {name: tensors(tmp_path / "out")[name]},
-        {name: tensors(source)[name]},
-    )
-    exact = logits(load_model(source, read_config(source)))
-    found = logits(load_model(tmp_path / "out", read_config(tmp_path / "out")))
-    assert np.abs(found - exact).max() < 1
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_dequantizing_gives_back_what_was_rounded(tiny, tmp_path, name):
-    how, wide, narrow = MODES[name]
-    convert(tiny, tmp_path / "q", quantize=True, **how)
-    convert(tmp_path / "q", tmp_path / "out", dequantize=True)
-    wanted = {}
-    for parameter, array in tensors(tiny).items():
-        wanted[parameter] = array
-        if array.ndim >= 2:
-            spec = narrow if array.shape[-1] == 32 else wide
-            parts = mx.quantize(array, **spec)
-            wanted[parameter] = mx.dequantize(*parts, **spec, dtype=mx.float32)
-    same(tensors(tmp_path / "out"), wanted)
-    assert not {"quantization", "quantization_config"} & set(
-        read_json(tmp_path / "out")
-    )
-
-
-def test_dequantizing_obeys_dtype(quantised, tmp_path):
-    convert(quantised, tmp_path / "out", dequantize=True, dtype="bfloat16")
-    found = tensors(tmp_path / "out").values()
-    assert {array.dtype for array in found} == {mx.bfloat16}
 
 
 # Configuration and files

@@ -1,0 +1,72 @@
+"""Looking into checkpoint folders, and making changed copies of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.checkpoint.weights import parameter_name
+from mlx_dgemma.model.language import DiffusionGemma
+
+PROMPT = mx.array([[2, 3, 9, 10, 11, 12, 13, 14, 15, 16, 4]])
+CANVAS = mx.array([list(range(7, 23))])
+
+
+def tensors(folder: Path) -> dict[str, mx.array]:
+    """All tensors of a folder by their parameter, vision by its name on disk."""
+    found: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        found |= {parameter_name(name) or name: a for name, a in arrays.items()}
+    return found
+
+
+def bits(array: mx.array) -> bytes:
+    return np.array(mx.view(array.reshape(-1), mx.uint8)).tobytes()
+
+
+def same(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
+        assert bits(array) == bits(theirs[name]), name
+
+
+def logits(model: DiffusionGemma) -> np.ndarray:
+    cache = model.make_cache()
+    model.encode(PROMPT, cache)
+    signal = model.self_condition(model.denoise(CANVAS, cache))
+    return np.array(model.denoise(CANVAS, cache, signal))
+
+
+def edited(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint folder with its weights changed.
+
+    dtype   of every tensor
+    more    tensors to add
+    config  keys of config.json to change
+    """
+    shutil.copytree(source, target)
+    arrays = mx.load(str(source / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    dtype = changes.get("dtype")
+    arrays = {n: a if dtype is None else a.astype(dtype) for n, a in arrays.items()}
+    mx.save_safetensors(
+        str(target / "model.safetensors"), arrays | changes.get("more", {})
+    )
+    config = read_json(target) | changes.get("config", {})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
