@@ -66,7 +66,8 @@ def killed(mutant: Mutant) -> str:
         raise SystemExit(
             f"{mutant.formula}: pytest ended with {run.returncode}\n{run.stdout}"
         )
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    lines = run.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split(" - ")[0].partition(" ")[2] if failed else ""
 
 

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -90,8 +91,7 @@ def main(
     Ctrl-C ends after the running step and keeps what is committed.
     """
     with one_line_errors(debug):
-        if prompt == "-":
-            prompt = read_stdin()
+        prompt = read_prompt(prompt)
         interrupted = answer(
             model,
             prompt,
@@ -108,19 +108,24 @@ def main(
         sys.exit(INTERRUPTED)
 
 
-def read_stdin() -> str:
-    """All of stdin as text. Raises SettingsError when it is not UTF-8 or empty."""
+def read_prompt(prompt: str) -> str:
+    """The prompt, from stdin for "-". Raises SettingsError if it is empty."""
     from ..errors import SettingsError
 
-    if sys.stdin is None:
-        raise SettingsError("stdin is closed; --prompt - reads the prompt from it")
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"stdin is not UTF-8 at byte {error.start}") from None
-    if not text.strip():
-        raise SettingsError("stdin is empty; --prompt - reads the prompt from it")
-    return text
+    source = "--prompt"
+    if prompt == "-":
+        source = "stdin"
+        if sys.stdin is None:
+            raise SettingsError(f"{source} is closed; give the prompt itself")
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SettingsError(
+                f"{source} is not UTF-8 at byte {error.start}; convert it first"
+            ) from None
+    if not prompt.strip():
+        raise SettingsError(f"{source} is empty; give some text")
+    return prompt
 
 
 def answer(
@@ -137,6 +142,7 @@ def answer(
     **changes,
 ) -> bool:
     """Load, generate, print; returns whether Ctrl-C ended it."""
+    from ..diffusion.events import Commit, Step
     from ..diffusion.generation import load, stream_generate
     from ..diffusion.report import Report
     from .render import screen
@@ -155,12 +161,20 @@ def answer(
         prefill_step_size=prefill_step_size,
         **settings,
     )
+    commits: list[Commit] = []
     with _interrupt() as interrupt, screen(tokenizer, show) as view:
         for event in events:
             report.add(event)
             view.show(event)
-            if interrupt:
+            if isinstance(event, Commit):
+                commits.append(event)
+            if interrupt and not (isinstance(event, Step) and event.last):
                 break
+        if commits and commits[-1].finish_reason is None:
+            # text that waited for the next canvas is committed all the same
+            whole = tokenizer.decode([t for c in commits for t in c.tokens])
+            rest = whole.removeprefix("".join(c.text for c in commits))
+            view.show(replace(commits[-1], text=rest))
     click.echo(report.line(), err=True)
     return bool(interrupt)
 

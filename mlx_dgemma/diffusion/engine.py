@@ -101,7 +101,7 @@ class Engine:
         for canvases in groups.values():
             for canvas, step in zip(canvases, self._denoise(canvases), strict=True):
                 events.append(step)
-                if step.stopped or canvas.step == canvas.settings.steps:
+                if step.last:
                     events.append(self._commit(canvas, step.draft))
         return events
 

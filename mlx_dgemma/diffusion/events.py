@@ -37,6 +37,11 @@ class Step:
     mean_entropy: float  # nats
     stopped: bool  # stable and confident: this canvas is done
 
+    @property
+    def last(self) -> bool:
+        """Whether the Commit of this canvas comes next."""
+        return self.stopped or self.step + 1 == self.steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:

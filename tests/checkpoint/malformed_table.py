@@ -370,6 +370,7 @@ def generate_flags() -> Iterator[Case]:
     yield case("--prefill-step-size 0", "--prefill-step-size 0", "--prefill-step-size")
     yield case("--stability -1", "--stability -1", "--stability", "-1")
     yield case("prompt of half a character", "-p \udcff", "surrogate")
+    yield case("prompt of spaces", "-p \u00a0", "--prompt", "empty")
     yield case("stdin empty", "-p -", "stdin", "empty")
     yield case("stdin not UTF-8", "-p -", "stdin", "UTF-8", stdin=b"abc\xff")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from click.testing import CliRunner
 from terminal import environment, python, run_in_terminal
+from tiny import VOCABULARY
 
 from mlx_dgemma import generate, load, stream_generate
 from mlx_dgemma.cli.generate import main
@@ -165,7 +166,7 @@ def test_stop_may_be_given_many_times_and_thinking_switched_on(recorder):
         (["--confidence", "nan"], "confidence is nan; it must be a number from 0 up"),
         (["--stop", ""], "stop must be strings that are not empty"),
         (["--model", "no/where/at/all"], "no/where/at/all: no such folder"),
-        (["--prompt", "-"], "stdin is empty; --prompt - reads the prompt from it"),
+        (["--prompt", "-"], "stdin is empty; give some text"),
         (["--prompt", "\udcff"], "lone surrogate"),
     ],
 )
@@ -180,7 +181,7 @@ def test_a_refusal_is_one_line_and_exit_code_1(tiny, args, told):
 def test_stdin_that_is_no_text_is_refused(tiny):
     result = run("--model", tiny, "--prompt", "-", stdin=b"ab\xff")
     assert result.exit_code == 1
-    assert result.stderr == "error: stdin is not UTF-8 at byte 2\n"
+    assert result.stderr == "error: stdin is not UTF-8 at byte 2; convert it first\n"
 
 
 def test_stdin_that_is_closed_is_refused(tiny):
@@ -189,9 +190,7 @@ def test_stdin_that_is_closed_is_refused(tiny):
         ["sh", "-c", shell], env=environment(), capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == (
-        "error: stdin is closed; --prompt - reads the prompt from it\n"
-    )
+    assert result.stderr == ("error: stdin is closed; give the prompt itself\n")
 
 
 @pytest.mark.parametrize(
@@ -297,8 +296,13 @@ def test_show_without_a_terminal_is_plain_text(endless):
     assert "step " not in shown.stderr and "\x1b" not in shown.stderr
 
 
-def test_ctrl_c_keeps_exactly_what_is_committed(endless, endless_model):
-    endless_text = ["--steps", "2", "--max-tokens", "1000000", "--seed", "5"]
+# stop strings that never come, though any character may begin one: the last one waits
+HELD = [part for c in VOCABULARY[5:] for part in ("--stop", f"{c}☃")]
+
+
+@pytest.mark.parametrize("stop", [[], HELD], ids=["plain", "with text held back"])
+def test_ctrl_c_keeps_exactly_what_is_committed(endless, endless_model, stop):
+    endless_text = ["--steps", "2", "--max-tokens", "1000000", "--seed", "5", *stop]
     process = subprocess.Popen(
         [*COMMAND, "--model", str(endless), "--prompt", "12", *endless_text],
         stdout=subprocess.PIPE,
