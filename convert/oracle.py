@@ -116,36 +116,42 @@ class Oracle:
         )
         return to_numpy(output.logits)
 
-    @torch.no_grad()
+    @contextmanager
+    def watch_routing(self) -> Iterator[list[np.ndarray]]:
+        """How clearly tokens are routed by the passes made inside, one array a layer.
+
+        The relative gap between the last expert chosen and the first one not, (N,)
+        for N tokens: rounding that closes it sends the token elsewhere.
+        """
+        gaps: list[np.ndarray] = []
+        top = self.config.text_config.top_k_experts
+
+        def note(module, inputs, outputs) -> None:
+            ranked = outputs[0].sort(dim=-1, descending=True).values
+            if top < ranked.shape[-1]:
+                gaps.append(to_numpy(1 - ranked[:, top] / ranked[:, top - 1]))
+
+        stacks = (self.model.model.encoder.language_model, self.model.model.decoder)
+        routers = [layer.router for stack in stacks for layer in stack.layers]
+        hooks = [router.register_forward_hook(note) for router in routers]
+        try:
+            yield gaps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def routing_margins(
         self,
         canvas: np.ndarray,
         cache: DynamicCache,
         processed_logits: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(B, L) how clearly each token was routed, over all layers of one pass.
-
-        The smallest relative gap between the last expert chosen and the first one
-        not: rounding that closes it sends the token elsewhere.
-        """
-        gaps: list[torch.Tensor] = []
-        top = self.config.text_config.top_k_experts
-
-        def note(module, inputs, outputs) -> None:
-            ranked = outputs[0].sort(dim=-1, descending=True).values
-            if top < ranked.shape[-1]:
-                gaps.append(1 - ranked[:, top] / ranked[:, top - 1])
-
-        routers = [layer.router for layer in self.model.model.decoder.layers]
-        hooks = [router.register_forward_hook(note) for router in routers]
-        try:
+        """(B, L) smallest gap of each token over the layers of one denoising pass."""
+        with self.watch_routing() as gaps:
             self.denoise(canvas, cache, processed_logits)
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not gaps:
             return np.ones(canvas.shape)
-        return torch.stack(gaps).amin(dim=0).reshape(canvas.shape).numpy()
+        return np.min(gaps, axis=0).reshape(canvas.shape)
 
     def router(self, layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, D) residuals -> (N, E) probabilities and (N, k) sorted choices."""
