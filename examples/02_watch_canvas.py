@@ -5,7 +5,7 @@ python examples/02_watch_canvas.py
 
 from mlx_dgemma import Commit, Prefilled, Step, load, stream_generate
 
-PUZZLE = "2001\n0004\n0040\n0300"
+PUZZLE = "4000\n0310\n0430\n0000"
 
 model, tokenizer = load("sudoku4")
 for event in stream_generate(model, tokenizer, PUZZLE, seed=0):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_dgemma import convert, generate, load
 
-PUZZLE = "2001\n0004\n0040\n0300"
+PUZZLE = "4000\n0310\n0430\n0000"
 
 with tempfile.TemporaryDirectory() as folder:
     converted = convert(

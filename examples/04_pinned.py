@@ -5,7 +5,7 @@ python examples/04_pinned.py
 
 from mlx_dgemma import generate, load
 
-PUZZLE = "2001\n0004\n0040\n0300"
+PUZZLE = "4000\n0310\n0430\n0000"
 
 model, tokenizer = load("sudoku4")
 # the answer has a token per character, so position and character agree

@@ -7,7 +7,7 @@ from mlx_dgemma import Commit, load
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.text.chat import encode_prompt
 
-PUZZLES = ["2001\n0004\n0040\n0300", "1030\n0010\n3000\n0020", "0020\n0200\n0014\n0400"]
+PUZZLES = ["4000\n0310\n0430\n0000", "1030\n0010\n3000\n0020", "0020\n0200\n0014\n0400"]
 
 model, tokenizer = load("sudoku4")
 engine = Engine(model)

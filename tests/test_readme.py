@@ -3,9 +3,11 @@
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -27,6 +29,24 @@ def test_the_first_two_commands_are_one_line_each():
 
 
 def test_every_path_named_exists():
-    root = Path(__file__).parents[1]
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (root / path).exists(), path
+        assert (ROOT / path).exists(), path
+
+
+def test_steps_shown_are_those_of_the_example(capsys):
+    import runpy
+
+    runpy.run_path(str(ROOT / "examples" / "02_watch_canvas.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^step \d: .*$", README, re.MULTILINE)
+    assert len(shown) == 4
+    assert all(line in printed for line in shown)
+
+
+def test_the_table_of_tensors_is_the_generated_one(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "convert"), *sys.path])
+    from list_tensors import open_files, read_config, table
+
+    folder = ROOT / "mlx_dgemma" / "assets" / "sudoku4"
+    text = (ROOT / "convert" / "README.md").read_text()
+    assert table(open_files(folder), read_config(folder)) in text
