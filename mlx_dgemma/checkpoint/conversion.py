@@ -117,12 +117,8 @@ def convert(
     target = Path(mlx_path).expanduser()
     if quantize and dequantize:
         raise ConversionError("quantize and dequantize exclude one another")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    if quant_predicate not in RECIPES:
-        raise ConversionError(
-            f"quant-predicate is {quant_predicate!r}; recipes: {', '.join(RECIPES)}"
-        )
+    _check_choice("dtype", dtype, (None, *DTYPES))
+    _check_choice("quant-predicate", quant_predicate, RECIPES)
     base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
     staging.check_target(target, overwrite)
     source = hub.resolve(hf_path, revision)
@@ -146,6 +142,12 @@ def convert(
         dense=tuple(plan.dense),
         regrouped=plan.regrouped,
     )
+
+
+def _check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:
+    if value not in known:
+        shown = ", ".join(one for one in known if one is not None)
+        raise ConversionError(f"{name} is {value!r}; supported: {shown}")
 
 
 class _Planner:
