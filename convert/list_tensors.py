@@ -14,7 +14,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlx_dgemma.checkpoint.config import ModelConfig, read_config
-from mlx_dgemma.checkpoint.weights import Files, open_files, parameter_name, tied_to
+from mlx_dgemma.checkpoint.weights import Files, parameter_name, read_layout, tied_to
 from mlx_dgemma.errors import DGemmaError
 
 BEGIN, END = "<!-- tensors -->", "<!-- /tensors -->"
@@ -68,7 +68,8 @@ def _natural(name: str) -> list[str | int]:
 def main(folder: Path, markdown: bool, write: Path | None) -> None:
     """List the tensors of a checkpoint FOLDER."""
     try:
-        files, config = open_files(folder), read_config(folder)
+        config = read_config(folder)
+        files = read_layout(folder, config).files
     except DGemmaError as error:
         raise click.ClickException(str(error)) from None
     if write is not None:

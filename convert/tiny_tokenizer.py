@@ -47,7 +47,11 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in ns.messages -%}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{- '<|turn>' + role + '\\n' + message['content'] | trim + '<turn|>\\n' -}}
+    {%- set content = message['content'] -%}
+    {%- if content is not string -%}
+        {%- set content = content | map(attribute='text') | join -%}
+    {%- endif -%}
+    {{- '<|turn>' + role + '\\n' + content | trim + '<turn|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|turn>model\\n' -}}

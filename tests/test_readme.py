@@ -23,7 +23,7 @@ def test_python_blocks_run_and_print_what_is_shown():
 
 
 def test_the_first_two_commands_are_one_line_each():
-    first, second = blocks("sh")[:2]
+    first, second = blocks("bash")[:2]
     assert first.count("\n") == 1 and "--model sudoku4" in first
     assert second.count("\n") == 1 and "-m pytest" in second
 
@@ -39,14 +39,15 @@ def test_steps_shown_are_those_of_the_example(capsys):
     runpy.run_path(str(ROOT / "examples" / "02_watch_canvas.py"), run_name="__main__")
     printed = capsys.readouterr().out
     shown = re.findall(r"^step \d: .*$", README, re.MULTILINE)
-    assert len(shown) == 4
+    assert len(shown) == 5
     assert all(line in printed for line in shown)
 
 
 def test_the_table_of_tensors_is_the_generated_one(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "convert"), *sys.path])
-    from list_tensors import open_files, read_config, table
+    from list_tensors import read_config, read_layout, table
 
     folder = ROOT / "mlx_dgemma" / "assets" / "sudoku4"
     text = (ROOT / "convert" / "README.md").read_text()
-    assert table(open_files(folder), read_config(folder)) in text
+    config = read_config(folder)
+    assert table(read_layout(folder, config).files, config) in text

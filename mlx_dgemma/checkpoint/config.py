@@ -31,6 +31,12 @@ HARMLESS = frozenset(
     "eoi_token_id eoa_token_id boa_token_id audio_token_id video_token_id "
     "enable_moe_block attention_k_eq_v".split()
 )
+# The same of generation_config.json: caches and output formats of transformers.
+HARMLESS_FOR_SAMPLING = frozenset(
+    "bos_token_id pad_token_id transformers_version max_length "
+    "return_dict_in_generate cache_implementation cache_config disable_compile "
+    "_from_model_config _commit_hash".split()
+)
 
 
 class UnknownKeyWarning(UserWarning):
@@ -136,17 +142,14 @@ def read_config(folder: Path) -> ModelConfig:
     unknown = top.unknown(HARMLESS) + [
         f"text_config.{key}" for key in text.unknown(HARMLESS)
     ]
-    if unknown:
-        warnings.warn(
-            f"{path}: ignoring unknown keys {', '.join(unknown)}",
-            UnknownKeyWarning,
-            stacklevel=2,
-        )
+    _warn_of_unknown(path, unknown)
     return config
 
 
 def _check_text(text: Keys, config: ModelConfig) -> None:
     """Refuse variants no release has, and numbers that contradict one another."""
+    if config.raw["text_config"].get("final_logit_softcapping", 0) is None:
+        raise text.refuse("final_logit_softcapping", "is null; it must be a number")
     text.one_of("tie_word_embeddings", True, (True,))
     text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     # "all" would make the encoder bidirectional; no release uses it.
@@ -277,9 +280,11 @@ def _read_settings(path: Path, defaults: Settings, vocab_size: int) -> Settings:
     if sampler is not None:
         sampler.one_of("_cls_name", "EntropyBoundSamplerConfig", SAMPLERS)
         bound = sampler.real("entropy_bound", bound)
+        if strange := sampler.unknown():
+            raise sampler.refuse(strange[0], "is no setting of this sampler")
     eos = keys.ids("eos_token_id", vocab_size)
     try:
-        return defaults.but(
+        settings = defaults.but(
             max_tokens=keys.whole("max_new_tokens", defaults.max_tokens, 1, 2**31 - 1),
             steps=keys.whole("max_denoising_steps", defaults.steps, 1, 1_000_000),
             entropy_bound=bound,
@@ -295,3 +300,14 @@ def _read_settings(path: Path, defaults: Settings, vocab_size: int) -> Settings:
         )
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+    _warn_of_unknown(path, keys.unknown(HARMLESS_FOR_SAMPLING))
+    return settings
+
+
+def _warn_of_unknown(path: Path, keys: list[str]) -> None:
+    if keys:
+        warnings.warn(
+            f"{path}: ignoring unknown keys {', '.join(keys)}",
+            UnknownKeyWarning,
+            stacklevel=3,
+        )

@@ -85,7 +85,7 @@ class _Plan:
 
 def convert(
     hf_path: str | Path,
-    mlx_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
     *,
     quantize: bool = False,
     q_bits: int | None = None,
@@ -116,7 +116,16 @@ def convert(
     """
     target = Path(mlx_path).expanduser()
     if quantize and dequantize:
-        raise ConversionError("quantize and dequantize exclude one another")
+        raise ConversionError("--quantize and --dequantize exclude one another")
+    asked = {
+        "q-bits": q_bits is not None,
+        "q-group-size": q_group_size is not None,
+        "q-mode": q_mode != "affine",
+        "quant-predicate": quant_predicate != "uniform",
+    }
+    if any(asked.values()) and not quantize:
+        name = next(name for name in asked if asked[name])
+        raise ConversionError(f"--{name} is given without --quantize; add it")
     _check_choice("dtype", dtype, (None, *DTYPES))
     _check_choice("quant-predicate", quant_predicate, RECIPES)
     base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
@@ -129,7 +138,7 @@ def convert(
     planner = _Planner(layout, config, base, quant_predicate, dtype, dequantize)
     plan = planner.plan()
     staging.check_disk(target, plan.nbytes)
-    with staging.staged(target) as folder:
+    with staging.staged(target, overwrite) as folder:
         shards = _write(folder, plan, config, source, shard_bytes, progress)
     if upload_repo is not None:
         hub.upload(target, upload_repo)

@@ -7,7 +7,7 @@ from ..errors import HubError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE", "NOTICE"]
 
 
 def built_in() -> list[str]:
@@ -18,16 +18,22 @@ def built_in() -> list[str]:
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model; downloads it if it is a hub id.
 
-    Raises HubError when nothing by that name can be had.
+    Raises HubError when nothing by that name can be had, or when a revision is
+    asked of what has none.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise HubError(f"{path}: is a file; give the model's folder")
-    name = str(path_or_id)
-    if name in built_in():
-        return ASSETS / name
+    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    try:
+        if path.is_file():
+            raise HubError(f"{path}: is a file; give the model's folder")
+        local = path if path.is_dir() else None
+    except OSError as error:
+        raise HubError(f"{name[:80]}: {error.strerror}") from None
+    if local is None and name in built_in():
+        local = ASSETS / name
+    if local is not None:
+        if revision is not None:
+            raise HubError(f"{name}: is no hub id, so it has no revision {revision!r}")
+        return local
     if not HUB_ID.fullmatch(name):
         raise HubError(
             f"{name}: no such folder, and neither a hub id (owner/name) nor built in "
@@ -46,7 +52,13 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=WANTED,
+            ignore_patterns=["*/*"],  # copies in other formats
+        )
+        return Path(folder)
     except LocalEntryNotFoundError:
         raise HubError(
             f"{name}: not downloaded before, and the hub cannot be reached"

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConversionError
 
+_filling: set[Path] = set()  # what conversions of this process write just now
 SPARE_BYTES = 64 * 2**20  # tokenizer, configuration and the file system's own
 
 
@@ -25,6 +26,15 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises ConversionError saying how to mend it.
     """
     remove_leftovers(target.absolute())
+    _check_free(target, overwrite)
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise ConversionError(f"{parent}: no such folder to write into")
+    if not os.access(parent, os.W_OK):
+        raise ConversionError(f"{parent}: cannot be written to")
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
     if target.is_symlink():
         raise ConversionError(f"{target}: is a link; give the folder it leads to")
     if target.exists() and not overwrite:
@@ -33,11 +43,6 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
     if overwrite and target.exists() and not _is_checkpoint(target):
         raise ConversionError(f"{target}: is no model folder, so not overwritten")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise ConversionError(f"{parent}: no such folder to write into")
-    if not os.access(parent, os.W_OK):
-        raise ConversionError(f"{parent}: cannot be written to")
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -64,22 +69,30 @@ def check_disk(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to fill; becomes `target` when the block ends, vanishes if it fails."""
+def staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill; becomes `target` when the block ends, vanishes if it fails.
+
+    Raises ConversionError if something that may not be replaced appeared meanwhile.
+    """
     target = target.absolute()
     folder = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    if folder in _filling:
+        raise ConversionError(f"{target}: another conversion to it is running")
+    _filling.add(folder)
     try:
         folder.mkdir()
         yield folder
         for file in folder.iterdir():
             _fsync(file)
         _fsync(folder)
+        _check_free(target, overwrite)
         _take_place(folder, target)
     except OSError as error:
         why = error.strerror or error
         raise ConversionError(f"{folder}: {why}; nothing was kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _filling.discard(folder)
 
 
 def _take_place(folder: Path, target: Path) -> None:
@@ -102,6 +115,8 @@ def remove_leftovers(target: Path) -> None:
     """
     for kind in ("partial", "replaced"):
         for old in target.parent.glob(f".{escape(target.name)}.{kind}-*"):
+            if old in _filling:
+                continue
             process = old.name.rpartition("-")[2]
             if not process.isdecimal() or _alive(int(process)):
                 continue

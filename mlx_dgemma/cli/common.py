@@ -10,11 +10,15 @@ from typing import TextIO
 
 import click
 
+from .. import __version__
 from ..errors import DGemmaError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # 128 + the signal, as shells count
 JOINERS = "\u200c\u200d"  # invisible, but Persian and families of emoji need them
 
+version_option = click.version_option(
+    __version__, prog_name="mlx-dgemma", help="Show the version and exit."
+)
 debug_option = click.option(
     "--debug", is_flag=True, help="Show the whole traceback of an error."
 )
@@ -48,14 +52,18 @@ def _explain(error: BaseException) -> str:
     match error:
         case DGemmaError():
             return str(error)
-        case ImportError(name=str(name)) if name.partition(".")[0] == "mlx":
-            return "MLX has no backend here; install mlx-dgemma[cpu] or [cuda13]"
+        case ImportError() if "libmlx" in str(error):
+            return (
+                "MLX has no backend here; install mlx-dgemma[cpu], [cuda13] or [cuda12]"
+            )
         case ImportError():
             return f"{error}; install mlx-dgemma again"
         case MemoryError():
             return "out of memory; quantise the model or give it a larger machine"
         case OSError(filename=str(path), strerror=str(reason)):
             return f"{path}: {reason}"
+        case OSError(strerror=str(reason)):
+            return reason
     return f"{type(error).__name__}: {error}; --debug shows where"
 
 

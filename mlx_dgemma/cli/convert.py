@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import debug_option, is_terminal, one_line_errors
+from .common import debug_option, is_terminal, one_line_errors, version_option
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -58,6 +58,7 @@ NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
 @click.option("--upload-repo", help="Hub repository to upload the result to.")
 @click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
 @debug_option
+@version_option
 def main(
     hf_path: str,
     mlx_path: str,
@@ -78,20 +79,6 @@ def main(
     Tensors are read and written one at a time. An interrupted conversion leaves
     nothing at --mlx-path.
     """
-    asked = [
-        flag
-        for flag, value in {
-            "--q-bits": q_bits,
-            "--q-group-size": q_group_size,
-            "--q-mode": q_mode != "affine",
-            "--quant-predicate": quant_predicate != "uniform",
-        }.items()
-        if value
-    ]
-    if asked and not quantize:
-        raise click.UsageError(f"{asked[0]} needs --quantize")
-    if quantize and dequantize:
-        raise click.UsageError("--quantize and --dequantize exclude one another")
     with one_line_errors(debug):
         from ..checkpoint.conversion import convert
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import INTERRUPTED, debug_option, one_line_errors
+from .common import INTERRUPTED, debug_option, one_line_errors, version_option
 
 if TYPE_CHECKING:
     from ..diffusion.generation import Changes
@@ -55,7 +55,9 @@ def settings_options(command):
     epilog="Sampler settings default to what the checkpoint says.",
 )
 @click.option("--model", required=True, help="Model folder, hub id or built-in name.")
-@click.option("--prompt", "-p", required=True, help="The prompt; - reads stdin.")
+@click.option(
+    "--prompt", "-p", required=True, help="The prompt, taken as it is; - reads stdin."
+)
 @click.option("--system", help="A system turn before the prompt.")
 @click.option("--thinking/--no-thinking", default=False, help="Let the model think.")
 @click.option(
@@ -70,9 +72,12 @@ def settings_options(command):
     show_default=True,
     help="Prompt tokens encoded at a time.",
 )
-@click.option("--show", is_flag=True, help="Draw the canvas while it is denoised.")
+@click.option(
+    "--show", is_flag=True, help="Draw the canvas while it is denoised, in a terminal."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @debug_option
+@version_option
 def main(
     model: str,
     prompt: str,
@@ -148,7 +153,7 @@ def answer(
     from .render import screen
 
     settings: Changes = changes  # type: ignore[assignment]
-    model, tokenizer = load(model_name, revision)
+    model, tokenizer = load(model_name, revision=revision)
     report = Report()
     events = stream_generate(
         model,

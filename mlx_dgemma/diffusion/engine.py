@@ -49,6 +49,8 @@ class Canvas:
         if self.settings.pinned:
             self.pinned = sampler.pinned_row(self.settings.pinned, self.index, length)
             self.tokens = mx.where(self.pinned >= 0, self.pinned, self.tokens)
+        # an unevaluated array could be used in this thread only
+        mx.eval(self.tokens, *([] if self.pinned is None else [self.pinned]))
         self.step, self.signal = 0, None
         self.history = deque(maxlen=self.settings.stability)
 
@@ -60,7 +62,8 @@ class Engine:
         self.model = model
         self.running: list[Canvas] = []
         self._numbers = itertools.count()
-        self._joined: dict[tuple[tuple[int, int], ...], PrefixCache] = {}
+        # by canvas length: which canvases, and their prefixes joined
+        self._joined: dict[int, tuple[tuple[tuple[int, int], ...], PrefixCache]] = {}
 
     def admit(
         self,
@@ -97,6 +100,7 @@ class Engine:
         groups: dict[int, list[Canvas]] = defaultdict(list)
         for canvas in self.running:
             groups[canvas.settings.canvas_length].append(canvas)
+        self._joined = {n: j for n, j in self._joined.items() if n in groups}
         events: list[Event] = []
         for canvases in groups.values():
             for canvas, step in zip(canvases, self._denoise(canvases), strict=True):
@@ -208,16 +212,17 @@ class Engine:
 
     def _prefix(self, canvases: list[Canvas]) -> PrefixCache:
         """The prefix of one canvas, or those of several joined once per change."""
+        length = canvases[0].settings.canvas_length
         if len(canvases) == 1:
-            self._joined = {}
+            self._joined.pop(length, None)
             return canvases[0].prefix
         key = tuple((c.request, c.index) for c in canvases)
-        if key not in self._joined:
-            caches = [c.prefix for c in canvases]
-            joined = PrefixCache.join(self.model.config, caches)
+        known, joined = self._joined.get(length, (None, None))
+        if joined is None or known != key:
+            joined = PrefixCache.join(self.model.config, [c.prefix for c in canvases])
             joined.evaluate()
-            self._joined = {key: joined}
-        return self._joined[key]
+            self._joined[length] = (key, joined)
+        return joined
 
     def _signals(self, canvases: list[Canvas]) -> mx.array | None:
         known = [c.signal for c in canvases if c.signal is not None]

@@ -11,13 +11,11 @@ from ..checkpoint.config import read_config
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..model.loading import load_model
-from ..text.chat import encode_prompt
+from ..text.chat import Prompt, encode_prompt
 from ..text.tokenizer import Detokenizer, Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event
-from .settings import Settings
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
+from .settings import Settings, whole
 
 
 class Changes(TypedDict, total=False):
@@ -31,11 +29,12 @@ class Changes(TypedDict, total=False):
     t_min: float | None
     stability: int | None
     confidence: float | None
+    eos: frozenset[int] | None
     pinned: Mapping[int, int] | None
 
 
 def load(
-    path_or_id: str | Path, revision: str | None = None
+    path_or_id: str | Path, *, revision: str | None = None
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """A model and its tokenizer from a folder, a hub id or a built-in name.
 
@@ -55,7 +54,7 @@ def stream_generate(
     *,
     system: str | None = None,
     thinking: bool = False,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
     **changes: Unpack[Changes],
@@ -64,7 +63,7 @@ def stream_generate(
 
     prompt              text, token ids, or a list of chat messages
     system, thinking    for a text prompt: a system turn; whether the model thinks
-    stop                strings that end the text, left out of it
+    stop                a string, or several, that end the text and are left out
     seed                same seed, same machine, same text; chosen when None and
                         reported by the Prefilled event
     prefill_step_size   prompt tokens encoded at a time
@@ -74,12 +73,15 @@ def stream_generate(
     request. Raises SettingsError, at once, for an unknown or impossible setting.
     """
     settings = model.config.settings.but(**changes)
-    if any(not isinstance(s, str) or not s for s in stop):
-        raise SettingsError("stop must be strings that are not empty")
-    if prefill_step_size < 1:
-        raise SettingsError(f"prefill_step_size is {prefill_step_size}; at least 1")
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, Sequence) or not all(
+        isinstance(s, str) and s for s in stop
+    ):
+        raise SettingsError(f"stop is {stop!r}; it must be strings that are not empty")
+    whole("prefill_step_size", prefill_step_size, 1)
     if seed is None:
         seed = secrets.randbelow(2**32)
+    whole("seed", seed, 0)
     ids = encode_prompt(tokenizer, prompt, system=system, thinking=thinking)
     check_ids(ids, settings, model.config.vocab_size)
     writer = Writer(tokenizer.detokenizer(), stop)
@@ -112,7 +114,7 @@ def generate(
     *,
     system: str | None = None,
     thinking: bool = False,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
     **changes: Unpack[Changes],
@@ -146,12 +148,18 @@ class Writer:
 
     def write(self, commit: Commit) -> Commit:
         """The commit with its text, cut and finished where a stop string begins."""
-        text = self._held + self._detokenizer.add(commit.tokens)
+        text = self._held
+        begins = []  # where the text of each token begins
+        for token in commit.tokens:
+            begins.append(len(text))
+            text += self._detokenizer.add([token])
         if commit.finish_reason is not None:
             text += self._detokenizer.finish()
         found = [at for s in self._stop if (at := text.find(s)) >= 0]
         if found:
-            return replace(commit, text=text[: min(found)], finish_reason="stop")
+            end = min(found)
+            tokens = commit.tokens[: sum(begin < end for begin in begins)]
+            return replace(commit, tokens=tokens, text=text[:end], finish_reason="stop")
         keep = len(text)
         if commit.finish_reason is None:
             keep -= max((_overlap(text, s) for s in self._stop), default=0)

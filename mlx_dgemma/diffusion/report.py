@@ -11,7 +11,7 @@ LISTED = 8  # canvases whose steps are given one by one
 
 @dataclass
 class Report:
-    """Counts of one request; `seconds` is wall time since the report was made."""
+    """Counts of one request; wall time runs since the report was made."""
 
     prompt_tokens: int = 0
     seed: int = 0

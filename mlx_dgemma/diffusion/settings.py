@@ -4,14 +4,17 @@ Knows nothing of files, models or text. The defaults are those of the released
 checkpoint; a checkpoint's own `generation_config.json` replaces them on load.
 """
 
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from ..errors import SettingsError
 
 MAX_CANVAS_LENGTH = 65_536
+MAX_COUNT = 1_000_000  # of denoising steps, and of canvases that must agree
+MAX_TOKEN = 2**31 - 1  # ids and positions are int32 everywhere
+COLDEST = 1e-6  # a lower temperature makes float32 logits infinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,19 @@ class Settings:
     pinned: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
-        _whole("steps", self.steps, 1)
-        _whole("stability", self.stability, 0)
+        if not isinstance(self.eos, Set | list | tuple):
+            raise SettingsError(f"eos is {self.eos!r}; it must be a set of token ids")
+        if not isinstance(self.pinned, Mapping):
+            raise SettingsError(
+                f"pinned is {self.pinned!r}; it must map positions to token ids"
+            )
+        # copies: what the caller does with theirs later is no concern of ours
+        object.__setattr__(self, "eos", frozenset(self.eos))
+        object.__setattr__(self, "pinned", dict(self.pinned))
+        whole("max_tokens", self.max_tokens, 1, MAX_TOKEN)
+        whole("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
+        whole("steps", self.steps, 1, MAX_COUNT)
+        whole("stability", self.stability, 0, MAX_COUNT)
         _real("entropy_bound", self.entropy_bound, positive=True)
         _real("t_max", self.t_max, positive=True)
         _real("t_min", self.t_min)
@@ -55,11 +67,16 @@ class Settings:
             raise SettingsError(
                 f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
             )
+        if (coldest := self.temperature(self.steps - 1)) < COLDEST:
+            raise SettingsError(
+                f"t_max and t_min cool to {coldest}; the last step's temperature "
+                f"must be at least {COLDEST}"
+            )
         for token in self.eos:
-            _whole("eos", token, 0)
+            whole("eos", token, 0, MAX_TOKEN)
         for position, token in self.pinned.items():
-            _whole("pinned position", position, 0)
-            _whole(f"pinned[{position}]", token, 0)
+            whole("pinned position", position, 0, MAX_TOKEN)
+            whole(f"pinned[{position}]", token, 0, MAX_TOKEN)
 
     def but(self, **changes: Any) -> Self:
         """These settings with some changed; None means "leave as it is".
@@ -77,7 +94,7 @@ class Settings:
     @property
     def canvases(self) -> int:
         """Most canvases this request may need."""
-        return math.ceil(self.max_tokens / self.canvas_length)
+        return -(-self.max_tokens // self.canvas_length)
 
     def temperature(self, step: int) -> float:
         """Temperature of denoising step `step` in 0 … steps-1.
@@ -89,7 +106,8 @@ class Settings:
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
 
 
-def _whole(name: str, value: object, least: int, most: int | None = None) -> None:
+def whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise SettingsError unless `value` is a whole number of the range."""
     allowed = f"a whole number from {least}" + (f" to {most}" if most else " up")
     if not isinstance(value, int) or isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
@@ -101,5 +119,6 @@ def _real(name: str, value: object, *, positive: bool = False) -> None:
     allowed = "a number above 0" if positive else "a number from 0 up"
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # compared, not asked for finiteness: an int may be too large to be a float
+    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
         raise SettingsError(f"{name} is {value}; it must be {allowed}")

@@ -76,8 +76,12 @@ class DiffusionGemma(nn.Module):
         """Append (B, T) token ids to the prefixes of B rows.
 
         The only writer of the cache; any chunking gives the same prefix. The last
-        layer stops at its keys and values: nobody reads its output.
+        layer stops at its keys and values: nobody reads its output. Raises
+        ValueError, the cache untouched, for ids the model has no row for and for
+        another number of rows than the cache has.
         """
+        if tokens.shape[1] == 0:
+            return
         h, tables, masks = self._begin_encoding(tokens, cache)
         for index, layer in enumerate(self.layers[:-1]):
             h = self._encode_layer(index, layer, h, tables, masks, cache)
@@ -86,6 +90,8 @@ class DiffusionGemma(nn.Module):
 
     def encode_hidden(self, tokens: mx.array, cache: PrefixCache) -> mx.array:
         """`encode`, returning the (B, T, D) normed hidden state of the last layer."""
+        if tokens.shape[1] == 0:
+            return mx.zeros((*tokens.shape, self.config.hidden_size), dtype=self.dtype)
         h, tables, masks = self._begin_encoding(tokens, cache)
         for index, layer in enumerate(self.layers):
             h = self._encode_layer(index, layer, h, tables, masks, cache)
@@ -96,9 +102,9 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids; signal (B, L, D) from `self_condition`, or None at the
-        first step (rows of zeros mean the same). Returns (B, L, V) float32 logits,
-        soft-capped.
+        canvas (B, L) ids, which must be below V: nobody checks; signal (B, L, D) from
+        `self_condition`, or None at the first step (rows of zeros mean the same).
+        Returns (B, L, V) float32 logits, soft-capped.
         """
         length = canvas.shape[1]
         h = self.self_conditioning(self._embed(canvas), signal)
@@ -133,6 +139,14 @@ class DiffusionGemma(nn.Module):
         self, tokens: mx.array, cache: PrefixCache
     ) -> tuple[mx.array, dict[LayerConfig, Tables], dict]:
         rows, new = tokens.shape
+        extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
+        lowest, highest = extremes
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise ValueError(
+                f"ids run from {lowest} to {highest}; this model knows 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+        embedded = self._embed(tokens)  # what can be refused, before the cache knows
         cache.begin(rows, new)
         window = self.config.sliding_window
         masks = self._per_kind(
@@ -143,7 +157,7 @@ class DiffusionGemma(nn.Module):
             )
         )
         tables = self._tables(cache, cache.columns - new, new)
-        return self._embed(tokens), tables, masks
+        return embedded, tables, masks
 
     def _encode_layer(
         self, index: int, layer: Layer, h: mx.array, tables: dict, masks: dict, cache

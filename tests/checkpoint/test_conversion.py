@@ -246,7 +246,10 @@ def test_dequantising_what_is_dense_is_refused(tiny, tmp_path):
     [
         ({"quantize": True, "dequantize": True}, "exclude"),
         ({"dtype": "float64"}, "float64"),
-        ({"quant_predicate": "best"}, "best"),
+        ({"quantize": True, "quant_predicate": "best"}, "best"),
+        ({"q_bits": 4}, "--q-bits is given without --quantize"),
+        ({"q_mode": "mxfp4"}, "--q-mode is given without --quantize"),
+        ({"quant_predicate": "mixed"}, "--quant-predicate is given without"),
         ({"quantize": True, "q_mode": "int4"}, "int4"),
         ({"quantize": True, "q_bits": 7}, "q-bits is 7"),
         ({"quantize": True, "q_mode": "mxfp4", "q_group_size": 64}, "q-group-size"),

@@ -6,7 +6,7 @@ import pytest
 from configs import refused, write
 from tiny import tiny_config
 
-from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.config import UnknownKeyWarning, read_config
 from mlx_dgemma.diffusion.settings import Settings
 
 GENERATION = {
@@ -87,3 +87,18 @@ def test_impossible_sampling_is_refused_by_file_and_key(tmp_path, name):
     generation, named = UNSAMPLEABLE[name]
     folder = write(tmp_path, tiny_config(), generation)
     refused(folder, tmp_path / "generation_config.json", named)
+
+
+def test_unknown_keys_are_named_and_the_samplers_are_refused(tmp_path):
+    said = {"max_denoising_step": 3, "steps": 4, "disable_compile": True}
+    folder = write(tmp_path, tiny_config(), generation=said)
+    with pytest.warns(UnknownKeyWarning) as warned:
+        read_config(folder)
+    (warning,) = warned
+    assert str(warning.message) == (
+        f"{folder / 'generation_config.json'}: ignoring unknown keys "
+        "max_denoising_step, steps"
+    )
+    said = {"sampler_config": {"entropy_bond": 9.0}}
+    write(tmp_path, tiny_config(), generation=said)
+    refused(tmp_path, tmp_path / "generation_config.json", ("entropy_bond",))

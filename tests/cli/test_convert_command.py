@@ -135,11 +135,6 @@ def test_what_could_not_be_done_as_asked_is_said(recorder, answer, stderr, stdou
     [
         ([], "--hf-path"),
         (["--hf-path", "m", "--q-bits", "7"], "--q-bits"),
-        (["--hf-path", "m", "--q-bits", "4"], "--q-bits needs --quantize"),
-        (["--hf-path", "m", "--q-group-size", "32"], "--q-group-size needs"),
-        (["--hf-path", "m", "--q-mode", "mxfp4"], "--q-mode needs --quantize"),
-        (["--hf-path", "m", "--quant-predicate", "mixed"], "--quant-predicate needs"),
-        (["--hf-path", "m", "-q", "-d"], "exclude one another"),
         (["--hf-path", "m", "--dtype", "int8"], "--dtype"),
         (["--hf-path", "m", "--bits", "4"], "--bits"),
     ],

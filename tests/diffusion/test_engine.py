@@ -147,6 +147,31 @@ def test_requests_come_and_go_between_ticks(tiny_model):
     assert not any(isinstance(e, Commit) and e.request == other.request for e in events)
 
 
+def test_prefixes_are_joined_once_per_change(tiny_model, monkeypatch):
+    """Also when canvases of several lengths run side by side."""
+    from mlx_dgemma.model.cache import PrefixCache
+
+    joins = []
+    join = PrefixCache.join.__func__
+
+    def counted(cls, config, caches):
+        joins.append(len(caches))
+        return join(cls, config, caches)
+
+    monkeypatch.setattr(PrefixCache, "join", classmethod(counted))
+    model, _ = tiny_model
+    engine = Engine(model)
+    never = {"confidence": 0.0, "steps": 50}
+    for length in (16, 7, 16, 7, 5):
+        engine.admit(PROMPT, LOOSE.but(canvas_length=length, **never), 0)
+    for _ in range(9):
+        engine.tick()
+    assert joins == [2, 2]
+    engine.running.clear()
+    engine.tick()
+    assert engine._joined == {}  # an idle engine holds no prefixes
+
+
 def test_cancelled_requests_leave_the_engine(tiny_model):
     model, _ = tiny_model
     engine = Engine(model)

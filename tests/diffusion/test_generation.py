@@ -64,9 +64,16 @@ def test_unknown_settings_are_refused(tiny_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stop": [""]}, "stop must be strings"),
+        ({"stop": [""]}, "must be strings"),
+        ({"stop": 5}, "stop is 5"),
+        ({"prefill_step_size": "8"}, "prefill_step_size is '8'"),
+        ({"eos": 4}, "eos is 4"),
+        ({"pinned": [1]}, r"pinned is \[1\]"),
         ({"prefill_step_size": 0}, "prefill_step_size is 0"),
         ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": True}, "seed is True"),
     ],
 )
 def test_impossible_settings_are_refused(tiny_model, changes, message):
@@ -86,6 +93,28 @@ def test_a_stop_string_ends_the_text_wherever_it_lies(tiny_model, size):
         events = list(stream_generate(*tiny_model, "ab", stop=[stop], **loose))
         assert text_of(events) == whole[: whole.index(stop)]
         assert events[-1].finish_reason == "stop"
+
+
+def test_tokens_end_where_the_text_ends(tiny_model):
+    _, tokenizer = tiny_model
+    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model)}
+    whole = generate(*tiny_model, "ab", **loose)
+    for stop in (whole[9:12], whole[22:24]):
+        events = list(stream_generate(*tiny_model, "ab", stop=stop, **loose))
+        tokens = [t for e in events if isinstance(e, Commit) for t in e.tokens]
+        assert tokenizer.decode(tokens) == text_of(events) == whole[: whole.index(stop)]
+
+
+def test_events_may_be_pulled_from_one_thread_after_another(tiny_model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model), "pinned": {3: 9}}
+    stream = stream_generate(*tiny_model, "ab", **loose)
+    events = []
+    while not events or events[-1] is not None:
+        with ThreadPoolExecutor(1) as pool:  # a new thread for each event
+            events.append(pool.submit(next, stream, None).result())
+    assert text_of(events[:-1]) == generate(*tiny_model, "ab", **loose)
 
 
 def test_the_earliest_of_several_stop_strings_wins(tiny_model):
@@ -172,3 +201,20 @@ def test_a_model_loaded_in_one_thread_generates_in_another(tiny):
         model, tokenizer = loader.submit(load, tiny).result()
         text = worker.submit(generate, model, tokenizer, "ab", **LOOSE).result()
     assert text == generate(*load(tiny), "ab", **LOOSE)
+
+
+@pytest.mark.parametrize("name", ["sudoku4", "folder"])
+def test_a_revision_of_what_is_no_hub_id_is_refused(tiny, name):
+    from mlx_dgemma import load
+    from mlx_dgemma.errors import HubError
+
+    with pytest.raises(HubError, match="is no hub id, so it has no revision 'v2'"):
+        load(tiny if name == "folder" else name, revision="v2")
+
+
+def test_an_endless_name_is_refused_in_one_line():
+    from mlx_dgemma import load
+    from mlx_dgemma.errors import HubError
+
+    with pytest.raises(HubError, match="File name too long"):
+        load("a" * 5000)

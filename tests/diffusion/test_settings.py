@@ -10,14 +10,14 @@ from mlx_dgemma.errors import DGemmaError, SettingsError
 IMPOSSIBLE = {
     "max_tokens": [0, -1, 1.5, True, "4"],
     "canvas_length": [0, 65_537, 2.0],
-    "steps": [0, -3, 48.0],
-    "stability": [-1, 0.5],
-    "entropy_bound": [0, -0.1, math.nan, math.inf, "1"],
+    "steps": [0, -3, 48.0, 10**20],
+    "stability": [-1, 0.5, 10**20],
+    "entropy_bound": [0, -0.1, math.nan, math.inf, "1", 10**400],
     "t_max": [0.0, -1.0, math.nan],
     "t_min": [-0.1, math.inf, 0.9],  # 0.9 is above t_max
     "confidence": [-1e-9, math.nan],
-    "eos": [frozenset({-1}), frozenset({"a"})],
-    "pinned": [{-1: 3}, {0: -2}, {0: "x"}],
+    "eos": [frozenset({-1}), frozenset({"a"}), 4],
+    "pinned": [{-1: 3}, {0: -2}, {0: "x"}, [3]],
 }
 
 
@@ -30,6 +30,19 @@ def test_impossible_values_are_refused_by_name(name, value):
     assert "\n" not in str(error.value)
     assert isinstance(error.value, DGemmaError)
     assert isinstance(error.value, ValueError)
+
+
+def test_temperatures_that_overflow_are_refused():
+    with pytest.raises(SettingsError, match="last step's temperature must be at least"):
+        Settings(t_max=1e-6, t_min=0)
+    Settings(t_max=0.8, t_min=0)
+
+
+def test_settings_keep_no_hold_of_what_they_were_given():
+    given = {3: 4}
+    settings = Settings(pinned=given)
+    given[5] = 6
+    assert settings.pinned == {3: 4}
 
 
 def test_defaults_are_the_releases():

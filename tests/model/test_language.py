@@ -72,6 +72,29 @@ def test_encode_writes_what_encode_hidden_writes(tiny_model):
             np.testing.assert_array_equal(np.array(mine[1]), np.array(theirs[1]))
 
 
+def test_a_refused_encode_leaves_the_cache_as_it_was(tiny_model):
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    before = np.array(model.denoise(CANVAS, cache))
+    with pytest.raises(ValueError, match="ids run from 3 to 32; this model knows 0"):
+        model.encode(ids([3, 32]), cache)
+    with pytest.raises(ValueError, match="ids run from -1 to 3"):
+        model.encode(ids([3, -1]), cache)
+    with pytest.raises(ValueError):
+        model.encode(mx.array([[1.0, 2.0]]), cache)
+    assert cache.lengths == (40,)
+    np.testing.assert_array_equal(np.array(model.denoise(CANVAS, cache)), before)
+
+
+def test_encoding_nothing_changes_nothing(tiny_model):
+    model, _ = tiny_model
+    cache = encoded(model, PROMPT)
+    nothing = mx.zeros((1, 0), dtype=mx.int32)
+    model.encode(nothing, cache)
+    assert model.encode_hidden(nothing, cache).shape == (1, 0, 64)
+    assert cache.lengths == (40,)
+
+
 def test_the_encoder_is_causal(tiny_model):
     """A later token changes no earlier hidden state."""
     model, _ = tiny_model
