@@ -48,6 +48,21 @@ CARRIED = (
     "NOTICE",
 )
 
+# what the hub reads of an uploaded model, and how a person runs it
+CARD = """\
+---
+library_name: mlx
+pipeline_tag: text-generation
+tags:
+- mlx
+- diffusion_gemma
+---
+
+DiffusionGemma weights for MLX, converted by `mlx_dgemma.convert`.
+
+    mlx_dgemma.generate --model FOLDER --show --prompt "Why is the sky blue?"
+"""
+
 Progress = Callable[[str, int, int], None]  # tensor, bytes written, bytes in all
 
 
@@ -300,6 +315,7 @@ def _write(
         folder / "config.json",
         released_config(config, plan.quantization, plan.dtype),
     )
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

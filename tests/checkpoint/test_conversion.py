@@ -147,6 +147,7 @@ def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
     assert listing(tmp_path / "out") == sorted(
         [
             *carried,
+            "README.md",  # our own card, not the source's
             "config.json",
             "model.safetensors",
             "tokenizer.json",
@@ -156,6 +157,7 @@ def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
     )
     for name in (*carried, "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert "library_name: mlx" in (tmp_path / "out" / "README.md").read_text()
     model, tokenizer = load(tmp_path / "out")
     assert tokenizer.chat_template is not None
     assert model.config.settings.t_max == 0.9
