@@ -132,7 +132,7 @@ def read_config(folder: Path) -> ModelConfig:
         canvas_length=canvas_length,
         has_vision=top.mapping("vision_config") is not None,
         settings=_read_settings(
-            folder / "generation_config.json",
+            _sampling_keys(folder, top),
             Settings(canvas_length=canvas_length, eos=frozenset(eos or (1,))),
             vocab_size,
         ),
@@ -142,7 +142,7 @@ def read_config(folder: Path) -> ModelConfig:
     unknown = top.unknown(HARMLESS) + [
         f"text_config.{key}" for key in text.unknown(HARMLESS)
     ]
-    _warn_of_unknown(path, unknown)
+    _warn_of_unknown(str(path), unknown)
     return config
 
 
@@ -270,11 +270,17 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
     return Rope(theta=theta, rotated=int(part * head_dim // 2), factor=factor)
 
 
-def _read_settings(path: Path, defaults: Settings, vocab_size: int) -> Settings:
-    """generation_config.json where there is one, `defaults` where it is silent."""
-    if not path.exists():
+def _sampling_keys(folder: Path, top: Keys) -> Keys | None:
+    """generation_config.json, or the copy of it that mlx-vlm puts into config.json."""
+    inside = top.mapping("generation_config")
+    path = folder / "generation_config.json"
+    return Keys(read_json(path), str(path)) if path.exists() else inside
+
+
+def _read_settings(keys: Keys | None, defaults: Settings, vocab_size: int) -> Settings:
+    """What the checkpoint says of sampling, `defaults` where it is silent."""
+    if keys is None:
         return defaults
-    keys = Keys(read_json(path), str(path))
     sampler = keys.mapping("sampler_config")
     bound = defaults.entropy_bound
     if sampler is not None:
@@ -299,15 +305,15 @@ def _read_settings(path: Path, defaults: Settings, vocab_size: int) -> Settings:
             eos=frozenset(eos) if eos else None,
         )
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    _warn_of_unknown(path, keys.unknown(HARMLESS_FOR_SAMPLING))
+        raise ConfigError(f"{keys.where}: {error}") from None
+    _warn_of_unknown(keys.where, keys.unknown(HARMLESS_FOR_SAMPLING))
     return settings
 
 
-def _warn_of_unknown(path: Path, keys: list[str]) -> None:
+def _warn_of_unknown(where: str, keys: list[str]) -> None:
     if keys:
         warnings.warn(
-            f"{path}: ignoring unknown keys {', '.join(keys)}",
+            f"{where}: ignoring unknown keys {', '.join(keys)}",
             UnknownKeyWarning,
             stacklevel=3,
         )

@@ -54,7 +54,7 @@ class Keys:
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self._values = values
-        self._where = where
+        self.where = where
         self._seen: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
@@ -65,7 +65,7 @@ class Keys:
         return sorted(set(self._values) - self._seen - ignored)
 
     def refuse(self, key: str, why: str) -> ConfigError:
-        return ConfigError(f"{self._where}: {key} {why}")
+        return ConfigError(f"{self.where}: {key} {why}")
 
     def _get(self, key: str) -> Any:
         self._seen.add(key)
@@ -117,7 +117,7 @@ class Keys:
             return None
         if not isinstance(value, dict):
             raise self.refuse(key, "must be an object")
-        return Keys(value, f"{self._where}: {key}")
+        return Keys(value, f"{self.where}: {key}")
 
     def array(self, key: str) -> list[Any] | None:
         value = self._get(key)

@@ -102,3 +102,16 @@ def test_unknown_keys_are_named_and_the_samplers_are_refused(tmp_path):
     said = {"sampler_config": {"entropy_bond": 9.0}}
     write(tmp_path, tiny_config(), generation=said)
     refused(tmp_path, tmp_path / "generation_config.json", ("entropy_bond",))
+
+
+def test_mlx_vlms_copy_inside_config_json_counts_where_there_is_no_file(tmp_path):
+    inside = tiny_config() | {"generation_config": GENERATION}
+    (tmp_path / "one").mkdir()
+    assert read_config(write(tmp_path / "one", inside)).settings == SAMPLING
+    (tmp_path / "two").mkdir()
+    both = read_config(write(tmp_path / "two", inside, {"t_max": 0.5}))
+    assert both.settings.t_max == 0.5 and both.settings.steps == 48
+    wrong = tiny_config() | {"generation_config": {"t_max": -1}}
+    (tmp_path / "three").mkdir()
+    write(tmp_path / "three", wrong)
+    refused(tmp_path / "three", tmp_path / "three" / "config.json", ("t_max", "-1"))
