@@ -132,17 +132,10 @@ def convert(
     target = Path(mlx_path).expanduser()
     if quantize and dequantize:
         raise ConversionError("--quantize and --dequantize exclude one another")
-    asked = {
-        "q-bits": q_bits is not None,
-        "q-group-size": q_group_size is not None,
-        "q-mode": q_mode != "affine",
-        "quant-predicate": quant_predicate != "uniform",
-    }
-    if any(asked.values()) and not quantize:
-        name = next(name for name in asked if asked[name])
-        raise ConversionError(f"--{name} is given without --quantize; add it")
     _check_choice("dtype", dtype, (None, *DTYPES))
     _check_choice("quant-predicate", quant_predicate, RECIPES)
+    if not quantize:
+        _refuse_idle(q_bits, q_group_size, q_mode, quant_predicate)
     base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
     staging.check_target(target, overwrite)
     source = hub.resolve(hf_path, revision)
@@ -166,6 +159,21 @@ def convert(
         dense=tuple(plan.dense),
         regrouped=plan.regrouped,
     )
+
+
+def _refuse_idle(
+    q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str
+) -> None:
+    """Refuse settings of a quantisation that was not asked for."""
+    asked = {
+        "q-bits": q_bits is not None,
+        "q-group-size": q_group_size is not None,
+        "q-mode": q_mode != "affine",
+        "quant-predicate": quant_predicate != "uniform",
+    }
+    for name in asked:
+        if asked[name]:
+            raise ConversionError(f"--{name} is given without --quantize; add it")
 
 
 def _check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:
