@@ -143,8 +143,7 @@ def convert(
     config = read_config(source)
     Tokenizer.from_dir(source)  # a model nobody can talk to is refused early
     layout = read_layout(source, config)
-    planner = _Planner(layout, config, base, quant_predicate, dtype, dequantize)
-    plan = planner.plan()
+    plan = _Planner(layout, config, base, quant_predicate, dtype, dequantize).plan()
     staging.check_disk(target, plan.nbytes)
     with staging.staged(target, overwrite) as folder:
         shards = _write(folder, plan, config, source, shard_bytes, progress)

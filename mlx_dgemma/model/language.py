@@ -102,8 +102,8 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids, which must be below V: nobody checks; signal (B, L, D) from
-        `self_condition`, or None at the first step (rows of zeros mean the same).
+        canvas (B, L) ids below V, unchecked: a look would cost a wait; signal (B, L, D)
+        from `self_condition`, or None at the first step (rows of zeros mean the same).
         Returns (B, L, V) float32 logits, soft-capped.
         """
         length = canvas.shape[1]
