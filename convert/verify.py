@@ -163,15 +163,16 @@ class Verifier:
         before = theirs.prompt + theirs.tokens[: index * settings.canvas_length]
         prefix = self.ours.make_cache()
         self.ours.encode(ids(np.array([before])), prefix)
-        signal, history = None, []
+        signal, streak = None, mx.zeros((1,), dtype=mx.int32)
+        draft = mx.full((1, settings.canvas_length), -1)
         for number, step in enumerate(theirs.canvases[index]):
             temperatures = mx.array([settings.temperature(number)])
             logits = self.ours.denoise(ids(step.canvas[None]), prefix, signal)
             processed = sampler.process(logits, temperatures)
             entropy = sampler.entropy(processed)
-            argmax = mx.argmax(processed, axis=-1)[0]
-            recent = history[max(0, number - settings.stability) :]
-            stable = sampler.is_stable(argmax, recent, settings.stability)
+            argmax = mx.argmax(processed, axis=-1)
+            streak = sampler.count_unchanged(argmax, draft, streak)
+            stable = streak >= settings.stability
             confident = mx.mean(entropy) < settings.confidence
             bounds = mx.array([settings.entropy_bound])
             yield replace(
@@ -179,10 +180,10 @@ class Verifier:
                 logits=np.array(logits[0]),
                 entropy=np.array(entropy[0]),
                 accepted=np.array(sampler.accept(entropy, bounds)[0]),
-                argmax=np.array(argmax),
+                argmax=np.array(argmax[0]),
                 stopped=bool((stable & confident).item()),
             )
-            history.append(ids(step.argmax))
+            draft = ids(step.argmax[None])
             recorded = mx.array(step.logits[None])
             signal = self.ours.self_condition(sampler.process(recorded, temperatures))
 

@@ -7,18 +7,19 @@ through the whole engine. `convert/export_golden.py` made the files.
 
 import hashlib
 import json
-from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from replay import feed, ids
 
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.hub import ASSETS
-from mlx_dgemma.diffusion import sampler
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
+from mlx_dgemma.diffusion.step import Dials, State, Stepper
 
 GOLDEN = Path(__file__).parent / "golden"
 PROVENANCE = json.loads((GOLDEN / "PROVENANCE.json").read_text())
@@ -47,10 +48,6 @@ def settings_of(model, name: str):
     return model.config.settings.but(**changes)
 
 
-def ids(array: np.ndarray) -> mx.array:
-    return mx.array(array.astype(np.int32))
-
-
 def test_files_are_those_that_were_recorded():
     for name in RUNS:
         digest = hashlib.sha256((GOLDEN / f"{name}.npz").read_bytes()).hexdigest()
@@ -60,60 +57,48 @@ def test_files_are_those_that_were_recorded():
     assert digest == PROVENANCE["model_sha256"]
 
 
+@pytest.mark.parametrize("bucketed", [False, True])
 @pytest.mark.parametrize("name", RUNS)
-def test_each_step_decides_as_transformers_did(model, name):
+def test_each_step_decides_as_transformers_did(model, name, bucketed, monkeypatch):
     record, settings = golden(name), settings_of(model, name)
-    step = 0
+    feed(monkeypatch, record["noise"])
+    stepper, step = Stepper(model, compiled=False), 0
     for index, length in enumerate(record["lengths"]):
         cache = model.make_cache()
         before = record["tokens"][: index * settings.canvas_length]
         model.encode(ids(np.concatenate([record["prompt"], before])[None]), cache)
-        signal = None
+        view = model.view(cache, settings.canvas_length, bucketed=bucketed)
+        state = State.first(
+            ids(record["canvas"][step]), model.config.hidden_size, model.dtype
+        )
         for number in range(length):
-            canvas = record["canvas"][step]
-            logits = model.denoise(ids(canvas[None]), cache, signal)
+            canvas = ids(record["canvas"][step][None])
+            logits = model.denoise(canvas, cache, state.signal)
             np.testing.assert_allclose(
                 np.array(logits)[0], record["logits"][step], atol=5e-4
             )
-            refined = sampler.refine(
-                logits,
-                temperatures=mx.array([settings.temperature(number)]),
-                bounds=mx.array([settings.entropy_bound]),
-                uniforms=mx.zeros((1, len(canvas))),
-                noise=ids(record["noise"][step][None]),
+            dials = Dials(
+                mx.zeros((1, 2, 2), dtype=mx.uint32),
+                mx.array(
+                    [[settings.temperature(number), settings.entropy_bound, 1, 0]]
+                ),
             )
+            state, found = stepper(replace(state, canvas=canvas), view, dials, None)
             np.testing.assert_allclose(
-                np.array(refined.entropy)[0], record["entropy"][step], atol=5e-4
+                np.array(found.entropy)[0], record["entropy"][step], atol=5e-4
             )
             for ours, theirs in (
-                (refined.accepted, record["accepted"]),
-                (refined.argmax, record["argmax"]),
+                (found.accepted, record["accepted"]),
+                (state.draft, record["argmax"]),
             ):
                 np.testing.assert_array_equal(np.array(ours)[0], theirs[step])
-            signal = model.self_condition(refined.processed)
             step += 1
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_engine_follows_the_same_draws(model, name, monkeypatch):
     record, settings = golden(name), settings_of(model, name)
-    starts, proposals, noise = (
-        deque(record[k]) for k in ("starts", "proposal", "noise")
-    )
-    monkeypatch.setattr(
-        sampler, "random_tokens", lambda key, length, vocab: ids(starts.popleft())
-    )
-    monkeypatch.setattr(
-        sampler, "propose", lambda processed, u: ids(proposals.popleft()[None])
-    )
-    monkeypatch.setattr(
-        Engine,
-        "_draw",
-        lambda self, canvases, length: (
-            mx.zeros((1, length)),
-            ids(noise.popleft()[None]),
-        ),
-    )
+    feed(monkeypatch, record["noise"], record["proposal"], record["starts"])
     engine = Engine(model)
     engine.admit(record["prompt"].tolist(), settings, seed=0)
     events = list(engine.run())

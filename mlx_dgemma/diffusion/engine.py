@@ -6,22 +6,35 @@ without changing one another. Knows token ids, not text.
 """
 
 import itertools
+import math
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from .. import backends
 from ..errors import SettingsError
 from ..model.cache import PrefixCache
-from ..model.language import DiffusionGemma
+from ..model.language import DiffusionGemma, View
 from . import sampler
 from .events import Commit, Event, Prefilled, Step
 from .settings import Settings
+from .step import Dials, Outcome, Pins, State, Stepper
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
+FAR = 10  # a mean entropy of this many times `confidence` is far from its end
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A denoising step of one canvas that was started: its row of a batch."""
+
+    state: State
+    outcome: Outcome
+    row: int
 
 
 @dataclass
@@ -32,38 +45,46 @@ class Canvas:
     settings: Settings
     seed: int
     prefix: PrefixCache
+    chunk: int  # tokens encoded at a time
+    state: State  # of a batch …
+    row: int = 0  # … in which this is its row
     index: int = 0
-    step: int = 0
+    step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases
-    tokens: mx.array = field(default_factory=lambda: mx.array([]))  # (L,) int32
-    pinned: mx.array | None = None  # (L,) int32, -1 where free
-    signal: mx.array | None = None  # (L, D)
-    history: deque[mx.array] = field(default_factory=deque)  # argmax canvases
+    mean: float = math.inf  # nats: mean entropy of the last step reported
+    ahead: Taken | None = None  # a step started, not yet reported
 
-    def begin(self, vocab_size: int) -> None:
-        """Start this canvas from noise, with its pinned tokens in place."""
-        length = self.settings.canvas_length
-        key = sampler.fold(self.seed, self.index, 0, sampler.CANVAS)
-        self.tokens = sampler.random_tokens(key, length, vocab_size)
-        self.pinned = None
-        if self.settings.pinned:
-            self.pinned = sampler.pinned_row(self.settings.pinned, self.index, length)
-            self.tokens = mx.where(self.pinned >= 0, self.pinned, self.tokens)
-        # an unevaluated array could be used in this thread only
-        mx.eval(self.tokens, *([] if self.pinned is None else [self.pinned]))
-        self.step, self.signal = 0, None
-        self.history = deque(maxlen=self.settings.stability)
+    @property
+    def far_from_done(self) -> bool:
+        """Whether the step after the running one will surely, or likely, be wanted."""
+        more = self.step + 1 < self.settings.steps
+        return more and self.mean > FAR * self.settings.confidence
 
 
 class Engine:
-    """Denoises the canvases of any number of requests with one model."""
+    """Denoises the canvases of any number of requests with one model.
 
-    def __init__(self, model: DiffusionGemma):
+    ahead: start each step before the host has looked at the one before. A step that
+    turns out to come after its canvas was done is dropped: nothing else changes.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        *,
+        compiled: bool | None = None,
+        ahead: bool | None = None,
+    ):
         self.model = model
         self.running: list[Canvas] = []
+        self._ahead = backends.runs_ahead() if ahead is None else ahead
+        compiled = backends.compiles() if compiled is None else compiled
+        self._stepper = model.programs.get(
+            ("step", compiled), lambda: Stepper(model, compiled=compiled)
+        )
         self._numbers = itertools.count()
-        # by canvas length: which canvases, and their prefixes joined
-        self._joined: dict[int, tuple[tuple[tuple[int, int], ...], PrefixCache]] = {}
+        # by canvas length: which canvases, and what they see
+        self._views: dict[int, tuple[tuple[tuple[int, int], ...], View]] = {}
 
     def admit(
         self,
@@ -76,13 +97,19 @@ class Engine:
 
         Raises SettingsError for ids outside the vocabulary.
         """
-        vocab_size = self.model.config.vocab_size
-        check_ids(prompt, settings, vocab_size)
+        check_ids(prompt, settings, self.model.config.vocab_size)
         started = time.perf_counter()
         prefix = self.model.make_cache()
-        self._encode(prompt, prefix, prefill_step_size)
-        canvas = Canvas(next(self._numbers), settings, seed, prefix)
-        canvas.begin(vocab_size)
+        prefix.reserve(len(prompt) + settings.canvas_length)
+        canvas = Canvas(
+            request=next(self._numbers),
+            settings=settings,
+            seed=seed,
+            prefix=prefix,
+            chunk=prefill_step_size,
+            state=self._first(settings, seed, 0),
+        )
+        self._encode(canvas, prompt)
         self.running.append(canvas)
         return Prefilled(
             request=canvas.request,
@@ -100,13 +127,13 @@ class Engine:
         groups: dict[int, list[Canvas]] = defaultdict(list)
         for canvas in self.running:
             groups[canvas.settings.canvas_length].append(canvas)
-        self._joined = {n: j for n, j in self._joined.items() if n in groups}
+        self._views = {n: view for n, view in self._views.items() if n in groups}
+        steps = [step for group in groups.values() for step in self._advance(group)]
         events: list[Event] = []
-        for canvases in groups.values():
-            for canvas, step in zip(canvases, self._denoise(canvases), strict=True):
-                events.append(step)
-                if step.last:
-                    events.append(self._commit(canvas, step.draft))
+        for canvas, step in steps:
+            events.append(step)
+            if step.last:
+                events.append(self._commit(canvas, step.draft))
         return events
 
     def run(self) -> Iterator[Event]:
@@ -114,74 +141,66 @@ class Engine:
         while self.running:
             yield from self.tick()
 
-    def _encode(self, tokens: Sequence[int], prefix: PrefixCache, chunk: int) -> None:
-        for start in range(0, len(tokens), chunk):
-            ids = mx.array([tokens[start : start + chunk]], dtype=mx.int32)
-            self.model.encode(ids, prefix)
-            prefix.evaluate()
+    def _first(self, settings: Settings, seed: int, index: int) -> State:
+        """Canvas number `index` before its first step: noise around what is given."""
+        config, length = self.model.config, settings.canvas_length
+        key = sampler.fold(seed, index, 0, sampler.CANVAS)
+        tokens = sampler.random_tokens(key, length, config.vocab_size)
+        pinned = mx.array(sampler.pinned_row(settings.pinned, index, length))
+        tokens = mx.where(pinned >= 0, pinned, tokens)
+        state = State.first(tokens, config.hidden_size, self.model.dtype)
+        mx.eval(state.arrays)  # an unevaluated array can be used in this thread only
+        return state
 
-    def _denoise(self, canvases: list[Canvas]) -> list[Step]:
-        """One step of canvases of one length."""
+    def _encode(self, canvas: Canvas, tokens: Sequence[int]) -> None:
+        for start in range(0, len(tokens), canvas.chunk):
+            part = tokens[start : start + canvas.chunk]
+            self.model.encode(mx.array([part], dtype=mx.int32), canvas.prefix)
+            canvas.prefix.evaluate()
+
+    def _advance(self, group: list[Canvas]) -> list[tuple[Canvas, Step]]:
+        """Take a step of canvases of one length, starting the next if it is wanted."""
+        if new := [canvas for canvas in group if canvas.ahead is None]:
+            self._start(new)
+        taken = []
+        for canvas in group:
+            assert canvas.ahead is not None
+            taken.append(canvas.ahead)
+            canvas.state, canvas.row = canvas.ahead.state, canvas.ahead.row
+            canvas.step, canvas.ahead = canvas.step + 1, None
+        if self._ahead and all(canvas.far_from_done for canvas in group):
+            self._start(group)
+        return [(c, _report(c, t)) for c, t in zip(group, taken, strict=True)]
+
+    def _start(self, canvases: list[Canvas]) -> None:
+        """Start one step of these canvases, and look at nothing."""
         length = canvases[0].settings.canvas_length
-        logits = self.model.denoise(
-            mx.stack([c.tokens for c in canvases]),
-            self._prefix(canvases),
-            self._signals(canvases),
-        )
-        uniforms, noise = self._draw(canvases, length)
-        refined = sampler.refine(
-            logits,
-            temperatures=mx.array([c.settings.temperature(c.step) for c in canvases]),
-            bounds=mx.array([c.settings.entropy_bound for c in canvases]),
-            uniforms=uniforms,
-            noise=noise,
-            pinned=_pinned(canvases, length),
-        )
-        signals = self.model.self_condition(refined.processed)
-        mean = mx.mean(refined.entropy, axis=-1)
-        stops = [
-            sampler.is_stable(refined.argmax[i], c.history, c.settings.stability)
-            & (mean[i] < c.settings.confidence)
-            for i, c in enumerate(canvases)
+        pinned = [
+            sampler.pinned_row(c.settings.pinned, c.index, length) for c in canvases
         ]
-        stopped = mx.stack(stops)
-        mx.eval(refined.argmax, refined.entropy, refined.accepted, refined.canvas)
-        mx.eval(signals, mean, stopped)
-        flags, means = np.array(stopped), np.array(mean)
-        return [
-            self._advance(c, i, refined, signals, float(means[i]), bool(flags[i]))
-            for i, c in enumerate(canvases)
-        ]
+        state, outcome = self._stepper(
+            _joined(canvases), self._view(canvases), _dials(canvases), Pins.of(pinned)
+        )
+        rows = [Taken(state, outcome, row) for row in range(len(canvases))]
+        for canvas, taken in zip(canvases, rows, strict=True):
+            canvas.ahead = taken
+        mx.async_eval(state.arrays, outcome.arrays)
 
-    def _advance(
-        self,
-        canvas: Canvas,
-        row: int,
-        refined: sampler.Refined,
-        signals: mx.array,
-        mean: float,
-        stopped: bool,
-    ) -> Step:
-        """Move a canvas past the step just taken, and report that step."""
-        canvas.tokens, canvas.signal = refined.canvas[row], signals[row]
-        draft, accepted = refined.argmax[row], refined.accepted[row]
-        entropy = refined.entropy[row]
-        mx.eval(canvas.tokens, canvas.signal, draft, accepted, entropy)
-        canvas.history.append(draft)
-        canvas.step += 1
-        return Step(
-            request=canvas.request,
-            canvas_index=canvas.index,
-            step=canvas.step - 1,
-            steps=canvas.settings.steps,
-            temperature=canvas.settings.temperature(canvas.step - 1),
-            draft=draft,
-            canvas=canvas.tokens,
-            accepted=accepted,
-            entropy=entropy,
-            mean_entropy=mean,
-            stopped=stopped,
-        )
+    def _view(self, canvases: list[Canvas]) -> View:
+        """What these canvases see, made again only when one of them comes or goes."""
+        length = canvases[0].settings.canvas_length
+        key = tuple((c.request, c.index) for c in canvases)
+        known, view = self._views.get(length, (None, None))
+        if view is None or known != key:
+            prefix = canvases[0].prefix
+            if len(canvases) > 1:
+                prefix = PrefixCache.join(
+                    self.model.config, [c.prefix for c in canvases]
+                )
+                prefix.evaluate()
+            view = self.model.view(prefix, length, bucketed=self._stepper.compiled)
+            self._views[length] = (key, view)
+        return view
 
     def _commit(self, canvas: Canvas, argmax: mx.array) -> Commit:
         """Make the argmax canvas final; encode it only if another one follows."""
@@ -204,43 +223,68 @@ class Engine:
         if reason is not None:
             self.cancel(canvas.request)
             return commit
-        self._encode(whole, canvas.prefix, PREFILL_STEP)
+        # a view holds the prefix, which could then not be written in place
+        self._views.pop(settings.canvas_length, None)
+        self._encode(canvas, whole)
         canvas.committed += len(whole)
         canvas.index += 1
-        canvas.begin(self.model.config.vocab_size)
+        canvas.step, canvas.mean, canvas.ahead = 0, math.inf, None
+        canvas.state, canvas.row = self._first(settings, canvas.seed, canvas.index), 0
         return commit
 
-    def _prefix(self, canvases: list[Canvas]) -> PrefixCache:
-        """The prefix of one canvas, or those of several joined once per change."""
-        length = canvases[0].settings.canvas_length
-        if len(canvases) == 1:
-            self._joined.pop(length, None)
-            return canvases[0].prefix
-        key = tuple((c.request, c.index) for c in canvases)
-        known, joined = self._joined.get(length, (None, None))
-        if joined is None or known != key:
-            joined = PrefixCache.join(self.model.config, [c.prefix for c in canvases])
-            joined.evaluate()
-            self._joined[length] = (key, joined)
-        return joined
 
-    def _signals(self, canvases: list[Canvas]) -> mx.array | None:
-        known = [c.signal for c in canvases if c.signal is not None]
-        if not known:
-            return None
-        zeros = mx.zeros_like(known[0])
-        return mx.stack([zeros if c.signal is None else c.signal for c in canvases])
+def _joined(canvases: list[Canvas]) -> State:
+    """The states of canvases, which mostly are one batch already."""
+    whole = canvases[0].state
+    together = all(c.state is whole and c.row == i for i, c in enumerate(canvases))
+    if together and len(whole.streak) == len(canvases):
+        return whole
+    return State.join([c.state.row(c.row) for c in canvases])
 
-    def _draw(self, canvases: list[Canvas], length: int) -> tuple[mx.array, mx.array]:
-        """(B, L) uniforms and (B, L) random ids: the only draws of a step."""
-        vocab_size = self.model.config.vocab_size
-        uniforms, noise = [], []
-        for c in canvases:
-            key = sampler.fold(c.seed, c.index, c.step, sampler.PROPOSE)
-            uniforms.append(mx.random.uniform(shape=(length,), key=key))
-            key = sampler.fold(c.seed, c.index, c.step, sampler.RENOISE)
-            noise.append(sampler.random_tokens(key, length, vocab_size))
-        return mx.stack(uniforms), mx.stack(noise)
+
+def _dials(canvases: list[Canvas]) -> Dials:
+    """What the host tells the next step of each canvas."""
+    keys = [
+        [
+            sampler.fold(c.seed, c.index, c.step, purpose)
+            for purpose in (sampler.PROPOSE, sampler.RENOISE)
+        ]
+        for c in canvases
+    ]
+    numbers = [
+        (
+            c.settings.temperature(c.step),
+            c.settings.entropy_bound,
+            c.settings.stability,
+            c.settings.confidence,
+        )
+        for c in canvases
+    ]
+    return Dials(mx.array(np.array(keys)), mx.array(np.array(numbers, np.float32)))
+
+
+def _report(canvas: Canvas, taken: Taken) -> Step:
+    """Wait for a step and tell what it found."""
+    state, outcome, row = taken.state, taken.outcome, taken.row
+    rows = state.draft[row], state.canvas[row], outcome.accepted[row]
+    entropy = outcome.entropy[row]
+    mx.eval(rows, entropy, outcome.mean, outcome.stopped)
+    draft, tokens, accepted = rows
+    canvas.mean = float(np.array(outcome.mean)[row])
+    step = canvas.step - 1
+    return Step(
+        request=canvas.request,
+        canvas_index=canvas.index,
+        step=step,
+        steps=canvas.settings.steps,
+        temperature=canvas.settings.temperature(step),
+        draft=draft,
+        canvas=tokens,
+        accepted=accepted,
+        entropy=entropy,
+        mean_entropy=canvas.mean,
+        stopped=bool(np.array(outcome.stopped)[row]),
+    )
 
 
 def check_ids(prompt: Sequence[int], settings: Settings, vocab_size: int) -> None:
@@ -262,10 +306,3 @@ def check_ids(prompt: Sequence[int], settings: Settings, vocab_size: int) -> Non
                 f"pinned position {position} lies behind max_tokens "
                 f"{settings.max_tokens}"
             )
-
-
-def _pinned(canvases: list[Canvas], length: int) -> mx.array | None:
-    if all(c.pinned is None for c in canvases):
-        return None
-    free = mx.full((length,), -1, dtype=mx.int32)
-    return mx.stack([free if c.pinned is None else c.pinned for c in canvases])

@@ -9,7 +9,7 @@ StableAndConfidentStoppingCriteria (arXiv 2505.24857).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,18 +18,19 @@ import numpy as np
 CANVAS, PROPOSE, RENOISE = "canvas", "propose", "renoise"
 
 
-def fold(seed: int, canvas: int, step: int, purpose: str) -> mx.array:
+def fold(seed: int, canvas: int, step: int, purpose: str) -> np.ndarray:
     """A random key, (2,) uint32, that depends on these four and on nothing else.
 
     So a draw is the same whoever shares the batch, looks on or stops early.
     """
     text = f"{seed}/{canvas}/{step}/{purpose}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
-    return mx.array(np.frombuffer(digest, np.uint32))
+    return np.frombuffer(digest, np.uint32)
 
 
-def random_tokens(key: mx.array, length: int, vocab_size: int) -> mx.array:
+def random_tokens(key: mx.array | np.ndarray, length: int, vocab_size: int) -> mx.array:
     """(L,) int32 ids, uniform over the vocabulary."""
+    key = mx.array(key)
     return mx.random.randint(0, vocab_size, (length,), key=key)
 
 
@@ -80,15 +81,14 @@ def accept(entropies: mx.array, bounds: mx.array) -> mx.array:
     return mx.take_along_axis(chosen, mx.argsort(order, axis=-1), axis=-1)
 
 
-def is_stable(argmax: mx.array, history: Sequence[mx.array], needed: int) -> mx.array:
-    """Whether (L,) argmax equals each of the `needed` canvases before it; () bool.
+def count_unchanged(argmax: mx.array, before: mx.array, streak: mx.array) -> mx.array:
+    """How many canvases in a row equal the newest (B, L) argmax: (B,) int32.
 
-    history holds at most `needed` of them: with fewer, nothing is stable yet.
+    before is the last argmax canvas, streak what was counted for it; a canvas is
+    stable once the count reaches the setting `stability`.
     """
-    same = mx.array(len(history) == needed)
-    for earlier in history:
-        same = same & mx.all(earlier == argmax)
-    return same
+    same = mx.all(argmax == before, axis=-1)
+    return mx.where(same, streak + 1, 0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def refine(
 
     logits (B, L, V); temperatures and bounds (B,); uniforms and noise (B, L), the
     noise being random ids; pinned (B, L) ids or -1, or None when nothing is given.
+    The engine reads the vocabulary in one pass instead (`model.vocab.read`); this is
+    the same in plain steps, for whoever holds all logits.
     """
     processed = process(logits, temperatures)
     if pinned is not None:
@@ -128,10 +130,10 @@ def refine(
     return Refined(processed, argmax, entropies, accepted, canvas)
 
 
-def pinned_row(pinned: Mapping[int, int], canvas: int, length: int) -> mx.array:
+def pinned_row(pinned: Mapping[int, int], canvas: int, length: int) -> np.ndarray:
     """(L,) int32: the given ids of canvas number `canvas`, -1 elsewhere."""
     row = np.full(length, -1, np.int32)
     for position, token in pinned.items():
         if canvas * length <= position < (canvas + 1) * length:
             row[position - canvas * length] = token
-    return mx.array(row)
+    return row

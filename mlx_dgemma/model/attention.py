@@ -1,19 +1,24 @@
 """Attention of one layer in its two modes, and the pure functions it stands on.
 
-`rope_tables`, `causal_mask` and `canvas_mask` are functions of integers. Masks
-are True where a query may look; none is returned where none is needed.
+`rope_tables`, `causal_tiles`, `causal_mask` and `canvas_mask` are functions of
+integers. Masks are True where a query may look; none is returned where none is needed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig, Rope
 from .cache import LayerCache, Span
+from .layers import Linear
 
 Tables = tuple[mx.array, mx.array]
+Prefix = tuple[mx.array, mx.array]  # keys and values that a canvas sees
+MaskOf = Callable[[int, Span], mx.array | str | None]
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
@@ -41,6 +46,23 @@ def rotate(x: mx.array, tables: Tables) -> mx.array:
     return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
+def causal_tiles(
+    new: int, span: Span, window: int | None, most: int
+) -> list[tuple[int, int, Span]]:
+    """Cut `new` queries at the end of `span` into tiles of at most `most`.
+
+    For each: its first query, its end, and the columns that its queries may see. So
+    no query is multiplied with keys behind its tile, or long out of its window.
+    """
+    tiles = []
+    for begin in range(0, new, most):
+        end = min(begin + most, new)
+        column = span.last - new + begin
+        first = span.first if window is None else max(span.first, column - window + 1)
+        tiles.append((begin, end, Span(first, span.last - new + end, span.starts)))
+    return tiles
+
+
 def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | None:
     """Who `new` tokens at the end of `span` may see: (B|1, 1, new, keys), or a word.
 
@@ -65,15 +87,18 @@ def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | No
     return mx.array(allowed[:, None])
 
 
-def canvas_mask(length: int, span: Span) -> mx.array | None:
+def canvas_mask(length: int, span: Span, room: int = 0) -> mx.array | None:
     """Which keys, prefix then canvas, a canvas of `length` sees: (B, 1, 1, keys).
 
-    All of them, but for the padding in front of shorter prefixes: None without any.
+    All of them, but for the padding in front of shorter prefixes and the `room`
+    behind all of them: None without any.
     """
-    if all(start <= span.first for start in span.starts):
+    if room == 0 and all(start <= span.first for start in span.starts):
         return None
-    key: Any = np.arange(span.first, span.last + length)
-    return mx.array((key >= np.array(span.starts)[:, None])[:, None, None])
+    key: Any = np.arange(span.first, span.last + room + length)
+    empty = (key >= span.last) & (key < span.last + room)
+    seen = (key >= np.array(span.starts)[:, None]) & ~empty
+    return mx.array(seen[:, None, None])
 
 
 class Attention(nn.Module):
@@ -86,15 +111,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
         self.head_dim, self.sliding = layer.head_dim, layer.sliding
-        self.eps = config.rms_norm_eps
+        self.window = config.sliding_window if layer.sliding else None
+        self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
         queries = config.num_attention_heads * layer.head_dim
         keys = layer.kv_heads * layer.head_dim
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.q_proj = Linear(width, queries, bias=bias)
+        self.k_proj = Linear(width, keys, bias=bias)
         if layer.sliding:
-            self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, width, bias=bias)
+            self.v_proj = Linear(width, keys, bias=bias)
+        self.o_proj = Linear(queries, width, bias=bias)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
         self.k_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
 
@@ -107,22 +133,48 @@ class Attention(nn.Module):
         x: mx.array,
         tables: Tables,
         cache: LayerCache,
-        mask: mx.array | str | None,
+        span: Span,
+        mask_of: MaskOf,
     ) -> mx.array:
-        """Causal attention of (B, T, D) to the prefix and itself; writes the cache."""
+        """Causal attention of (B, T, D) to the prefix and itself; writes the cache.
+
+        span is what the T tokens see, themselves included; mask_of gives the mask of
+        a number of queries at the end of a span.
+        """
         keys, values = cache.append(*self._keys_values(x, tables))
-        return self._attend(x, tables, keys, values, mask)
+        queries = self._queries(x, tables)
+        most = self._tile(len(x), keys.shape[2])
+        if self.window is not None:
+            most = min(most, max(self.window // 2, 16))
+        outputs: list[mx.array] = []
+        for begin, end, seen in causal_tiles(x.shape[1], span, self.window, most):
+            columns = slice(seen.first - span.first, seen.last - span.first)
+            tile = _after(queries[:, :, begin:end], outputs)
+            mask = mask_of(end - begin, seen)
+            outputs.append(
+                backends.attend(tile, keys[:, :, columns], values[:, :, columns], mask)
+            )
+        return self._output(outputs)
 
     def denoise(
-        self, x: mx.array, tables: Tables, cache: LayerCache, mask: mx.array | None
+        self, x: mx.array, tables: Tables, prefix: Prefix | None, mask: mx.array | None
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself."""
         keys, values = self._keys_values(x, tables)
-        prefix = cache.read()
         if prefix is not None:
             keys = mx.concatenate([prefix[0], keys], axis=2)
             values = mx.concatenate([prefix[1], values], axis=2)
-        return self._attend(x, tables, keys, values, mask)
+        queries = self._queries(x, tables)
+        outputs: list[mx.array] = []
+        most = self._tile(len(x), keys.shape[2])
+        for begin in range(0, x.shape[1], most):
+            tile = _after(queries[:, :, begin : begin + most], outputs)
+            outputs.append(backends.attend(tile, keys, values, mask))
+        return self._output(outputs)
+
+    def _tile(self, rows: int, keys: int) -> int:
+        """How many queries may have their scores in memory at once."""
+        return max(16, backends.score_bytes() // (4 * rows * self.heads * keys))
 
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -133,16 +185,14 @@ class Attention(nn.Module):
         values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
         return rotate(self.k_norm(projected).swapaxes(1, 2), tables), values
 
-    def _attend(
-        self,
-        x: mx.array,
-        tables: Tables,
-        keys: mx.array,
-        values: mx.array,
-        mask: mx.array | str | None,
-    ) -> mx.array:
-        queries = self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2)
-        y = mx.fast.scaled_dot_product_attention(
-            rotate(queries, tables), keys, values, scale=1.0, mask=mask
-        )
-        return self.o_proj(y.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    def _queries(self, x: mx.array, tables: Tables) -> mx.array:
+        return rotate(self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2), tables)
+
+    def _output(self, tiles: list[mx.array]) -> mx.array:
+        y = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+        return self.o_proj(y.swapaxes(1, 2).flatten(2))
+
+
+def _after(tile: mx.array, outputs: list[mx.array]) -> mx.array:
+    """`tile`, to be used once the outputs are there: one tile's scores at a time."""
+    return mx.depends([tile], outputs[-1:])[0] if outputs else tile

@@ -11,7 +11,16 @@ import mlx.core as mx
 
 from ..checkpoint.config import ModelConfig
 
-GROWTH = 256  # columns added at a time, so that appends rarely copy
+SMALLEST = 256  # columns of the smallest buffer
+
+
+def bucket(columns: int) -> int:
+    """A number of columns from `columns` up, of which there are eight per doubling.
+
+    So buffers and compiled shapes change rarely, and at most a ninth is room.
+    """
+    step = max(SMALLEST, (1 << columns.bit_length()) // 16)
+    return -(-columns // step) * step
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,17 @@ class LayerCache:
         self.slack = slack
         self.first = 0  # columns before it were dropped
         self.last = 0
+        self.reserved = 0  # columns to make room for at once
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add T columns; returns what their queries may see, in column order."""
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-        else:
-            self._make_room(keys.shape[2])
-            start = self.last - self.first
-            end = start + keys.shape[2]
-            self.keys[:, :, start:end] = keys
-            self.values[:, :, start:end] = values
+        start = self.last - self.first
+        end = start + keys.shape[2]
+        room = bucket(max(end, self.reserved))
+        self.keys = _write(self.keys, keys, start, room)
+        self.values = _write(self.values, values, start, room)
         seen = self.visible_from(self.last)
         self.last += keys.shape[2]
         both = self._columns(seen, self.last)
@@ -58,11 +65,22 @@ class LayerCache:
         """The first column that a token or canvas at `column` may see."""
         return 0 if self.keep is None else max(0, column - self.keep)
 
-    def read(self) -> tuple[mx.array, mx.array] | None:
-        """What a canvas behind the prefix sees; None when that is nothing."""
+    def read(self, room: int = 0) -> tuple[mx.array, mx.array] | None:
+        """What a canvas behind the prefix sees, and `room` empty columns behind it.
+
+        None when the prefix is empty.
+        """
         if self.keys is None or self.last == 0:
             return None
-        return self._columns(self.visible_from(self.last), self.last)
+        return self._columns(self.visible_from(self.last), self.last + room)
+
+    @property
+    def room(self) -> int:
+        """Empty columns to read, for shapes that change once per bucket only."""
+        if self.keep is not None and self.last >= self.keep:
+            return 0
+        whole = bucket(self.last)
+        return (whole if self.keep is None else min(whole, self.keep)) - self.last
 
     def rewind(self, column: int) -> None:
         self.last = column
@@ -83,15 +101,6 @@ class LayerCache:
         window = slice(start - self.first, end - self.first)
         return self.keys[:, :, window], self.values[:, :, window]
 
-    def _make_room(self, new: int) -> None:
-        assert self.keys is not None and self.values is not None
-        used, room = self.last - self.first, self.keys.shape[2]
-        if used + new <= room:
-            return
-        grow = -(-(used + new - room) // GROWTH) * GROWTH
-        self.keys = _widen(self.keys, grow)
-        self.values = _widen(self.values, grow)
-
     def _drop(self) -> None:
         """Forget columns nobody will see, once they are as many as those kept."""
         if self.keep is None:
@@ -105,10 +114,19 @@ class LayerCache:
         self.first = needed
 
 
-def _widen(array: mx.array, columns: int) -> mx.array:
-    B, K, _, width = array.shape
-    room = mx.zeros((B, K, columns, width), dtype=array.dtype)
-    return mx.concatenate([array, room], axis=2)
+def _write(buffer: mx.array | None, new: mx.array, start: int, room: int) -> mx.array:
+    """Put `new` into the buffer at column `start`; a larger one if it has no room.
+
+    In place, as long as nobody else holds the buffer.
+    """
+    B, K, columns, width = new.shape
+    if buffer is None:
+        buffer = mx.zeros((B, K, room, width), dtype=new.dtype)
+    elif buffer.shape[2] < start + columns:
+        more = mx.zeros((B, K, room - start, width), dtype=new.dtype)
+        buffer = mx.concatenate([buffer[:, :, :start], more], axis=2)
+    buffer[:, :, start : start + columns] = new
+    return buffer
 
 
 class PrefixCache:
@@ -140,6 +158,12 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes held, room included."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for a prefix of that many tokens at the first append."""
+        for layer in self.layers:
+            if layer.keep is None:
+                layer.reserved = tokens
 
     def begin(self, rows: int, new: int) -> None:
         """Account for `new` columns that all layers are about to append."""
@@ -195,20 +219,21 @@ class PrefixCache:
             layer.last = joined.columns
             layer.first = layer.visible_from(joined.columns)
             parts = [cache.layers[index].read() for cache in caches]
-            layer.keys, layer.values = _stack(parts, joined.columns - layer.first)
+            columns = joined.columns - layer.first
+            layer.keys, layer.values = _stack(parts, columns, layer.room)
         return joined
 
 
 def _stack(
-    parts: Sequence[tuple[mx.array, mx.array] | None], columns: int
+    parts: Sequence[tuple[mx.array, mx.array] | None], columns: int, room: int
 ) -> tuple[mx.array, mx.array]:
-    """Pad each part in front to `columns` and stack the rows."""
+    """Pad each part in front to `columns`, add `room` behind, and stack the rows."""
     shape = next(p[0].shape for p in parts if p is not None)
     dtype = next(p[0].dtype for p in parts if p is not None)
     keys, values = [], []
     for part in parts:
         k, v = part or (mx.zeros((1, shape[1], 0, shape[3]), dtype=dtype),) * 2
-        pad = [(0, 0), (0, 0), (columns - k.shape[2], 0), (0, 0)]
+        pad = [(0, 0), (0, 0), (columns - k.shape[2], room), (0, 0)]
         keys.append(mx.pad(k, pad))
         values.append(mx.pad(v, pad))
     return mx.concatenate(keys), mx.concatenate(values)

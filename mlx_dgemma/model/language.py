@@ -6,6 +6,9 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as memo
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,9 +16,26 @@ import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
 from . import vocab
-from .attention import Attention, Tables, canvas_mask, causal_mask, rope_tables
-from .cache import PrefixCache
+from .attention import (
+    Attention,
+    MaskOf,
+    Prefix,
+    Tables,
+    canvas_mask,
+    causal_mask,
+    rope_tables,
+)
+from .cache import PrefixCache, Span
 from .layers import Experts, FeedForward, Router, SelfConditioning
+
+
+@dataclass(frozen=True)
+class View:
+    """What the canvases of B rows see, by layer: the same in all their steps."""
+
+    prefixes: list[Prefix | None]
+    tables: list[Tables]  # of the canvases' own positions
+    masks: list[mx.array | None]
 
 
 class Layer(nn.Module):
@@ -52,12 +72,25 @@ class Layer(nn.Module):
         return (h + self.post_feedforward_layernorm(both)) * scalar
 
 
+class Programs:
+    """What was compiled for one model, kept as long as the model is."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def get(self, name: Any, make: Callable[[], Any]) -> Any:
+        """The program of that name, made when it is first wanted."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
 class DiffusionGemma(nn.Module):
     """The model; build it with `mlx_dgemma.load`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.programs = config, Programs()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, layer) for layer in config.layers]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -106,22 +139,54 @@ class DiffusionGemma(nn.Module):
         from `self_condition`, or None at the first step (rows of zeros mean the same).
         Returns (B, L, V) float32 logits, soft-capped.
         """
-        length = canvas.shape[1]
-        h = self.self_conditioning(self._embed(canvas), signal)
+        view = self.view(cache, canvas.shape[1])
+        return self.logits(self.denoise_hidden(canvas, view, signal))
+
+    def view(self, cache: PrefixCache, length: int, *, bucketed: bool = False) -> View:
+        """What canvases of `length` behind the prefixes see, made once for all steps.
+
+        It holds the cache's arrays: encode with it gone, or that copies them.
+        bucketed: with empty columns, masked, so that shapes rarely change.
+        """
+        layers = self.config.layers
+        room = [layer.room if bucketed else 0 for layer in cache.layers]
         tables = self._tables(cache, cache.columns, length)
         masks = self._per_kind(
-            lambda i: canvas_mask(length, cache.span(cache.layers[i]))
+            lambda i: canvas_mask(length, cache.span(cache.layers[i]), room[i])
         )
-        for index, layer in enumerate(self.layers):
-            kind, entry = self.config.layers[index], cache.layers[index]
+        return View(
+            [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
+            [tables[kind] for kind in layers],
+            [masks[kind] for kind in layers],
+        )
+
+    def denoise_hidden(
+        self, canvas: mx.array, view: View, signal: mx.array | None = None
+    ) -> mx.array:
+        """`denoise` up to the (B, L, D) normed hidden state of the last layer."""
+        h = self.self_conditioning(self.embed(canvas), signal)
+        for layer, prefix, tables, mask in zip(
+            self.layers, view.prefixes, view.tables, view.masks, strict=True
+        ):
             h = layer(
                 h,
-                lambda x, layer=layer, kind=kind, entry=entry: layer.self_attn.denoise(
-                    x, tables[kind], entry, masks[kind]
+                lambda x, layer=layer, prefix=prefix, tables=tables, mask=mask: (
+                    layer.self_attn.denoise(x, tables, prefix, mask)
                 ),
                 layer.decoder_scalar,
             )
-        return self.logits(self.norm(h))
+        return self.norm(h)
+
+    def read(
+        self, hidden: mx.array, temperatures: mx.array, uniforms: mx.array
+    ) -> vocab.Reading:
+        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms."""
+        softcap = self.config.final_logit_softcapping
+        return vocab.read(self.embed_tokens, hidden, temperatures, uniforms, softcap)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(B, T) ids -> (B, T, D), times sqrt(D)."""
+        return vocab.embed(self.embed_tokens, tokens, self.dtype)
 
     def self_condition(self, processed_logits: mx.array) -> mx.array:
         """(B, L, V) temperature-scaled logits of a step -> (B, L, D) signal."""
@@ -132,12 +197,9 @@ class DiffusionGemma(nn.Module):
         softcap = self.config.final_logit_softcapping
         return vocab.head(self.embed_tokens, hidden, softcap)
 
-    def _embed(self, tokens: mx.array) -> mx.array:
-        return vocab.embed(self.embed_tokens, tokens, self.dtype)
-
     def _begin_encoding(
         self, tokens: mx.array, cache: PrefixCache
-    ) -> tuple[mx.array, dict[LayerConfig, Tables], dict]:
+    ) -> tuple[mx.array, dict[LayerConfig, Tables], dict[LayerConfig, MaskOf]]:
         rows, new = tokens.shape
         extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
         lowest, highest = extremes
@@ -146,26 +208,39 @@ class DiffusionGemma(nn.Module):
                 f"ids run from {lowest} to {highest}; this model knows 0 to "
                 f"{self.config.vocab_size - 1}"
             )
-        embedded = self._embed(tokens)  # what can be refused, before the cache knows
+        embedded = self.embed(tokens)  # what can be refused, before the cache knows
         cache.begin(rows, new)
-        window = self.config.sliding_window
-        masks = self._per_kind(
-            lambda i: causal_mask(
-                new,
-                cache.span(cache.layers[i], new),
-                window if self.config.layers[i].sliding else None,
-            )
-        )
         tables = self._tables(cache, cache.columns - new, new)
-        return embedded, tables, masks
+        return embedded, tables, self._per_kind(self._masks)
+
+    def _masks(self, index: int) -> MaskOf:
+        """Masks of a layer's tiles; layers of a kind, and like tiles, share them."""
+        sliding = self.config.layers[index].sliding
+        window = self.config.sliding_window if sliding else None
+        made = memo(lambda new, span: causal_mask(new, span, window))
+
+        def mask_of(new: int, span: Span) -> mx.array | str | None:
+            if all(start <= span.first for start in span.starts):
+                # without padding, only how many columns there are matters
+                span = Span(0, span.last - span.first, (0,))
+            return made(new, span)
+
+        return mask_of
 
     def _encode_layer(
-        self, index: int, layer: Layer, h: mx.array, tables: dict, masks: dict, cache
+        self,
+        index: int,
+        layer: Layer,
+        h: mx.array,
+        tables: dict,
+        masks: dict,
+        cache: PrefixCache,
     ) -> mx.array:
         kind, entry = self.config.layers[index], cache.layers[index]
+        span = cache.span(entry, h.shape[1])
         return layer(
             h,
-            lambda x: layer.self_attn.encode(x, tables[kind], entry, masks[kind]),
+            lambda x: layer.self_attn.encode(x, tables[kind], entry, span, masks[kind]),
             layer.encoder_scalar,
         )
 

@@ -4,6 +4,8 @@ Every formula follows transformers' `models/diffusion_gemma`. Knows nothing of
 prefixes, canvases or modes: shapes are (…, D).
 """
 
+import itertools
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -13,7 +15,47 @@ from ..checkpoint.config import ModelConfig
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu_tanh(gate) · up, elementwise."""
-    return nn.gelu_approx(gate) * up
+    return backends.gelu(gate) * up
+
+
+class Linear(nn.Linear):
+    """x · Wᵀ + b, multiplied in what the device is fast at."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        fast = backends.product_dtype(x.dtype)
+        if fast == x.dtype:
+            return super().__call__(x)
+        y = x.astype(fast) @ self.weight.astype(fast).T
+        return (y + self.bias if "bias" in self else y).astype(x.dtype)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """The same from quantised weights."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not backends.dequantizes():
+            return super().__call__(x)
+        weight = dequantize(self, backends.product_dtype(x.dtype))
+        y = x.astype(weight.dtype) @ weight.T
+        return (y + self.bias if "bias" in self else y).astype(x.dtype)
+
+
+def dequantize(
+    layer: "nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedExpertLinear",
+    dtype: mx.Dtype,
+    rows: slice | int = slice(None),
+) -> mx.array:
+    """The dense weight of a quantised layer, or some of its first axis."""
+    biases = layer.get("biases")
+    return mx.dequantize(
+        layer.weight[rows],
+        layer.scales[rows],
+        None if biases is None else biases[rows],
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=dtype,
+    )
 
 
 class FeedForward(nn.Module):
@@ -22,9 +64,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
@@ -57,7 +99,7 @@ class Router(nn.Module):
         self.top_k = config.top_k_experts
         self.eps = config.rms_norm_eps
         self.root = config.hidden_size**-0.5
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
 
@@ -83,13 +125,13 @@ class ExpertLinear(nn.Module):
         self.weight = mx.zeros((experts, outputs, inputs))
 
     def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
-        """(R, 1, in) rows sorted by their (R,) expert -> (R, 1, out)."""
+        """(G, M, in) groups of rows, each of one (G,) rising expert -> (G, M, out)."""
         weight = self.weight.swapaxes(-1, -2)
         return mx.gather_mm(rows, weight, rhs_indices=expert, sorted_indices=True)
 
     def one(self, rows: mx.array, expert: int) -> mx.array:
         """(R, in) rows of a single expert -> (R, out)."""
-        return rows @ self.weight[expert].T
+        return rows @ self.weight[expert].astype(rows.dtype).T
 
 
 class QuantizedExpertLinear(nn.Module):
@@ -114,7 +156,7 @@ class QuantizedExpertLinear(nn.Module):
         self.freeze()
 
     def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
-        """(R, 1, in) rows sorted by their (R,) expert -> (R, 1, out)."""
+        """(G, M, in) groups of rows, each of one (G,) rising expert -> (G, M, out)."""
         return mx.gather_qmm(
             rows,
             self.weight,
@@ -130,17 +172,7 @@ class QuantizedExpertLinear(nn.Module):
 
     def one(self, rows: mx.array, expert: int) -> mx.array:
         """(R, in) rows of a single expert -> (R, out)."""
-        biases = self.get("biases")
-        weight = mx.dequantize(
-            self.weight[expert],
-            self.scales[expert],
-            None if biases is None else biases[expert],
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=rows.dtype,
-        )
-        return rows @ weight.T
+        return rows @ dequantize(self, rows.dtype, expert).T
 
 
 class Experts(nn.Module):
@@ -153,36 +185,74 @@ class Experts(nn.Module):
         self.down_proj = ExpertLinear(experts, inner, config.hidden_size)
 
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
-        """(N, D) tokens, (N, k) experts, (N, k) weights -> (N, D).
-
-        One contiguous row per (token, expert) pair, sorted by expert, which is
-        what the sorted gather kernels want.
-        """
-        count, k = indices.shape
-        order = mx.argsort(indices.flatten())
-        rows = x[order // k]
-        expert = indices.flatten()[order]
-        run = _one_by_one if backends.loops_over_experts(x.dtype) else _gathered
-        y = run(self, rows, expert)[mx.argsort(order)].reshape(count, k, -1)
+        """(N, D) tokens, (N, k) experts, (N, k) weights -> (N, D)."""
+        pairs = indices.flatten()
+        dense = isinstance(self.gate_up_proj, ExpertLinear)
+        if not backends.groups_rows():
+            y = _sorted(self, x, pairs)
+        elif dense and x.dtype == mx.float32:
+            y = _in_blocks(self, x, pairs)
+        else:
+            y = _one_by_one(self, x, pairs)
+        y = y.reshape(*indices.shape, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(x.dtype)
 
+    def run(self, rows: mx.array, expert: mx.array) -> mx.array:
+        """(G, M, D) groups of rows, each of one (G,) rising expert -> (G, M, D)."""
+        gate, up = mx.split(self.gate_up_proj.gather(rows, expert), 2, axis=-1)
+        return self.down_proj.gather(geglu(gate, up), expert)
 
-def _gathered(experts: Experts, rows: mx.array, expert: mx.array) -> mx.array:
-    hidden = experts.gate_up_proj.gather(rows[:, None], expert)
-    gate, up = mx.split(hidden, 2, axis=-1)
-    return experts.down_proj.gather(geglu(gate, up), expert)[:, 0]
+
+# Three ways to run the R = N · k pairs of token and expert; each takes (N, D) tokens
+# and the (R,) experts of the pairs in order of tokens, and returns (R, D).
 
 
-def _one_by_one(experts: Experts, rows: mx.array, expert: mx.array) -> mx.array:
-    """The same by one matrix product per expert; reads the indices on the host."""
-    numbers: list[int] = expert.tolist()  # type: ignore[assignment]
+def _sorted(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
+    """One contiguous row per pair, sorted: what the GPUs' gather kernels want."""
+    order = mx.argsort(pairs)
+    rows = x[order // (pairs.size // len(x))]
+    return experts.run(rows[:, None], pairs[order])[mx.argsort(order), 0]
+
+
+def _in_blocks(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
+    """Rows in blocks of one expert each, the last block of an expert half empty.
+
+    However the tokens choose, R // size + E blocks are enough, so no shape depends
+    on the choice.
+    """
+    count, size = experts.gate_up_proj.weight.shape[0], 16
+    while size < 64 and 8 * size * count <= pairs.size:
+        size *= 2  # larger blocks where their padding weighs little
+    order = mx.argsort(pairs)
+    sizes = mx.sum(pairs[:, None] == mx.arange(count), axis=0)
+    blocks = (sizes + size - 1) // size
+    ends = mx.cumsum(blocks)
+    # where the first pair of an expert goes, less its place in the sorted order
+    shift = (ends - blocks) * size - (mx.cumsum(sizes) - sizes)
+    place = shift[pairs[order]] + mx.arange(pairs.size)  # of each sorted pair
+    total = pairs.size // size + count
+    source = mx.zeros((total * size,), dtype=mx.uint32)
+    source[place] = (order // (pairs.size // len(x))).astype(mx.uint32)
+    owner = mx.sum(mx.arange(total)[:, None] >= ends, axis=-1)
+    rows = x[source].reshape(total, size, -1)
+    y = experts.run(rows, mx.minimum(owner, count - 1))
+    return y.reshape(total * size, -1)[place[mx.argsort(order)]]
+
+
+def _one_by_one(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
+    """One product per expert; reads the choice on the host.
+
+    For what MLX's CPU gather cannot do, or does slowly: other types than float32,
+    and quantised weights.
+    """
+    order = mx.argsort(pairs)
+    rows = x[order // (pairs.size // len(x))].astype(backends.product_dtype(x.dtype))
+    numbers: list[int] = pairs[order].tolist()  # type: ignore[assignment]
     outputs, start = [], 0
-    while start < len(numbers):
-        number, end = numbers[start], start
-        while end < len(numbers) and numbers[end] == number:
-            end += 1
+    for number, group in itertools.groupby(numbers):
+        end = start + len(list(group))
         hidden = experts.gate_up_proj.one(rows[start:end], number)
         gate, up = mx.split(hidden, 2, axis=-1)
         outputs.append(experts.down_proj.one(geglu(gate, up), number))
         start = end
-    return mx.concatenate(outputs)
+    return mx.concatenate(outputs)[mx.argsort(order)].astype(x.dtype)

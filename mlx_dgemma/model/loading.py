@@ -9,7 +9,7 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.weights import read_layout
 from .language import DiffusionGemma
-from .layers import ExpertLinear, QuantizedExpertLinear
+from .layers import ExpertLinear, QuantizedExpertLinear, QuantizedLinear
 
 
 def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
@@ -52,4 +52,4 @@ def _replace(model: DiffusionGemma, layer: str, q: Quantization) -> None:
         parent[name] = nn.QuantizedEmbedding(size, width, *spec)
     else:
         outputs, inputs = dense.weight.shape
-        parent[name] = nn.QuantizedLinear(inputs, outputs, "bias" in dense, *spec)
+        parent[name] = QuantizedLinear(inputs, outputs, "bias" in dense, *spec)

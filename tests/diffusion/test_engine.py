@@ -32,7 +32,7 @@ def plain_loop(model, prompt, s: Settings, seed: int):
         cache = model.make_cache()
         model.encode(mx.array([[*prompt, *tokens]]), cache)
         canvas = mx.random.randint(
-            0, vocab, (length,), key=sampler.fold(seed, index, 0, "canvas")
+            0, vocab, (length,), key=mx.array(sampler.fold(seed, index, 0, "canvas"))
         )
         signal, history = None, []
         for step in range(s.steps):
@@ -45,14 +45,18 @@ def plain_loop(model, prompt, s: Settings, seed: int):
             accepted[order] = np.cumsum(h[order]) - h[order] <= s.entropy_bound
             u = np.array(
                 mx.random.uniform(
-                    shape=(length,), key=sampler.fold(seed, index, step, "propose")
+                    shape=(length,),
+                    key=mx.array(sampler.fold(seed, index, step, "propose")),
                 )
             )
             proposal = [
                 int((np.cumsum(q) <= x).sum()) for q, x in zip(p, u, strict=True)
             ]
             noise = mx.random.randint(
-                0, vocab, (length,), key=sampler.fold(seed, index, step, "renoise")
+                0,
+                vocab,
+                (length,),
+                key=mx.array(sampler.fold(seed, index, step, "renoise")),
             )
             canvas = mx.array(np.where(accepted, proposal, np.array(noise)))
             argmax = p.argmax(axis=-1).tolist()
@@ -169,7 +173,7 @@ def test_prefixes_are_joined_once_per_change(tiny_model, monkeypatch):
     assert joins == [2, 2]
     engine.running.clear()
     engine.tick()
-    assert engine._joined == {}  # an idle engine holds no prefixes
+    assert engine._views == {}  # an idle engine holds no prefixes
 
 
 def test_cancelled_requests_leave_the_engine(tiny_model):

@@ -95,15 +95,17 @@ def test_propose_never_leaves_the_vocabulary():
     assert 49_000 < ids[0, 1].item() <= 49_999
 
 
-def test_stable_needs_as_many_equal_canvases_as_asked():
-    a, b = mx.array([1, 2]), mx.array([1, 3])
-    assert sampler.is_stable(a, [], 0).item()
-    assert not sampler.is_stable(a, [], 1).item()
-    assert sampler.is_stable(a, [a], 1).item()
-    assert not sampler.is_stable(a, [b], 1).item()
-    assert not sampler.is_stable(a, [a], 2).item()
-    assert not sampler.is_stable(a, [b, a], 2).item()
-    assert sampler.is_stable(a, [a, a], 2).item()
+def test_drafts_in_a_row_are_counted_per_row():
+    a, b = [1, 2, 3], [1, 2, 4]
+    rows = [mx.array([first, second]) for first, second in ((a, b), (a, a), (a, a))]
+    streak = mx.zeros((2,), dtype=mx.int32)
+    before = mx.full((2, 3), -1)  # no canvas yet: the first never counts
+    counted = []
+    for argmax in [*rows, mx.array([b, a]), mx.array([b, b])]:
+        streak = sampler.count_unchanged(argmax, before, streak)
+        before = argmax
+        counted.append(streak.tolist())
+    assert counted == [[0, 0], [1, 0], [2, 1], [0, 2], [1, 0]]
 
 
 def test_fold_depends_on_each_of_its_four_and_nothing_else():

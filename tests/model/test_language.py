@@ -148,7 +148,7 @@ def test_the_signal_of_certain_logits_is_the_embedding(tiny_model):
     certain = mx.where(mx.arange(32) == CANVAS[..., None], 0.0, -mx.inf)
     np.testing.assert_allclose(
         np.array(model.self_condition(certain)),
-        np.array(model._embed(CANVAS)),
+        np.array(model.embed(CANVAS)),
         rtol=1e-6,
     )
 
@@ -182,12 +182,16 @@ def test_sixteen_bit_weights_run_on_this_device(tiny, dtype):
     assert np.median(np.abs(rounded - exact)) < (0.01 if dtype == mx.float16 else 0.08)
 
 
-def test_both_expert_paths_agree(tiny_model, monkeypatch):
-    from mlx_dgemma import backends
+@pytest.mark.parametrize("way", ["_sorted", "_one_by_one"])
+def test_all_ways_through_the_experts_agree(tiny_model, monkeypatch, way):
+    from mlx_dgemma.model import layers
 
     model, _ = tiny_model
     cache = encoded(model, PROMPT)
-    gathered = np.array(model.denoise(CANVAS, cache))
-    monkeypatch.setattr(backends, "loops_over_experts", lambda dtype: True)
-    looped = np.array(model.denoise(CANVAS, cache))
-    np.testing.assert_allclose(looped, gathered, **CLOSE)
+    blocked = np.array(model.denoise(CANVAS, cache))
+    other, used = getattr(layers, way), []
+    monkeypatch.setattr(
+        layers, "_in_blocks", lambda *given: used.append(way) or other(*given)
+    )
+    np.testing.assert_allclose(np.array(model.denoise(CANVAS, cache)), blocked, **CLOSE)
+    assert used

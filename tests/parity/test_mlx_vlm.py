@@ -93,12 +93,12 @@ def test_our_uniform_conversion_loads_there(source, tmp_path, mode, monkeypatch)
 
     out = tmp_path / "ours"
     convert(source, out, quantize=True, q_mode=mode)
-    embed = DiffusionGemma._embed
+    embed = DiffusionGemma.embed
     scale = mx.array(128**0.5, dtype=mx.bfloat16)
 
     def rounded(self, tokens):
         exact = embed(self, tokens) / 128**0.5
         return (exact.astype(mx.bfloat16) * scale).astype(mx.float32)
 
-    monkeypatch.setattr(DiffusionGemma, "_embed", rounded)
+    monkeypatch.setattr(DiffusionGemma, "embed", rounded)
     np.testing.assert_allclose(_ours(out), _theirs(out), atol=ALLOWED)

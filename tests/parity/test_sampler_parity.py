@@ -1,14 +1,11 @@
 """The engine against transformers' `generate`, both fed the same random draws."""
 
-from collections import deque
-
-import mlx.core as mx
 import numpy as np
 import pytest
+from replay import feed
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.hub import ASSETS
-from mlx_dgemma.diffusion import sampler
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
 from mlx_dgemma.model.loading import load_model
@@ -26,24 +23,9 @@ THEIRS = {
 
 def _replay(model, trajectory, monkeypatch, settings) -> list:
     """Our engine over the draws transformers made."""
-    starts = deque(trajectory.starts)
-    proposals = deque(step.proposal for step in trajectory.steps)
-    noises = deque(step.noise for step in trajectory.steps)
-
-    def draw(self, canvases, length):
-        return mx.zeros((1, length)), mx.array(noises.popleft()[None].astype(np.int32))
-
-    monkeypatch.setattr(
-        sampler,
-        "random_tokens",
-        lambda key, length, vocab: mx.array(starts.popleft().astype(np.int32)),
-    )
-    monkeypatch.setattr(
-        sampler,
-        "propose",
-        lambda processed, u: mx.array(proposals.popleft()[None].astype(np.int32)),
-    )
-    monkeypatch.setattr(Engine, "_draw", draw)
+    steps = trajectory.steps
+    noises, proposals = [s.noise for s in steps], [s.proposal for s in steps]
+    feed(monkeypatch, noises, proposals, trajectory.starts)
     engine = Engine(model)
     engine.admit(trajectory.prompt, settings, seed=0)
     return list(engine.run())

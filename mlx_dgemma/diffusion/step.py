@@ -1,0 +1,183 @@
+"""One denoising step of B canvases, from arrays to arrays.
+
+    State ─ model ─ vocabulary ─ accept ─ renoise ─► State
+                            └► draft, entropy, stop flags
+
+Traced once for each number of rows and bucket of prefixes where the device gains
+from it. What the host gives, keys and dials, depends on no result: a step can be
+started before anybody looked at the one before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.language import DiffusionGemma, View
+from ..model.vocab import Reading
+from . import sampler
+
+ROUND = 32  # free positions are counted in these, so that shapes rarely change
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step of B canvases hands to the next one."""
+
+    canvas: mx.array  # (B, L) int32
+    signal: mx.array  # (B, L, D), zeros before the first step
+    draft: mx.array  # (B, L) int32 argmax canvas, -1 before the first step
+    streak: mx.array  # (B,) int32: how many drafts in a row equal this one
+
+    @classmethod
+    def first(cls, canvas: mx.array, width: int, dtype: mx.Dtype) -> "State":
+        """Of one canvas before its first step."""
+        return cls(
+            canvas=canvas[None],
+            signal=mx.zeros((1, len(canvas), width), dtype=dtype),
+            draft=mx.full((1, len(canvas)), -1, dtype=mx.int32),
+            streak=mx.zeros((1,), dtype=mx.int32),
+        )
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.canvas, self.signal, self.draft, self.streak]
+
+    def row(self, index: int) -> "State":
+        """The state of one canvas."""
+        return State(*(array[index : index + 1] for array in self.arrays))
+
+    @classmethod
+    def join(cls, states: Sequence["State"]) -> "State":
+        """The states of several canvases as one."""
+        columns = zip(*(state.arrays for state in states), strict=True)
+        return cls(*(mx.concatenate(list(column)) for column in columns))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found, beside the next state."""
+
+    accepted: mx.array  # (B, L) bool
+    entropy: mx.array  # (B, L) nats
+    mean: mx.array  # (B,) nats
+    stopped: mx.array  # (B,) bool: stable and confident
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.accepted, self.entropy, self.mean, self.stopped]
+
+
+@dataclass(frozen=True)
+class Dials:
+    """What the host tells each of B canvases for one step."""
+
+    keys: mx.array  # (B, 2, 2) uint32: random keys to propose and to renoise with
+    numbers: mx.array  # (B, 4): temperature, entropy bound, stability, confidence
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Positions whose token is given: nobody reads the vocabulary for them."""
+
+    tokens: mx.array  # (B, L) int32, -1 where free
+    free: mx.array  # (F,) int32 into the B · L positions, the last one repeated
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> "Pins | None":
+        """Of (L,) rows of given ids, -1 where free; None when nothing is given."""
+        tokens = np.stack(rows)
+        free = np.flatnonzero(tokens < 0).astype(np.int32)
+        if len(free) == tokens.size:
+            return None
+        free = np.pad(free, (0, -len(free) % ROUND if len(free) else 0), mode="edge")
+        return cls(mx.array(tokens), mx.array(free))
+
+
+class Stepper:
+    """Takes denoising steps with one model; `traces` counts how often it was traced."""
+
+    def __init__(self, model: DiffusionGemma, *, compiled: bool):
+        self.model = model
+        self.compiled = compiled
+        self.traces = 0
+        # weights as inputs: after training, the same trace runs on the new ones
+        self._run = mx.compile(self._trace, model.state) if compiled else self._trace
+
+    def __call__(
+        self, state: State, view: View, dials: Dials, pins: Pins | None
+    ) -> tuple[State, Outcome]:
+        """The next state and what was found; nothing is evaluated."""
+        given = None if pins is None else [pins.tokens, pins.free]
+        seen = [view.prefixes, view.tables, view.masks]
+        state_arrays, found = self._run(
+            state.arrays, seen, [dials.keys, dials.numbers], given
+        )
+        return State(*state_arrays), Outcome(*found)
+
+    def _trace(self, state, seen, dials, given):
+        self.traces += 1
+        state, view, dials = State(*state), View(*seen), Dials(*dials)
+        pins = None if given is None else Pins(*given)
+        temperatures, bounds, stability, confidence = dials.numbers.T
+        uniforms, noise = self.draw(dials.keys, state.canvas.shape[1])
+        hidden = self.model.denoise_hidden(state.canvas, view, state.signal)
+        reading = self.read(hidden, temperatures, uniforms, pins)
+        accepted = sampler.accept(reading.entropy, bounds)
+        if pins is not None:
+            accepted = accepted | (pins.tokens >= 0)
+        streak = sampler.count_unchanged(reading.argmax, state.draft, state.streak)
+        mean = mx.mean(reading.entropy, axis=-1)
+        stopped = (streak >= stability) & (mean < confidence)
+        canvas = mx.where(accepted, reading.sample, noise)
+        return (
+            [canvas, reading.signal, reading.argmax, streak],
+            [accepted, reading.entropy, mean, stopped],
+        )
+
+    def draw(self, keys: mx.array, length: int) -> tuple[mx.array, mx.array]:
+        """(B, L) uniforms and (B, L) random ids: the only draws of a step."""
+        vocabulary = self.model.config.vocab_size
+        uniforms = [mx.random.uniform(shape=(length,), key=key[0]) for key in keys]
+        noise = [sampler.random_tokens(key[1], length, vocabulary) for key in keys]
+        return mx.stack(uniforms), mx.stack(noise)
+
+    def read(
+        self,
+        hidden: mx.array,
+        temperatures: mx.array,
+        uniforms: mx.array,
+        pins: Pins | None,
+    ) -> Reading:
+        """The vocabulary's answer at (B, L) positions, each field (B, L, …).
+
+        A given position is certain of its token: entropy 0, its own embedding.
+        """
+        B, L, D = hidden.shape
+        flat = hidden.reshape(B * L, D)
+        warmth = mx.broadcast_to(temperatures[:, None], (B, L)).flatten()
+        if pins is None:
+            return _shaped(self.model.read(flat, warmth, uniforms.flatten()), B, L)
+        tokens = mx.maximum(pins.tokens, 0).flatten()
+        entropy = mx.zeros((B * L,))
+        certain = Reading(tokens, entropy, tokens, self.model.embed(tokens[None])[0])
+        if pins.free.size == 0:
+            return _shaped(certain, B, L)
+        free = pins.free
+        found = self.model.read(flat[free], warmth[free], uniforms.flatten()[free])
+        return _shaped(_placed(certain, found, free), B, L)
+
+
+def _placed(everywhere: Reading, found: Reading, at: mx.array) -> Reading:
+    """A reading with some of its positions replaced."""
+    arrays = []
+    for whole, part in zip(everywhere.arrays, found.arrays, strict=True):
+        whole = mx.array(whole)  # a copy: assignment changes its left side
+        whole[at] = part
+        arrays.append(whole)
+    return Reading(*arrays)
+
+
+def _shaped(reading: Reading, rows: int, length: int) -> Reading:
+    return Reading(*(a.reshape(rows, length, *a.shape[1:]) for a in reading.arrays))
