@@ -14,7 +14,7 @@ import mlx_dgemma
 
 PACKAGE = Path(mlx_dgemma.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ["convert", "generate"]
+COMMANDS = ["benchmark", "convert", "generate"]
 HEAVY = ["mlx", "mlx_lm", "numpy", "rich", "tokenizers", "transformers", "jinja2"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 

@@ -4,12 +4,17 @@ Each function is a choice between two ways to the same result; why one is taken 
 said beside it.
 """
 
+import os
+import platform
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu
 
 MB = 1 << 20
+GPU_SCORES = 512 * MB
+GPU_CHUNK = 32768
 
 
 def name() -> str:
@@ -17,6 +22,13 @@ def name() -> str:
     if _on_cpu():
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def description() -> str:
+    """The device in words, for those who read a figure measured on it."""
+    if not _on_cpu():
+        return str(mx.device_info()["device_name"])
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 
 
 def peak_memory() -> int:
@@ -57,7 +69,7 @@ def score_bytes() -> int:
 
     A CPU is faster when they fit its cache.
     """
-    return (8 if _on_cpu() else 512) * MB
+    return 8 * MB if _on_cpu() else GPU_SCORES
 
 
 def vocabulary_chunk() -> int:
@@ -65,7 +77,7 @@ def vocabulary_chunk() -> int:
 
     A CPU is faster when the (positions, chunk) logits fit its cache.
     """
-    return 2048 if _on_cpu() else 32768
+    return 2048 if _on_cpu() else GPU_CHUNK
 
 
 def groups_rows() -> bool:
@@ -78,9 +90,9 @@ def exp(x: mx.array) -> mx.array:
     return cpu.exp(x) if _on_cpu() else mx.exp(x)
 
 
-def tanh(x: mx.array) -> mx.array:
-    """tanh x, elementwise."""
-    return cpu.tanh(x) if _on_cpu() else mx.tanh(x)
+def softcap(x: mx.array, cap: float, scale: mx.array) -> mx.array:
+    """tanh(x / cap) · scale, elementwise; scale broadcasts against x."""
+    return cpu.softcap(x, cap, scale) if _on_cpu() else mx.tanh(x / cap) * scale
 
 
 def gelu(x: mx.array) -> mx.array:

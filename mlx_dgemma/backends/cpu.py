@@ -14,9 +14,9 @@ def exp(x: mx.array) -> mx.array:
     return mx.power(math.e, x.astype(mx.float32)).astype(x.dtype)
 
 
-def tanh(x: mx.array) -> mx.array:
-    """tanh x = 1 - 2 / (e^2x + 1); where e^2x overflows, 1."""
-    return 1 - 2 / (exp(2 * x) + 1)
+def softcap(x: mx.array, cap: float, scale: mx.array) -> mx.array:
+    """tanh(x / cap) · scale, by tanh z = 1 - 2 / (e^2z + 1); 1 where e^2z overflows."""
+    return scale - 2 * scale / (exp(x * (2 / cap)) + 1)
 
 
 def gelu(x: mx.array) -> mx.array:

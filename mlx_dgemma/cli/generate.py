@@ -41,11 +41,40 @@ SETTINGS = [
         help="Mean entropy, in nats, below which a stable canvas is done.",
     ),
 ]
+SHORTCUTS = [
+    click.option(
+        "--sampler",
+        type=click.Choice(["entropy-bound", "confidence"]),
+        help="confidence: reveal likely tokens for good.",
+    ),
+    click.option(
+        "--min-probability",
+        type=click.FloatRange(0),
+        help="How likely a token is that --sampler confidence reveals.",
+    ),
+    click.option(
+        "--trim-eos",
+        is_flag=True,
+        default=None,
+        help="Drop what lies behind an accepted end of text.",
+    ),
+    click.option(
+        "--freeze",
+        is_flag=True,
+        default=None,
+        help="Skip positions that are sure; check all before the commit.",
+    ),
+    click.option(
+        "--signal-top-k",
+        type=click.IntRange(0),
+        help="Tokens that make the self-conditioning signal, where they suffice.",
+    ),
+]
 
 
 def settings_options(command):
     """The sampler's settings; each defaults to what the checkpoint says."""
-    for option in reversed(SETTINGS):
+    for option in reversed(SETTINGS + SHORTCUTS):
         command = option(command)
     return command
 

@@ -31,6 +31,11 @@ class Changes(TypedDict, total=False):
     confidence: float | None
     eos: frozenset[int] | None
     pinned: Mapping[int, int] | None
+    sampler: str | None
+    min_probability: float | None
+    trim_eos: bool | None
+    freeze: bool | None
+    signal_top_k: int | None
 
 
 def load(

@@ -91,6 +91,22 @@ def count_unchanged(argmax: mx.array, before: mx.array, streak: mx.array) -> mx.
     return mx.where(same, streak + 1, 0)
 
 
+def reveal(
+    argmax: mx.array, peak: mx.array, held: mx.array, least: mx.array
+) -> mx.array:
+    """Tokens revealed for good, (B, L) int32, -1 where none is.
+
+    To those held already: argmax where its probability `peak` is at least (B,) least,
+    and the likeliest one in any case (mlx-vlm's confidence-threshold sampler).
+    """
+    open_ = held < 0
+    sure = open_ & (peak >= least[:, None])
+    likeliest = mx.argmax(mx.where(open_, peak, -1), axis=-1, keepdims=True)
+    forced = open_ & (mx.arange(held.shape[1]) == likeliest)
+    sure = sure | (forced & ~mx.any(sure, axis=-1, keepdims=True))
+    return mx.where(sure, argmax, held)
+
+
 @dataclass(frozen=True)
 class Refined:
     """What one denoising step made of B canvases; each (B, L) but `processed`."""
@@ -130,10 +146,13 @@ def refine(
     return Refined(processed, argmax, entropies, accepted, canvas)
 
 
-def pinned_row(pinned: Mapping[int, int], canvas: int, length: int) -> np.ndarray:
-    """(L,) int32: the given ids of canvas number `canvas`, -1 elsewhere."""
+def pinned_row(pinned: Mapping[int, int], first: int, length: int) -> np.ndarray:
+    """(L,) int32: the given ids of the canvas that begins at position `first`.
+
+    -1 where nothing is given.
+    """
     row = np.full(length, -1, np.int32)
     for position, token in pinned.items():
-        if canvas * length <= position < (canvas + 1) * length:
-            row[position - canvas * length] = token
+        if first <= position < first + length:
+            row[position - first] = token
     return row

@@ -14,6 +14,7 @@ from ..errors import SettingsError
 MAX_CANVAS_LENGTH = 65_536
 MAX_COUNT = 1_000_000  # of denoising steps, and of canvases that must agree
 MAX_TOKEN = 2**31 - 1  # ids and positions are int32 everywhere
+SAMPLERS = ("entropy-bound", "confidence")
 COLDEST = 1e-6  # a lower temperature makes float32 logits infinite
 
 
@@ -31,6 +32,18 @@ class Settings:
     eos             ids that end the text
     pinned          position in the answer -> token id that is given, never renoised
 
+    What follows can change the text. It is off unless asked for; README tells its
+    measured quality.
+
+    sampler           "entropy-bound", or "confidence": reveal for good whatever
+                      argmax is likely enough, at least one position per step
+    min_probability   how likely that is, for the sampler "confidence"
+    trim_eos          stop denoising what lies behind an accepted eos
+    freeze            stop denoising positions that are sure and stable, and look at
+                      all of them once more before the commit
+    signal_top_k      make the self-conditioning signal of this many tokens where they
+                      hold all but 2^-9 of the probability; 0: of all tokens
+
     Raises SettingsError naming the setting, its value and the allowed range.
     """
 
@@ -44,6 +57,11 @@ class Settings:
     confidence: float = 0.005
     eos: frozenset[int] = frozenset({1, 106, 50})
     pinned: Mapping[int, int] = field(default_factory=dict)
+    sampler: str = SAMPLERS[0]
+    min_probability: float = 0.9
+    trim_eos: bool = False
+    freeze: bool = False
+    signal_top_k: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.eos, Set | list | tuple):
@@ -63,6 +81,16 @@ class Settings:
         _real("t_max", self.t_max, positive=True)
         _real("t_min", self.t_min)
         _real("confidence", self.confidence)
+        _real("min_probability", self.min_probability)
+        whole("signal_top_k", self.signal_top_k, 0, MAX_TOKEN)
+        if self.sampler not in SAMPLERS:
+            raise SettingsError(
+                f"sampler is {self.sampler!r}; supported: {', '.join(SAMPLERS)}"
+            )
+        if self.pinned and (self.freeze or self.trim_eos):
+            raise SettingsError("freeze and trim_eos do not go with pinned tokens")
+        if self.freeze and self.sampler != SAMPLERS[0]:
+            raise SettingsError(f"freeze needs the sampler {SAMPLERS[0]!r}")
         if self.t_min > self.t_max:
             raise SettingsError(
                 f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"

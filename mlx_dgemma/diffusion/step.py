@@ -8,15 +8,17 @@ from it. What the host gives, keys and dials, depends on no result: a step can b
 started before anybody looked at the one before it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
+from ..model.attention import Prefix
 from ..model.language import DiffusionGemma, View
 from ..model.vocab import Reading
 from . import sampler
+from .settings import SAMPLERS
 
 ROUND = 32  # free positions are counted in these, so that shapes rarely change
 
@@ -29,6 +31,7 @@ class State:
     signal: mx.array  # (B, L, D), zeros before the first step
     draft: mx.array  # (B, L) int32 argmax canvas, -1 before the first step
     streak: mx.array  # (B,) int32: how many drafts in a row equal this one
+    held: mx.array  # (B, L) int32: tokens revealed for good, -1 elsewhere
 
     @classmethod
     def first(cls, canvas: mx.array, width: int, dtype: mx.Dtype) -> "State":
@@ -38,15 +41,23 @@ class State:
             signal=mx.zeros((1, len(canvas), width), dtype=dtype),
             draft=mx.full((1, len(canvas)), -1, dtype=mx.int32),
             streak=mx.zeros((1,), dtype=mx.int32),
+            held=mx.full((1, len(canvas)), -1, dtype=mx.int32),
         )
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.canvas, self.signal, self.draft, self.streak]
+        return [self.canvas, self.signal, self.draft, self.streak, self.held]
 
     def row(self, index: int) -> "State":
         """The state of one canvas."""
         return State(*(array[index : index + 1] for array in self.arrays))
+
+    def at(self, positions: mx.array | slice) -> "State":
+        """The state of some positions only, of the same canvases."""
+        parts = [
+            array if array.ndim == 1 else array[:, positions] for array in self.arrays
+        ]
+        return State(*parts)
 
     @classmethod
     def join(cls, states: Sequence["State"]) -> "State":
@@ -63,6 +74,7 @@ class Outcome:
     entropy: mx.array  # (B, L) nats
     mean: mx.array  # (B,) nats
     stopped: mx.array  # (B,) bool: stable and confident
+    kept: Sequence[Prefix] = ()  # by layer, the canvas's own keys and values
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -74,7 +86,8 @@ class Dials:
     """What the host tells each of B canvases for one step."""
 
     keys: mx.array  # (B, 2, 2) uint32: random keys to propose and to renoise with
-    numbers: mx.array  # (B, 4): temperature, entropy bound, stability, confidence
+    # (B, 5): temperature, entropy bound, stability, confidence, least probability
+    numbers: mx.array
 
 
 @dataclass(frozen=True)
@@ -95,15 +108,33 @@ class Pins:
         return cls(mx.array(tokens), mx.array(free))
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How steps are taken, alike for all canvases of a batch."""
+
+    sampler: str = SAMPLERS[0]
+    top_k: int = 0  # tokens of a signal, 0 for all
+    keep: bool = False  # hand out the canvas's own keys and values
+
+    @property
+    def compilable(self) -> bool:
+        """Not where the host looks on while a step is made, or wants what it made."""
+        return self.top_k == 0 and not self.keep
+
+
 class Stepper:
     """Takes denoising steps with one model; `traces` counts how often it was traced."""
 
-    def __init__(self, model: DiffusionGemma, *, compiled: bool):
-        self.model = model
-        self.compiled = compiled
+    def __init__(
+        self, model: DiffusionGemma, *, compiled: bool, manner: Manner = Manner()
+    ):
+        self.model, self.manner = model, manner
+        self.compiled = compiled and manner.compilable
         self.traces = 0
-        # weights as inputs: after training, the same trace runs on the new ones
-        self._run = mx.compile(self._trace, model.state) if compiled else self._trace
+        self._run = self._trace
+        if self.compiled:
+            # weights as inputs: after training, the same trace runs on the new ones
+            self._run = mx.compile(self._trace, model.state)
 
     def __call__(
         self, state: State, view: View, dials: Dials, pins: Pins | None
@@ -111,30 +142,23 @@ class Stepper:
         """The next state and what was found; nothing is evaluated."""
         given = None if pins is None else [pins.tokens, pins.free]
         seen = [view.prefixes, view.tables, view.masks]
-        state_arrays, found = self._run(
+        after, found, kept = self._run(
             state.arrays, seen, [dials.keys, dials.numbers], given
         )
-        return State(*state_arrays), Outcome(*found)
+        pairs = [(keys, values) for keys, values in kept]
+        return State(*after), replace(Outcome(*found), kept=pairs)
 
     def _trace(self, state, seen, dials, given):
         self.traces += 1
         state, view, dials = State(*state), View(*seen), Dials(*dials)
         pins = None if given is None else Pins(*given)
-        temperatures, bounds, stability, confidence = dials.numbers.T
         uniforms, noise = self.draw(dials.keys, state.canvas.shape[1])
-        hidden = self.model.denoise_hidden(state.canvas, view, state.signal)
-        reading = self.read(hidden, temperatures, uniforms, pins)
-        accepted = sampler.accept(reading.entropy, bounds)
-        if pins is not None:
-            accepted = accepted | (pins.tokens >= 0)
-        streak = sampler.count_unchanged(reading.argmax, state.draft, state.streak)
-        mean = mx.mean(reading.entropy, axis=-1)
-        stopped = (streak >= stability) & (mean < confidence)
-        canvas = mx.where(accepted, reading.sample, noise)
-        return (
-            [canvas, reading.signal, reading.argmax, streak],
-            [accepted, reading.entropy, mean, stopped],
-        )
+        kept: list[Prefix] | None = [] if self.manner.keep else None
+        hidden = self.model.denoise_hidden(state.canvas, view, state.signal, kept)
+        reading = self.read(hidden, dials.numbers[:, 0], uniforms, pins)
+        decide = DECISIONS[self.manner.sampler]
+        after, found = decide(state, reading, dials.numbers, noise, pins)
+        return after.arrays, found.arrays, kept or []
 
     def draw(self, keys: mx.array, length: int) -> tuple[mx.array, mx.array]:
         """(B, L) uniforms and (B, L) random ids: the only draws of a step."""
@@ -158,15 +182,76 @@ class Stepper:
         flat = hidden.reshape(B * L, D)
         warmth = mx.broadcast_to(temperatures[:, None], (B, L)).flatten()
         if pins is None:
-            return _shaped(self.model.read(flat, warmth, uniforms.flatten()), B, L)
+            found = self.model.read(flat, warmth, uniforms.flatten(), self.manner.top_k)
+            return _shaped(found, B, L)
         tokens = mx.maximum(pins.tokens, 0).flatten()
-        entropy = mx.zeros((B * L,))
-        certain = Reading(tokens, entropy, tokens, self.model.embed(tokens[None])[0])
+        nothing = mx.zeros((B * L,))
+        certain = Reading(
+            argmax=tokens,
+            peak=nothing + 1,
+            entropy=nothing,
+            sample=tokens,
+            signal=self.model.embed(tokens[None])[0],
+        )
         if pins.free.size == 0:
             return _shaped(certain, B, L)
         free = pins.free
-        found = self.model.read(flat[free], warmth[free], uniforms.flatten()[free])
+        found = self.model.read(
+            flat[free], warmth[free], uniforms.flatten()[free], self.manner.top_k
+        )
         return _shaped(_placed(certain, found, free), B, L)
+
+
+def _bounded(
+    state: State,
+    reading: Reading,
+    numbers: mx.array,
+    noise: mx.array,
+    pins: Pins | None,
+) -> tuple[State, Outcome]:
+    """Accept the surest samples under the entropy bound, renoise the rest."""
+    accepted = sampler.accept(reading.entropy, numbers[:, 1])
+    if pins is not None:
+        accepted = accepted | (pins.tokens >= 0)
+    canvas = mx.where(accepted, reading.sample, noise)
+    streak, mean, stopped = _stop(state, reading, numbers)
+    after = State(canvas, reading.signal, reading.argmax, streak, state.held)
+    return after, Outcome(accepted, reading.entropy, mean, stopped)
+
+
+def _confident(
+    state: State,
+    reading: Reading,
+    numbers: mx.array,
+    noise: mx.array,
+    pins: Pins | None,
+) -> tuple[State, Outcome]:
+    """Reveal what is likely enough, for good; done when all is revealed.
+
+    The confidence-threshold sampler of mlx-vlm at its temperature 0.
+    """
+    held = sampler.reveal(reading.argmax, reading.peak, state.held, numbers[:, 4])
+    accepted = held >= 0
+    draft = mx.where(accepted, held, reading.argmax)
+    streak, mean, stopped = _stop(state, replace(reading, argmax=draft), numbers)
+    stopped = stopped | mx.all(accepted, axis=-1)
+    canvas = mx.where(accepted, held, noise)
+    after = State(canvas, reading.signal, draft, streak, held)
+    return after, Outcome(accepted, reading.entropy, mean, stopped)
+
+
+def _stop(
+    state: State, reading: Reading, numbers: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(B,) streaks, mean entropies, and whether a canvas is stable and confident."""
+    streak = sampler.count_unchanged(reading.argmax, state.draft, state.streak)
+    mean = mx.mean(reading.entropy, axis=-1)
+    return streak, mean, (streak >= numbers[:, 2]) & (mean < numbers[:, 3])
+
+
+DECISIONS: dict[str, Callable[..., tuple[State, Outcome]]] = dict(
+    zip(SAMPLERS, (_bounded, _confident), strict=True)
+)
 
 
 def _placed(everywhere: Reading, found: Reading, at: mx.array) -> Reading:

@@ -157,10 +157,20 @@ class Attention(nn.Module):
         return self._output(outputs)
 
     def denoise(
-        self, x: mx.array, tables: Tables, prefix: Prefix | None, mask: mx.array | None
+        self,
+        x: mx.array,
+        tables: Tables,
+        prefix: Prefix | None,
+        mask: mx.array | None,
+        kept: list[Prefix] | None = None,
     ) -> mx.array:
-        """Attention of a canvas (B, L, D) to the prefix and all of itself."""
+        """Attention of a canvas (B, L, D) to the prefix and all of itself.
+
+        kept, if given, receives the canvas's own keys and values.
+        """
         keys, values = self._keys_values(x, tables)
+        if kept is not None:
+            kept.append((keys, values))
         if prefix is not None:
             keys = mx.concatenate([prefix[0], keys], axis=2)
             values = mx.concatenate([prefix[1], values], axis=2)

@@ -161,9 +161,16 @@ class DiffusionGemma(nn.Module):
         )
 
     def denoise_hidden(
-        self, canvas: mx.array, view: View, signal: mx.array | None = None
+        self,
+        canvas: mx.array,
+        view: View,
+        signal: mx.array | None = None,
+        kept: list[Prefix] | None = None,
     ) -> mx.array:
-        """`denoise` up to the (B, L, D) normed hidden state of the last layer."""
+        """`denoise` up to the (B, L, D) normed hidden state of the last layer.
+
+        kept, if given, receives each layer's keys and values of the canvas.
+        """
         h = self.self_conditioning(self.embed(canvas), signal)
         for layer, prefix, tables, mask in zip(
             self.layers, view.prefixes, view.tables, view.masks, strict=True
@@ -171,18 +178,26 @@ class DiffusionGemma(nn.Module):
             h = layer(
                 h,
                 lambda x, layer=layer, prefix=prefix, tables=tables, mask=mask: (
-                    layer.self_attn.denoise(x, tables, prefix, mask)
+                    layer.self_attn.denoise(x, tables, prefix, mask, kept)
                 ),
                 layer.decoder_scalar,
             )
         return self.norm(h)
 
     def read(
-        self, hidden: mx.array, temperatures: mx.array, uniforms: mx.array
+        self,
+        hidden: mx.array,
+        temperatures: mx.array,
+        uniforms: mx.array,
+        top_k: int = 0,
     ) -> vocab.Reading:
-        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms."""
+        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms.
+
+        top_k: how many tokens to make the signal of where they are enough; 0 for all.
+        """
         softcap = self.config.final_logit_softcapping
-        return vocab.read(self.embed_tokens, hidden, temperatures, uniforms, softcap)
+        given = self.embed_tokens, hidden, temperatures, uniforms, softcap
+        return vocab.read(*given, top_k)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, T) ids -> (B, T, D), times sqrt(D)."""

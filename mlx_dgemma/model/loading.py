@@ -22,7 +22,7 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     layout = read_layout(folder, config)
     model = DiffusionGemma(config)
     for layer, quantization in layout.quantized.items():
-        _replace(model, layer, quantization)
+        replace_layer(model, layer, quantization)
     arrays: dict[Path, dict[str, mx.array]] = {}
     weights = []
     for parameter, name in layout.names.items():
@@ -36,7 +36,7 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     return model
 
 
-def _replace(model: DiffusionGemma, layer: str, q: Quantization) -> None:
+def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:
     """Put the quantised twin of a layer in its place."""
     *path, name = layer.split(".")
     parent = model

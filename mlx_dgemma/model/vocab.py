@@ -6,16 +6,18 @@ all V logits of a position, without ever holding them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import backends
 from .layers import dequantize
 
 Embedding = nn.Embedding | nn.QuantizedEmbedding
 BLOCK = 64  # tokens whose probabilities are summed before one of them is sampled
+TAIL = 2**-9  # weight that may be left out of a signal: bfloat16 rounds by as much
 
 
 def embed(embedding: Embedding, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -65,13 +67,14 @@ class Reading:
     """
 
     argmax: mx.array  # (N,) int32
+    peak: mx.array  # (N,) float32: 1 / Z, the probability of argmax
     entropy: mx.array  # (N,) float32 nats: log Z - Σ e · (x - m) / Z
     sample: mx.array  # (N,) int32: inverse CDF of e / Z at the position's uniform
     signal: mx.array  # (N, D): e / Z · E · sqrt(D), the self-conditioning signal
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.argmax, self.entropy, self.sample, self.signal]
+        return [self.argmax, self.peak, self.entropy, self.sample, self.signal]
 
 
 def read(
@@ -80,61 +83,136 @@ def read(
     temperatures: mx.array,
     uniforms: mx.array,
     softcap: float,
+    top_k: int = 0,
 ) -> Reading:
     """Argmax, entropy, a sample and the soft embedding of each position at once.
 
     hidden (N, D); temperatures and uniforms (N,), the uniforms in [0, 1). Chunks of
     the vocabulary pass by; e is relative to the highest logit so far, as in online
     softmax (arXiv 1805.02867). E is read once, and dequantised once, for both of its
-    products.
+    products. top_k: see `_sparse_soft`; 0 sums the signal over all tokens.
     """
-    vocabulary, chunk = embedding.weight.shape[0], backends.vocabulary_chunk()
-    dtype = backends.product_dtype(hidden.dtype)
-    queries, scale = hidden.astype(dtype), (softcap / temperatures)[:, None]
-    highest = mx.full((len(hidden), 1), -1e30)
-    argmax = mx.zeros((len(hidden), 1), dtype=mx.uint32)
-    soft = mx.zeros(hidden.shape)
+    ask = _Asked(
+        embedding,
+        hidden.astype(backends.product_dtype(hidden.dtype)),
+        (softcap / temperatures)[:, None],
+        softcap,
+    )
+    swept = _sweep(ask, soft=top_k == 0)
+    cumulative = mx.cumsum(swept.sums, axis=-1)
+    total = cumulative[:, -1:]
+    block, rest = _search(cumulative, uniforms[:, None] * total)
+    ids, e, _ = _tokens_of(ask, block, swept.highest)
+    inside = mx.cumsum(e, axis=-1)
+    # the block again, summed in another order: scale what is left to its own sum
+    rest = rest / mx.take_along_axis(swept.sums, block, axis=-1) * inside[:, -1:]
+    token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
+    soft = _sparse_soft(ask, swept, total, top_k) if top_k else swept.soft / total
+    return Reading(
+        argmax=swept.argmax[:, 0].astype(mx.int32),
+        peak=(1 / total)[:, 0],
+        entropy=(mx.log(total) - swept.product / total)[:, 0],
+        sample=token[:, 0].astype(mx.int32),
+        signal=(soft * math.sqrt(hidden.shape[1])).astype(hidden.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a pass is about: (N, D) queries, (N, 1) softcap over temperature."""
+
+    embedding: Embedding
+    queries: mx.array
+    scale: mx.array
+    softcap: float
+
+    def processed(self, logits: mx.array) -> mx.array:
+        """Raw logits -> float32, soft-capped and over the temperature."""
+        return backends.softcap(logits.astype(mx.float32), self.softcap, self.scale)
+
+    def of(self, positions: mx.array) -> "_Asked":
+        """Some of the positions only."""
+        return replace(
+            self, queries=self.queries[positions], scale=self.scale[positions]
+        )
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """Sums over the vocabulary of e, relative to the (N, 1) highest x."""
+
+    argmax: mx.array  # (N, 1)
+    highest: mx.array
+    sums: mx.array  # (N, V / BLOCK): of each block
+    product: mx.array  # (N, 1): Σ e · (x - highest)
+    soft: mx.array  # (N, D): e · E, or zeros
+
+
+def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
+    """Chunk by chunk over the vocabulary; soft says whether e · E is wanted."""
+    vocabulary, chunk = ask.embedding.weight.shape[0], backends.vocabulary_chunk()
+    queries, count = ask.queries, len(ask.queries)
+    highest = mx.full((count, 1), -1e30)
+    argmax = mx.zeros((count, 1), dtype=mx.uint32)
+    signal = mx.zeros(queries.shape)
     parts = []
     for start in range(0, vocabulary, chunk):
-        table = _rows(embedding, slice(start, min(start + chunk, vocabulary)), dtype)
+        rows = slice(start, min(start + chunk, vocabulary))
+        table = _rows(ask.embedding, rows, queries.dtype)
         # chunk after chunk: the graph alone would let all of them live at once
-        (queries,) = mx.depends([queries], [soft, *(parts[-1] if parts else ())])
-        x = _processed(queries @ table.T, softcap, scale)
-        best = mx.argmax(x, axis=-1, keepdims=True)
-        value = mx.take_along_axis(x, best, axis=-1)
+        (queries,) = mx.depends([queries], [signal, *(parts[-1] if parts else ())])
+        logits = queries @ table.T
+        # the cap rises with the logits, so the largest is so before it as well
+        best = mx.argmax(logits, axis=-1, keepdims=True)
+        value = ask.processed(mx.take_along_axis(logits, best, axis=-1))
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
-        x = x - highest
+        x = ask.processed(logits) - highest
         e = backends.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
-        soft = soft * mx.exp(before - highest) + e.astype(dtype) @ table
-    shifts = [reference - highest for reference, _, _ in parts]
-    sums = mx.concatenate(
-        [s * mx.exp(d) for d, (_, s, _) in zip(shifts, parts, strict=True)], axis=-1
-    )
-    cumulative = mx.cumsum(sums, axis=-1)
-    total = cumulative[:, -1:]
-    # the parts' Σ e · x, each moved from its own reference to the highest
-    product = sum(
-        mx.exp(d) * (p + d * mx.sum(s, axis=-1, keepdims=True))
-        for d, (_, s, p) in zip(shifts, parts, strict=True)
-    )
-    block, rest = _search(cumulative, uniforms[:, None] * total)
-    ids = block * BLOCK + mx.arange(BLOCK)
-    known = mx.minimum(ids, vocabulary - 1)
-    x = embedding(known).astype(dtype) @ queries[..., None]
-    e = backends.exp(_processed(x[..., 0], softcap, scale) - highest)
-    inside = mx.cumsum(mx.where(ids == known, e, 0), axis=-1)
-    # the block again, summed in another order: scale what is left to its own sum
-    rest = rest / mx.take_along_axis(sums, block, axis=-1) * inside[:, -1:]
-    token = mx.take_along_axis(known, _search(inside, rest)[0], axis=-1)
-    root = math.sqrt(hidden.shape[1])
-    return Reading(
-        argmax=argmax[:, 0].astype(mx.int32),
-        entropy=(mx.log(total) - product / total)[:, 0],
-        sample=token[:, 0].astype(mx.int32),
-        signal=(soft / total * root).astype(hidden.dtype),
-    )
+        if soft:
+            signal = signal * mx.exp(before - highest) + e.astype(table.dtype) @ table
+    # each part was relative to the highest so far: move all to the highest of all
+    sums, product = [], mx.zeros_like(highest)
+    for reference, part, weighted in parts:
+        shift = reference - highest
+        sums.append(part * mx.exp(shift))
+        part_sum = mx.sum(part, axis=-1, keepdims=True)
+        product = product + mx.exp(shift) * (weighted + shift * part_sum)
+    return _Swept(argmax, highest, mx.concatenate(sums, axis=-1), product, signal)
+
+
+def _tokens_of(
+    ask: _Asked, blocks: mx.array, highest: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e, (N, b · BLOCK, D) rows.
+
+    Their logits are made again: to keep them all would take V for each position.
+    """
+    last = ask.embedding.weight.shape[0] - 1
+    ids = (blocks[..., None] * BLOCK + mx.arange(BLOCK)).flatten(1)
+    known = mx.minimum(ids, last)
+    rows = ask.embedding(known).astype(ask.queries.dtype)
+    x = ask.processed((rows @ ask.queries[..., None])[..., 0]) - highest
+    return known, mx.where(ids == known, backends.exp(x), 0), rows
+
+
+def _sparse_soft(ask: _Asked, swept: _Swept, total: mx.array, top_k: int) -> mx.array:
+    """e / Z · E, (N, D), over the likeliest blocks that hold top_k tokens.
+
+    Where the rest weighs more than TAIL, over all tokens; looks at the weights on the
+    host to know where.
+    """
+    count = min(-(-top_k // BLOCK), swept.sums.shape[1])
+    blocks = mx.argpartition(-swept.sums, kth=count - 1, axis=-1)[:, :count]
+    _, e, rows = _tokens_of(ask, blocks, swept.highest)
+    soft = (e.astype(rows.dtype)[:, None] @ rows)[:, 0] / total
+    held = mx.sum(mx.take_along_axis(swept.sums, blocks, axis=-1), axis=-1)
+    short = np.flatnonzero(np.array(1 - held / total[:, 0]) > TAIL)
+    if len(short):
+        positions = mx.array(short.astype(np.int32))
+        soft[positions] = _sweep(ask.of(positions), soft=True).soft / total[positions]
+    return soft
 
 
 def _rows(embedding: Embedding, rows: slice, dtype: mx.Dtype) -> mx.array:
@@ -142,11 +220,6 @@ def _rows(embedding: Embedding, rows: slice, dtype: mx.Dtype) -> mx.array:
     if isinstance(embedding, nn.QuantizedEmbedding):
         return dequantize(embedding, dtype, rows)
     return embedding.weight[rows].astype(dtype)
-
-
-def _processed(logits: mx.array, softcap: float, scale: mx.array) -> mx.array:
-    """Raw logits, soft-capped and over the temperature; scale is softcap over it."""
-    return backends.tanh(logits.astype(mx.float32) / softcap) * scale
 
 
 def _block_sums(e: mx.array) -> mx.array:

@@ -10,14 +10,16 @@ one read of the tied matrix can serve both.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..checkpoint.config import LayerConfig, ModelConfig
 from ..checkpoint.quantize import RECIPES, Quantization, quantizable
 from ..checkpoint.weights import expected_shapes, layer_path
 from ..errors import SettingsError
+from ..model.language import DiffusionGemma
 
 PARTS = (
     "attention",  # projections of queries, keys, values and output
@@ -102,6 +104,28 @@ class Storage:
             return None
         layer = layer_path(parameter.removesuffix(".weight"))
         return RECIPES[self.recipe](layer, self.quantization).fits(shape)
+
+
+@dataclass(frozen=True)
+class Loaded(Storage):
+    """How the weights of a model in memory lie there."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of each parameter
+
+    @classmethod
+    def of(cls, model: DiffusionGemma) -> "Loaded":
+        """Weighed part by part: a quantised weight with its scales and biases."""
+        parameters = tree_flatten(model.parameters())
+        assert isinstance(parameters, list)
+        sizes: dict[str, int] = {}
+        for name, array in parameters:
+            layer, _, part = name.rpartition(".")
+            whole = f"{layer}.weight" if part in ("scales", "biases") else name
+            sizes[whole] = sizes.get(whole, 0) + array.nbytes
+        return cls(model.dtype.size, sizes=sizes)
+
+    def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
+        return self.sizes[parameter]
 
 
 def weight_bytes(config: ModelConfig, storage: Storage) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .. import backends
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
+from ..diffusion.engine import PREFILL_STEP
 from .chips import CHIPS, Chip
 from .cost import (
     Cost,
@@ -32,9 +34,6 @@ PRECISIONS = {
 # Metal's recommendedMaxWorkingSetSize as public logs of llama.cpp show it; newer
 # systems allow more, and `sudo sysctl iogpu.wired_limit_mb` raises it.
 SMALL_SHARE, LARGE_SHARE, LARGE_FROM_GB = 2 / 3, 3 / 4, 36
-# Float32 logits of a canvas held at once besides weights and prefix: other programs
-# hold six to ten; six is the 1.5 GB that public peaks show above the weights.
-WORKING_COPIES = 6
 K = 1024
 PREFIXES = (4 * K, 32 * K, 256 * K)
 FITTING_PREFIX = 32 * K
@@ -95,8 +94,17 @@ def usable_bytes(memory_gb: int) -> float:
 
 
 def working_bytes(config: ModelConfig) -> int:
-    """Bytes in use besides weights and prefix while one canvas is denoised."""
-    return WORKING_COPIES * config.canvas_length * config.vocab_size * 4
+    """Bytes in use besides weights and prefix: what the engine bounds them to.
+
+    Two copies of the attention scores of a tile, four of a canvas's logits over a
+    chunk of the vocabulary, and what the experts hold of a chunk of the prompt: a row
+    in, gate and up, their product and a row out for each token and expert.
+    """
+    scores = 2 * backends.GPU_SCORES
+    logits = 4 * 4 * config.canvas_length * backends.GPU_CHUNK
+    row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
+    experts = PREFILL_STEP * config.top_k_experts * row * 2
+    return scores + logits + experts
 
 
 def lines(found: Estimate) -> list[str]:

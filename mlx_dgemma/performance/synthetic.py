@@ -22,7 +22,7 @@ from ..checkpoint.weights import layer_path
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..model.layers import ExpertLinear
-from ..model.loading import _replace
+from ..model.loading import replace_layer
 
 # config.json of google/diffusiongemma-26B-A4B-it without its vision tower, and its
 # generation_config.json under the key where the reader also looks for it.
@@ -178,7 +178,7 @@ def _quantize(
             continue
         code = RECIPES[recipe](layer_path(path), base).fits(layer.weight.shape)
         if code is not None:
-            _replace(model, path, code)
+            replace_layer(model, path, code)
             codes[path] = code
     return codes
 

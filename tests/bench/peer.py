@@ -76,12 +76,14 @@ class Run:
     denoise: float
     peak: int  # most that MLX held
     resident: int  # most that the process held, since it began
+    weights: int
     tokens: list[int]
 
 
 def ours(path: str, prompt: list[int], steps: int):
     """A function that runs one canvas through this package."""
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     from mlx_dgemma.checkpoint.config import read_config
     from mlx_dgemma.diffusion.engine import Engine
@@ -94,6 +96,8 @@ def ours(path: str, prompt: list[int], steps: int):
         steps=steps, confidence=0, max_tokens=config.canvas_length, eos=frozenset()
     )
 
+    weights = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
     def run() -> Run:
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -105,9 +109,8 @@ def ours(path: str, prompt: list[int], steps: int):
         commit = events[-1]
         assert isinstance(commit, Commit) and commit.steps == steps
         tokens = list(commit.tokens)
-        return Run(
-            prefilled.seconds, seconds, mx.get_peak_memory(), _resident(), tokens
-        )
+        peak = mx.get_peak_memory()
+        return Run(prefilled.seconds, seconds, peak, _resident(), weights, tokens)
 
     return run
 
@@ -115,6 +118,7 @@ def ours(path: str, prompt: list[int], steps: int):
 def theirs(path: str, prompt: list[int], steps: int):
     """A function that runs one canvas through mlx-vlm's own loop."""
     import mlx.core as mx
+    from mlx.utils import tree_flatten
     from mlx_vlm.generate.diffusion import stream_diffusion_generate
     from mlx_vlm.utils import load_model
 
@@ -129,6 +133,8 @@ def theirs(path: str, prompt: list[int], steps: int):
         "t_min": 0.4,
         "t_max": 0.8,
     }
+
+    weights = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 
     def run() -> Run:
         mx.clear_cache()
@@ -154,7 +160,8 @@ def theirs(path: str, prompt: list[int], steps: int):
         assert last.diffusion_denoising_steps == steps
         prefill = last.prompt_tokens / last.prompt_tps
         peak = mx.get_peak_memory()
-        return Run(prefill, seconds - prefill, peak, _resident(), silent.tokens)
+        seconds -= prefill
+        return Run(prefill, seconds, peak, _resident(), weights, silent.tokens)
 
     return run
 
@@ -197,8 +204,10 @@ def _serve(pipe, engine: str, path: str, prompt: list[int], steps: int) -> None:
         pipe.send(run())
 
 
-def compare(path: Path, case: Case, steps: int, repeats: int) -> dict[str, list[Run]]:
-    """`repeats` runs of each engine in turns, after one of each to warm up."""
+def compare(
+    path: Path, case: Case, steps: int, repeats: int, warmup: int
+) -> dict[str, list[Run]]:
+    """`repeats` runs of each engine in turns, after `warmup` that do not count."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(10, case.text["vocab_size"], case.prompt).tolist()
     context = multiprocessing.get_context("spawn")
@@ -209,7 +218,7 @@ def compare(path: Path, case: Case, steps: int, repeats: int) -> dict[str, list[
             target=_serve, args=(far, engine, str(path), prompt, steps), daemon=True
         ).start()
         runs[engine] = []
-    for repeat in range(-1, repeats):
+    for repeat in range(-warmup, repeats):
         for engine, pipe in pipes.items():
             pipe.send(True)
             run = pipe.recv()
@@ -246,12 +255,14 @@ def report(name: str, runs: dict[str, list[Run]], steps: int) -> None:
     row("canvas with prefill", "ms", lambda run: 1e3 * (run.prefill + run.denoise))
     row("peak memory, MLX", "MB", lambda run: run.peak / 1e6)
     row("peak memory, process", "MB", lambda run: run.resident / 1e6)
+    row("of it weights", "MB", lambda run: run.weights / 1e6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=list(CASES), required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint", type=Path, help="kept here between runs")
     options = parser.parse_args()
@@ -262,7 +273,7 @@ def main() -> None:
             from make_tiny import make_checkpoint
 
             make_checkpoint(path, text=case.text, canvas_length=256)
-        runs = compare(path, case, options.steps, options.repeats)
+        runs = compare(path, case, options.steps, options.repeats, options.warmup)
     report(options.case, runs, options.steps)
     print(f"\n{options.repeats} runs of {options.steps} steps each: median (min–max)")
 

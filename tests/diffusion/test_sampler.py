@@ -168,4 +168,4 @@ def test_pinned_positions_are_certain():
 def test_pinned_rows_are_cut_by_canvas():
     pinned = {0: 5, 7: 6, 8: 7}
     assert sampler.pinned_row(pinned, 0, 8).tolist() == [5, -1, -1, -1, -1, -1, -1, 6]
-    assert sampler.pinned_row(pinned, 1, 8).tolist() == [7] + [-1] * 7
+    assert sampler.pinned_row(pinned, 8, 8).tolist() == [7] + [-1] * 7

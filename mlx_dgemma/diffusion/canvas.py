@@ -1,0 +1,161 @@
+"""One canvas of a request, from its noise to its commit."""
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.cache import PrefixCache
+from ..model.language import View
+from . import sampler
+from .events import Step
+from .settings import Settings
+from .step import Dials, Manner, Outcome, Pins, State
+
+FAR = 10  # a mean entropy of this many times `confidence` is far from its end
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A denoising step of one canvas that was started: its row of a batch."""
+
+    state: State
+    outcome: Outcome
+    row: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A canvas of which some positions are no longer computed.
+
+    The others see their keys and values as if they belonged to the prefix.
+    """
+
+    active: np.ndarray  # (A,) positions still denoised, rising
+    draft: np.ndarray  # (L,) int32, of all positions
+    signal: mx.array  # (L, D)
+    view: View  # of the active positions
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What canvases that step together have in common."""
+
+    length: int
+    manner: Manner
+    alone: int | None = None  # a request that shares its steps with no other
+
+
+@dataclass
+class Canvas:
+    """One canvas being denoised, and the request it belongs to."""
+
+    request: int
+    settings: Settings
+    seed: int
+    prefix: PrefixCache
+    chunk: int  # tokens encoded at a time
+    state: State  # of a batch …
+    row: int = 0  # … in which this is its row
+    index: int = 0
+    step: int = 0  # steps reported
+    committed: int = 0  # tokens of earlier canvases
+    mean: float = math.inf  # nats: mean entropy of the last step reported
+    ahead: Taken | None = None  # a step started, not yet reported
+    frozen: Frozen | None = None
+    thawed: bool = False  # was frozen, and is looked at as a whole again
+    draft: np.ndarray | None = None  # (L,) the last draft, if `freeze` is asked for
+
+    def begin(self, state: State) -> None:
+        """Start the next canvas from its first state."""
+        self.state, self.row = state, 0
+        self.index, self.step, self.mean = self.index + 1, 0, math.inf
+        self.ahead = self.frozen = self.draft = None
+        self.thawed = False
+
+    @property
+    def lane(self) -> Lane:
+        """Canvases of one lane step together."""
+        s = self.settings
+        # positions freeze at other times in other canvases
+        alone = self.request if s.freeze else None
+        manner = Manner(s.sampler, s.signal_top_k, s.freeze)
+        return Lane(self.state.canvas.shape[1], manner, alone)
+
+    @property
+    def wants_ahead(self) -> bool:
+        """Whether the step after the running one will surely, or likely, be wanted."""
+        if self.settings.freeze or self.settings.trim_eos:
+            return False  # what it is about is decided on the host
+        more = self.step + 1 < self.settings.steps
+        return more and self.mean > FAR * self.settings.confidence
+
+    def take(self) -> Taken:
+        """Move on to the step that was started."""
+        assert self.ahead is not None
+        taken, self.ahead = self.ahead, None
+        self.state, self.row = taken.state, taken.row
+        self.step += 1
+        return taken
+
+    def report(self, taken: Taken) -> Step:
+        """Wait for a step and tell what it found."""
+        state, outcome, row = taken.state, taken.outcome, taken.row
+        rows = state.draft[row], state.canvas[row], outcome.accepted[row]
+        entropy = outcome.entropy[row]
+        mx.eval(rows, entropy, outcome.mean, outcome.stopped)
+        draft, tokens, accepted = rows
+        self.mean = float(np.array(outcome.mean)[row])
+        step = self.step - 1
+        return Step(
+            request=self.request,
+            canvas_index=self.index,
+            step=step,
+            steps=self.settings.steps,
+            temperature=self.settings.temperature(step),
+            draft=draft,
+            canvas=tokens,
+            accepted=accepted,
+            entropy=entropy,
+            mean_entropy=self.mean,
+            stopped=bool(np.array(outcome.stopped)[row]),
+        )
+
+
+def joined(canvases: list[Canvas]) -> State:
+    """The states of canvases, which mostly are one batch already."""
+    whole = canvases[0].state
+    together = all(c.state is whole and c.row == i for i, c in enumerate(canvases))
+    if together and len(whole.streak) == len(canvases):
+        return whole
+    return State.join([c.state.row(c.row) for c in canvases])
+
+
+def dials(canvases: list[Canvas]) -> Dials:
+    """What the host tells the next step of each canvas."""
+    keys = [
+        [
+            sampler.fold(c.seed, c.index, c.step, purpose)
+            for purpose in (sampler.PROPOSE, sampler.RENOISE)
+        ]
+        for c in canvases
+    ]
+    numbers = [
+        (
+            c.settings.temperature(c.step),
+            c.settings.entropy_bound,
+            c.settings.stability,
+            c.settings.confidence,
+            c.settings.min_probability,
+        )
+        for c in canvases
+    ]
+    return Dials(mx.array(np.array(keys)), mx.array(np.array(numbers, np.float32)))
+
+
+def pins(canvases: list[Canvas], length: int) -> Pins | None:
+    """Which of the canvases' tokens are given."""
+    return Pins.of(
+        [sampler.pinned_row(c.settings.pinned, c.committed, length) for c in canvases]
+    )
