@@ -1,5 +1,6 @@
 """Shared by all tests: where helpers lie, and one tiny checkpoint."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -22,3 +23,22 @@ def tiny_model(tiny):
     from mlx_dgemma import load
 
     return load(tiny)
+
+
+@pytest.fixture
+def unfused():
+    """`mx.compile` traces and replays, but fuses nothing: on a CPU each fused kernel
+    would wait for a C++ compiler. MLX has this mode, its Python package lacks a name
+    for it."""
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.cpu:
+        yield
+        return
+    (library,) = (Path(mx.__file__).parent / "lib").glob("libmlx.*")
+    set_mode = ctypes.CDLL(str(library))[
+        "_ZN3mlx4core16set_compile_modeENS0_11CompileModeE"
+    ]
+    set_mode(2)  # CompileMode::no_fuse
+    yield
+    set_mode(3)  # CompileMode::enabled

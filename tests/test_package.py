@@ -75,7 +75,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["convert", "generate"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_function_is_never_hidden_by_the_command_of_its_name(name, order):
     ended = python(

@@ -15,6 +15,7 @@ from . import cpu
 MB = 1 << 20
 GPU_SCORES = 512 * MB
 GPU_CHUNK = 32768
+GPU_ROWS = 1024
 
 
 def name() -> str:
@@ -80,9 +81,21 @@ def vocabulary_chunk() -> int:
     return 2048 if _on_cpu() else GPU_CHUNK
 
 
-def groups_rows() -> bool:
-    """Whether experts want rows in groups: a CPU's gathered product is row by row."""
-    return _on_cpu()
+def vocabulary_rows() -> int:
+    """Positions that look at a chunk together, for the same reasons."""
+    return 256 if _on_cpu() else GPU_ROWS
+
+
+def loops_over_experts(dtype: mx.Dtype, *, quantized: bool) -> bool:
+    """Whether experts take one product each: a CPU gathers dense float32 only, or else
+    slowly."""
+    return _on_cpu() and (quantized or dtype != mx.float32)
+
+
+def groups_rows(pairs: int) -> bool:
+    """Whether to gather that many rows in blocks: a CPU's product is row by row if
+    not, which costs more than the padding of blocks once there are many."""
+    return _on_cpu() and pairs >= 512
 
 
 def exp(x: mx.array) -> mx.array:

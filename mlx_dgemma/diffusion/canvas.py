@@ -85,10 +85,10 @@ class Canvas:
 
     @property
     def wants_ahead(self) -> bool:
-        """Whether the step after the running one will surely, or likely, be wanted."""
+        """Whether a step behind the one just taken is allowed, and likely wanted."""
         if self.settings.freeze or self.settings.trim_eos:
             return False  # what it is about is decided on the host
-        more = self.step + 1 < self.settings.steps
+        more = self.step < self.settings.steps
         return more and self.mean > FAR * self.settings.confidence
 
     def take(self) -> Taken:

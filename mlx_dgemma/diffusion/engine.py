@@ -82,6 +82,8 @@ class Engine:
     def cancel(self, request: int) -> None:
         """Forget a request. What it committed stays with whoever received it."""
         self.running = [c for c in self.running if c.request != request]
+        if not self.running:
+            self._views.clear()  # they hold prefixes
 
     def tick(self) -> list[Event]:
         """One denoising step for every running canvas; what came of it."""

@@ -105,12 +105,21 @@ def _put(whole: mx.array, active: np.ndarray, part: mx.array) -> mx.array:
 def _narrowed(view: View, taken: Taken, sure: np.ndarray, rest: np.ndarray) -> View:
     """What the rest of a canvas sees: the sure positions have joined the prefix."""
     gone, left = (mx.array(a.astype(np.int32)) for a in (sure, rest))
-    prefixes = []
-    for prefix, own in zip(view.prefixes, taken.outcome.kept, strict=True):
-        keys, values = (array[:, :, gone] for array in own)
-        if prefix is not None:
-            keys = mx.concatenate([prefix[0], keys], axis=2)
-            values = mx.concatenate([prefix[1], values], axis=2)
-        prefixes.append((keys, values))
+    prefixes, turns = [], []
+    for prefix, own, tables, whole in zip(
+        view.prefixes, taken.outcome.kept, view.tables, view.turns, strict=True
+    ):
+        fixed = tuple(array[:, :, gone] for array in own)
+        if prefix:
+            pairs = zip(prefix, fixed, strict=True)
+            fixed = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
+        prefixes.append(fixed)
+        before = whole[0].shape[2] - tables[0].shape[2]
+        turns.append(
+            tuple(
+                mx.concatenate([a[:, :, :before], b[:, :, gone], b[:, :, left]], axis=2)
+                for a, b in zip(whole, tables, strict=True)
+            )
+        )
     tables = [(cos[:, :, left], sin[:, :, left]) for cos, sin in view.tables]
-    return View(prefixes, tables, [None] * len(prefixes))
+    return View(prefixes, tables, turns, [None] * len(prefixes))

@@ -10,11 +10,12 @@ started before anybody looked at the one before it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..model.attention import Prefix
+from ..model.cache import Parts
 from ..model.language import DiffusionGemma, View
 from ..model.vocab import Reading
 from . import sampler
@@ -74,7 +75,7 @@ class Outcome:
     entropy: mx.array  # (B, L) nats
     mean: mx.array  # (B,) nats
     stopped: mx.array  # (B,) bool: stable and confident
-    kept: Sequence[Prefix] = ()  # by layer, the canvas's own keys and values
+    kept: Sequence[Parts] = ()  # what each layer would keep of the canvas
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -114,7 +115,7 @@ class Manner:
 
     sampler: str = SAMPLERS[0]
     top_k: int = 0  # tokens of a signal, 0 for all
-    keep: bool = False  # hand out the canvas's own keys and values
+    keep: bool = False  # hand out what each layer would keep of the canvas
 
     @property
     def compilable(self) -> bool:
@@ -131,7 +132,7 @@ class Stepper:
         self.model, self.manner = model, manner
         self.compiled = compiled and manner.compilable
         self.traces = 0
-        self._run = self._trace
+        self._run: Callable[..., Any] = self._trace
         if self.compiled:
             # weights as inputs: after training, the same trace runs on the new ones
             self._run = mx.compile(self._trace, model.state)
@@ -141,19 +142,18 @@ class Stepper:
     ) -> tuple[State, Outcome]:
         """The next state and what was found; nothing is evaluated."""
         given = None if pins is None else [pins.tokens, pins.free]
-        seen = [view.prefixes, view.tables, view.masks]
+        seen = view.arrays
         after, found, kept = self._run(
             state.arrays, seen, [dials.keys, dials.numbers], given
         )
-        pairs = [(keys, values) for keys, values in kept]
-        return State(*after), replace(Outcome(*found), kept=pairs)
+        return State(*after), replace(Outcome(*found), kept=[*map(tuple, kept)])
 
     def _trace(self, state, seen, dials, given):
         self.traces += 1
         state, view, dials = State(*state), View(*seen), Dials(*dials)
         pins = None if given is None else Pins(*given)
         uniforms, noise = self.draw(dials.keys, state.canvas.shape[1])
-        kept: list[Prefix] | None = [] if self.manner.keep else None
+        kept: list[Parts] | None = [] if self.manner.keep else None
         hidden = self.model.denoise_hidden(state.canvas, view, state.signal, kept)
         reading = self.read(hidden, dials.numbers[:, 0], uniforms, pins)
         decide = DECISIONS[self.manner.sampler]

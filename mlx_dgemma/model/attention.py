@@ -13,23 +13,23 @@ import numpy as np
 
 from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig, Rope
-from .cache import LayerCache, Span
+from .cache import LayerCache, Parts, Span
 from .layers import Linear
 
-Tables = tuple[mx.array, mx.array]
-Prefix = tuple[mx.array, mx.array]  # keys and values that a canvas sees
+Tables = Parts  # cos and sin
+FEWEST = 4  # queries of a tile, however long the prefix
 MaskOf = Callable[[int, Span], mx.array | str | None]
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
-    """cos and sin, each (B, 1, T, head_dim / 2) float32, for (B, T) positions.
+    """cos and sin, each (B, 1, T, rotated pairs) float32, for (B, T) positions.
 
     Made on the host: device trigonometry is inexact for large angles. The angle
     is a float32 product, as in transformers, so that both round alike.
     """
     pairs = np.arange(rope.rotated, dtype=np.float64)
-    frequencies = np.zeros(head_dim // 2, np.float32)
-    frequencies[: rope.rotated] = rope.theta ** (-2 * pairs / head_dim) / rope.factor
+    frequencies = rope.theta ** (-2 * pairs / head_dim) / rope.factor
+    frequencies = frequencies.astype(np.float32)
     angles = (positions[:, None, :, None].astype(np.float32) * frequencies).astype(
         np.float64
     )
@@ -40,10 +40,18 @@ def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
 
 
 def rotate(x: mx.array, tables: Tables) -> mx.array:
-    """Rotary embedding of (B, H, T, head_dim), halves as pairs."""
+    """Rotary embedding of (B, H, T, head_dim), halves as pairs.
+
+    The tables are of the first pairs; the others stand still.
+    """
     cos, sin = (table.astype(x.dtype) for table in tables)
-    left, right = mx.split(x, 2, axis=-1)
-    return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    turning, half = cos.shape[-1], x.shape[-1] // 2
+    left, right = x[..., :turning], x[..., half : half + turning]
+    left, right = left * cos - right * sin, right * cos + left * sin
+    if turning == half:
+        return mx.concatenate([left, right], axis=-1)
+    still = x[..., turning:half], x[..., half + turning :]
+    return mx.concatenate([left, still[0], right, still[1]], axis=-1)
 
 
 def causal_tiles(
@@ -105,7 +113,8 @@ class Attention(nn.Module):
     """Grouped-query attention, scale 1, q and k normed with weights, v without.
 
     Full layers have no v_proj: their values are the k_proj output before norm
-    and rope.
+    and rope. What a layer keeps of a token, `Parts`, is keys and values (sliding) or
+    that output alone (full).
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig):
@@ -125,23 +134,25 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
 
     def write(self, x: mx.array, tables: Tables, cache: LayerCache) -> None:
-        """Append the keys and values of (B, T, D) to the prefix; attend to nothing."""
-        cache.append(*self._keys_values(x, tables))
+        """Append (B, T, D) to the prefix; attend to nothing."""
+        cache.append(*self._keep(x, tables))
 
     def encode(
         self,
         x: mx.array,
         tables: Tables,
+        turns: Tables,
         cache: LayerCache,
         span: Span,
         mask_of: MaskOf,
     ) -> mx.array:
         """Causal attention of (B, T, D) to the prefix and itself; writes the cache.
 
-        span is what the T tokens see, themselves included; mask_of gives the mask of
-        a number of queries at the end of a span.
+        tables are of the T tokens, turns of all they see; span is what that is, they
+        included; mask_of gives the mask of a number of queries at the end of a span.
         """
-        keys, values = cache.append(*self._keys_values(x, tables))
+        kept = cache.append(*self._keep(x, tables))
+        keys, values = self._keys_values(kept, turns)
         queries = self._queries(x, tables)
         most = self._tile(len(x), keys.shape[2])
         if self.window is not None:
@@ -160,20 +171,23 @@ class Attention(nn.Module):
         self,
         x: mx.array,
         tables: Tables,
-        prefix: Prefix | None,
+        turns: Tables,
+        prefix: Parts,
         mask: mx.array | None,
-        kept: list[Prefix] | None = None,
+        kept: list[Parts] | None = None,
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself.
 
-        kept, if given, receives the canvas's own keys and values.
+        tables are of the canvas, turns of prefix and canvas; kept, if given, receives
+        what would be kept of the canvas.
         """
-        keys, values = self._keys_values(x, tables)
+        parts = self._keep(x, tables)
         if kept is not None:
-            kept.append((keys, values))
-        if prefix is not None:
-            keys = mx.concatenate([prefix[0], keys], axis=2)
-            values = mx.concatenate([prefix[1], values], axis=2)
+            kept.append(parts)
+        if prefix:
+            pairs = zip(prefix, parts, strict=True)
+            parts = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
+        keys, values = self._keys_values(parts, turns)
         queries = self._queries(x, tables)
         outputs: list[mx.array] = []
         most = self._tile(len(x), keys.shape[2])
@@ -184,16 +198,28 @@ class Attention(nn.Module):
 
     def _tile(self, rows: int, keys: int) -> int:
         """How many queries may have their scores in memory at once."""
-        return max(16, backends.score_bytes() // (4 * rows * self.heads * keys))
+        return max(FEWEST, backends.score_bytes() // (4 * rows * self.heads * keys))
 
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def _keys_values(self, x: mx.array, tables: Tables) -> tuple[mx.array, mx.array]:
-        projected = self._heads(self.k_proj(x))
-        values = self._heads(self.v_proj(x)) if self.sliding else projected
-        values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
-        return rotate(self.k_norm(projected).swapaxes(1, 2), tables), values
+    def _keep(self, x: mx.array, tables: Tables) -> Parts:
+        """What to keep of tokens, each part (B, K, T, head_dim)."""
+        projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
+        if not self.sliding:
+            return (projected,)
+        values = self._heads(self.v_proj(x)).swapaxes(1, 2)
+        keys = rotate(self.k_norm(projected), tables)
+        return keys, mx.fast.rms_norm(values, None, self.eps)
+
+    def _keys_values(self, parts: Parts, turns: Tables) -> tuple[mx.array, mx.array]:
+        """Keys and values of what was kept; turns are of the same columns."""
+        if self.sliding:
+            keys, values = parts
+            return keys, values
+        (projected,) = parts
+        values = mx.fast.rms_norm(projected, None, self.eps)
+        return rotate(self.k_norm(projected), turns), values
 
     def _queries(self, x: mx.array, tables: Tables) -> mx.array:
         return rotate(self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2), tables)

@@ -1,4 +1,7 @@
-"""The encoded prefix: keys and values of every layer, written only by encode.
+"""The encoded prefix: what every layer keeps of it, written only by encode.
+
+Sliding layers keep keys and values. Full layers make both from one projection and
+keep that, which halves them; how its keys were turned is kept once for all of them.
 
 Rows of a batch end together: a shorter prefix has padding columns in front. So
 an append is one slice for all rows, and a canvas always follows directly.
@@ -11,6 +14,7 @@ import mlx.core as mx
 
 from ..checkpoint.config import ModelConfig
 
+Parts = tuple[mx.array, ...]
 SMALLEST = 256  # columns of the smallest buffer
 
 
@@ -33,7 +37,7 @@ class Span:
 
 
 class LayerCache:
-    """Keys and values of one layer, each (B, K, columns, head_dim), in order.
+    """What one layer keeps, arrays of (B, K, columns, width), in order of columns.
 
     A sliding layer keeps the window that later tokens may see and `slack` columns
     more, which is how far it can be rewound.
@@ -45,33 +49,34 @@ class LayerCache:
         self.first = 0  # columns before it were dropped
         self.last = 0
         self.reserved = 0  # columns to make room for at once
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.buffers: Parts = ()
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, *new: mx.array) -> Parts:
         """Add T columns; returns what their queries may see, in column order."""
-        start = self.last - self.first
-        end = start + keys.shape[2]
-        room = bucket(max(end, self.reserved))
-        self.keys = _write(self.keys, keys, start, room)
-        self.values = _write(self.values, values, start, room)
+        start, count = self.last - self.first, new[0].shape[2]
+        room = bucket(max(start + count, self.reserved))
+        old = self.buffers or (None,) * len(new)
+        self.buffers = tuple(
+            _write(buffer, part, start, room)
+            for buffer, part in zip(old, new, strict=True)
+        )
         seen = self.visible_from(self.last)
-        self.last += keys.shape[2]
-        both = self._columns(seen, self.last)
+        self.last += count
+        columns = self._columns(seen, self.last)
         self._drop()
-        return both
+        return columns
 
     def visible_from(self, column: int) -> int:
         """The first column that a token or canvas at `column` may see."""
         return 0 if self.keep is None else max(0, column - self.keep)
 
-    def read(self, room: int = 0) -> tuple[mx.array, mx.array] | None:
+    def read(self, room: int = 0) -> Parts:
         """What a canvas behind the prefix sees, and `room` empty columns behind it.
 
-        None when the prefix is empty.
+        Nothing when the prefix is empty.
         """
-        if self.keys is None or self.last == 0:
-            return None
+        if self.last == 0:
+            return ()
         return self._columns(self.visible_from(self.last), self.last + room)
 
     @property
@@ -85,7 +90,7 @@ class LayerCache:
     def rewind(self, column: int) -> None:
         self.last = column
         if column == 0:
-            self.keys = self.values = None
+            self.buffers = ()
 
     @property
     def earliest(self) -> int:
@@ -94,12 +99,11 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
-    def _columns(self, start: int, end: int) -> tuple[mx.array, mx.array]:
-        assert self.keys is not None and self.values is not None
+    def _columns(self, start: int, end: int) -> Parts:
         window = slice(start - self.first, end - self.first)
-        return self.keys[:, :, window], self.values[:, :, window]
+        return tuple(buffer[:, :, window] for buffer in self.buffers)
 
     def _drop(self) -> None:
         """Forget columns nobody will see, once they are as many as those kept."""
@@ -108,9 +112,7 @@ class LayerCache:
         needed = max(0, self.last - self.keep - self.slack)
         if needed - self.first <= self.keep + self.slack:
             return
-        self.keys, self.values = (
-            mx.contiguous(a) for a in self._columns(needed, self.last)
-        )
+        self.buffers = tuple(map(mx.contiguous, self._columns(needed, self.last)))
         self.first = needed
 
 
@@ -141,6 +143,12 @@ class PrefixCache:
             LayerCache(config.sliding_window if layer.sliding else None, slack)
             for layer in config.layers
         ]
+        # cos and sin of every column's position, for the layers that turn keys later
+        self.turns = {
+            layer: LayerCache(None, slack)
+            for layer in config.layers
+            if not layer.sliding
+        }
         self.columns = 0
         self.starts: tuple[int, ...] = (0,)
 
@@ -157,13 +165,17 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes held, room included."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self._entries)
+
+    @property
+    def _entries(self) -> list[LayerCache]:
+        return [*self.layers, *self.turns.values()]
 
     def reserve(self, tokens: int) -> None:
         """Make room for a prefix of that many tokens at the first append."""
-        for layer in self.layers:
-            if layer.keep is None:
-                layer.reserved = tokens
+        for entry in self._entries:
+            if entry.keep is None:
+                entry.reserved = tokens
 
     def begin(self, rows: int, new: int) -> None:
         """Account for `new` columns that all layers are about to append."""
@@ -191,13 +203,13 @@ class PrefixCache:
                 f"cannot rewind to {length} tokens: possible from "
                 f"{max(earliest, max(self.starts)) - min(self.starts)} to {self.length}"
             )
-        for layer in self.layers:
-            layer.rewind(column)
+        for entry in self._entries:
+            entry.rewind(column)
         self.columns = column
 
     def evaluate(self) -> None:
         """Compute what was appended, so that its inputs can be freed."""
-        mx.eval([a for c in self.layers for a in (c.keys, c.values) if a is not None])
+        mx.eval([entry.buffers for entry in self._entries])
 
     @classmethod
     def join(
@@ -215,25 +227,26 @@ class PrefixCache:
             for cache in caches
             for start in cache.starts
         )
-        for index, layer in enumerate(joined.layers):
-            layer.last = joined.columns
-            layer.first = layer.visible_from(joined.columns)
-            parts = [cache.layers[index].read() for cache in caches]
-            columns = joined.columns - layer.first
-            layer.keys, layer.values = _stack(parts, columns, layer.room)
+        many = zip(joined._entries, *(cache._entries for cache in caches), strict=True)
+        for entry, *entries in many:
+            entry.last = joined.columns
+            entry.first = entry.visible_from(joined.columns)
+            parts = [one.read() for one in entries]
+            entry.buffers = _stack(parts, joined.columns - entry.first, entry.room)
         return joined
 
 
-def _stack(
-    parts: Sequence[tuple[mx.array, mx.array] | None], columns: int, room: int
-) -> tuple[mx.array, mx.array]:
-    """Pad each part in front to `columns`, add `room` behind, and stack the rows."""
-    shape = next(p[0].shape for p in parts if p is not None)
-    dtype = next(p[0].dtype for p in parts if p is not None)
-    keys, values = [], []
-    for part in parts:
-        k, v = part or (mx.zeros((1, shape[1], 0, shape[3]), dtype=dtype),) * 2
-        pad = [(0, 0), (0, 0), (columns - k.shape[2], room), (0, 0)]
-        keys.append(mx.pad(k, pad))
-        values.append(mx.pad(v, pad))
-    return mx.concatenate(keys), mx.concatenate(values)
+def _stack(parts: Sequence[Parts], columns: int, room: int) -> Parts:
+    """Pad each row in front to `columns`, add `room` behind, and stack the rows."""
+    some = next(part for part in parts if part)
+    nothing = tuple(
+        mx.zeros((1, *a.shape[1:2], 0, *a.shape[3:]), a.dtype) for a in some
+    )
+    stacked = []
+    for arrays in zip(*(part or nothing for part in parts), strict=True):
+        padded = [
+            mx.pad(a, [(0, 0), (0, 0), (columns - a.shape[2], room), (0, 0)])
+            for a in arrays
+        ]
+        stacked.append(mx.concatenate(padded))
+    return tuple(stacked)

@@ -8,6 +8,7 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memo
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,13 +20,12 @@ from . import vocab
 from .attention import (
     Attention,
     MaskOf,
-    Prefix,
     Tables,
     canvas_mask,
     causal_mask,
     rope_tables,
 )
-from .cache import PrefixCache, Span
+from .cache import Parts, PrefixCache, Span
 from .layers import Experts, FeedForward, Router, SelfConditioning
 
 
@@ -33,9 +33,14 @@ from .layers import Experts, FeedForward, Router, SelfConditioning
 class View:
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
-    prefixes: list[Prefix | None]
+    prefixes: list[Parts]  # nothing where the prefix is empty
     tables: list[Tables]  # of the canvases' own positions
+    turns: list[Tables]  # of the prefixes' and their own, where keys are turned late
     masks: list[mx.array | None]
+
+    @property
+    def arrays(self) -> list[list]:
+        return [self.prefixes, self.tables, self.turns, self.masks]
 
 
 class Layer(nn.Module):
@@ -70,6 +75,15 @@ class Layer(nn.Module):
         both = self.post_feedforward_layernorm_1(dense)
         both = both + self.post_feedforward_layernorm_2(mixed.reshape(h.shape))
         return (h + self.post_feedforward_layernorm(both)) * scalar
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What tokens being encoded see in layers of one kind."""
+
+    tables: Tables  # of their own positions
+    turns: Tables  # of all they see, where keys are turned late
+    mask_of: MaskOf
 
 
 class Programs:
@@ -115,19 +129,20 @@ class DiffusionGemma(nn.Module):
         """
         if tokens.shape[1] == 0:
             return
-        h, tables, masks = self._begin_encoding(tokens, cache)
-        for index, layer in enumerate(self.layers[:-1]):
-            h = self._encode_layer(index, layer, h, tables, masks, cache)
+        h, seen = self._begin_encoding(tokens, cache)
+        for index in range(len(self.layers) - 1):
+            h = self._encode_layer(index, h, seen[self.config.layers[index]], cache)
         last, kind = self.layers[-1], self.config.layers[-1]
-        last.self_attn.write(last.input_layernorm(h), tables[kind], cache.layers[-1])
+        x, entry = last.input_layernorm(h), cache.layers[-1]
+        last.self_attn.write(x, seen[kind].tables, entry)
 
     def encode_hidden(self, tokens: mx.array, cache: PrefixCache) -> mx.array:
         """`encode`, returning the (B, T, D) normed hidden state of the last layer."""
         if tokens.shape[1] == 0:
             return mx.zeros((*tokens.shape, self.config.hidden_size), dtype=self.dtype)
-        h, tables, masks = self._begin_encoding(tokens, cache)
-        for index, layer in enumerate(self.layers):
-            h = self._encode_layer(index, layer, h, tables, masks, cache)
+        h, seen = self._begin_encoding(tokens, cache)
+        for index, kind in enumerate(self.config.layers):
+            h = self._encode_layer(index, h, seen[kind], cache)
         return self.norm(h)
 
     def denoise(
@@ -151,12 +166,18 @@ class DiffusionGemma(nn.Module):
         layers = self.config.layers
         room = [layer.room if bucketed else 0 for layer in cache.layers]
         tables = self._tables(cache, cache.columns, length)
+        turns = tables | {
+            kind: tuple(map(_behind, entry.read(entry.room if bucketed else 0), own))
+            for kind, entry in cache.turns.items()
+            if (own := tables[kind]) and cache.columns
+        }
         masks = self._per_kind(
             lambda i: canvas_mask(length, cache.span(cache.layers[i]), room[i])
         )
         return View(
             [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
             [tables[kind] for kind in layers],
+            [turns[kind] for kind in layers],
             [masks[kind] for kind in layers],
         )
 
@@ -165,23 +186,24 @@ class DiffusionGemma(nn.Module):
         canvas: mx.array,
         view: View,
         signal: mx.array | None = None,
-        kept: list[Prefix] | None = None,
+        kept: list[Parts] | None = None,
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 
-        kept, if given, receives each layer's keys and values of the canvas.
+        kept, if given, receives what each layer would keep of the canvas.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
-        for layer, prefix, tables, mask in zip(
-            self.layers, view.prefixes, view.tables, view.masks, strict=True
-        ):
-            h = layer(
-                h,
-                lambda x, layer=layer, prefix=prefix, tables=tables, mask=mask: (
-                    layer.self_attn.denoise(x, tables, prefix, mask, kept)
-                ),
-                layer.decoder_scalar,
+        seen = zip(view.prefixes, view.tables, view.turns, view.masks, strict=True)
+        for layer, (prefix, tables, turns, mask) in zip(self.layers, seen, strict=True):
+            attend = partial(
+                layer.self_attn.denoise,
+                tables=tables,
+                turns=turns,
+                prefix=prefix,
+                mask=mask,
+                kept=kept,
             )
+            h = layer(h, attend, layer.decoder_scalar)
         return self.norm(h)
 
     def read(
@@ -214,7 +236,8 @@ class DiffusionGemma(nn.Module):
 
     def _begin_encoding(
         self, tokens: mx.array, cache: PrefixCache
-    ) -> tuple[mx.array, dict[LayerConfig, Tables], dict[LayerConfig, MaskOf]]:
+    ) -> tuple[mx.array, dict[LayerConfig, "_Seen"]]:
+        """The embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
         extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
         lowest, highest = extremes
@@ -226,7 +249,11 @@ class DiffusionGemma(nn.Module):
         embedded = self.embed(tokens)  # what can be refused, before the cache knows
         cache.begin(rows, new)
         tables = self._tables(cache, cache.columns - new, new)
-        return embedded, tables, self._per_kind(self._masks)
+        turns = tables | {
+            kind: entry.append(*tables[kind]) for kind, entry in cache.turns.items()
+        }
+        masks = self._per_kind(self._masks)
+        return embedded, {k: _Seen(tables[k], turns[k], masks[k]) for k in tables}
 
     def _masks(self, index: int) -> MaskOf:
         """Masks of a layer's tiles; layers of a kind, and like tiles, share them."""
@@ -243,21 +270,18 @@ class DiffusionGemma(nn.Module):
         return mask_of
 
     def _encode_layer(
-        self,
-        index: int,
-        layer: Layer,
-        h: mx.array,
-        tables: dict,
-        masks: dict,
-        cache: PrefixCache,
+        self, index: int, h: mx.array, seen: "_Seen", cache: PrefixCache
     ) -> mx.array:
-        kind, entry = self.config.layers[index], cache.layers[index]
-        span = cache.span(entry, h.shape[1])
-        return layer(
-            h,
-            lambda x: layer.self_attn.encode(x, tables[kind], entry, span, masks[kind]),
-            layer.encoder_scalar,
+        layer, entry = self.layers[index], cache.layers[index]
+        attend = partial(
+            layer.self_attn.encode,
+            tables=seen.tables,
+            turns=seen.turns,
+            cache=entry,
+            span=cache.span(entry, h.shape[1]),
+            mask_of=seen.mask_of,
         )
+        return layer(h, attend, layer.encoder_scalar)
 
     def _per_kind(self, make: Callable[[int], object]) -> dict:
         """`make(index of the first such layer)` for each distinct kind of layer."""
@@ -270,9 +294,13 @@ class DiffusionGemma(nn.Module):
         self, cache: PrefixCache, column: int, count: int
     ) -> dict[LayerConfig, Tables]:
         """Rope tables of `count` columns from `column`, per kind of layer."""
-        starts = cache.starts if any(cache.starts) else (0,)
-        positions = np.arange(column, column + count) - np.array(starts)[:, None]
+        positions = np.arange(column, column + count) - np.array(cache.starts)[:, None]
         return {
             kind: rope_tables(kind.rope, kind.head_dim, positions)
             for kind in set(self.config.layers)
         }
+
+
+def _behind(prefix: mx.array, own: mx.array) -> mx.array:
+    """A table of the prefix's columns, and the canvas's behind it."""
+    return mx.concatenate([prefix, own], axis=2)

@@ -188,12 +188,12 @@ class Experts(nn.Module):
         """(N, D) tokens, (N, k) experts, (N, k) weights -> (N, D)."""
         pairs = indices.flatten()
         dense = isinstance(self.gate_up_proj, ExpertLinear)
-        if not backends.groups_rows():
-            y = _sorted(self, x, pairs)
-        elif dense and x.dtype == mx.float32:
+        if backends.loops_over_experts(x.dtype, quantized=not dense):
+            y = _one_by_one(self, x, pairs)
+        elif backends.groups_rows(pairs.size):
             y = _in_blocks(self, x, pairs)
         else:
-            y = _one_by_one(self, x, pairs)
+            y = _sorted(self, x, pairs)
         y = y.reshape(*indices.shape, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(x.dtype)
 
@@ -220,7 +220,7 @@ def _in_blocks(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
     However the tokens choose, R // size + E blocks are enough, so no shape depends
     on the choice.
     """
-    count, size = experts.gate_up_proj.weight.shape[0], 16
+    count, size = experts.gate_up_proj.weight.shape[0], 4
     while size < 64 and 8 * size * count <= pairs.size:
         size *= 2  # larger blocks where their padding weighs little
     order = mx.argsort(pairs)

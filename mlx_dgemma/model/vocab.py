@@ -92,6 +92,29 @@ def read(
     softmax (arXiv 1805.02867). E is read once, and dequantised once, for both of its
     products. top_k: see `_sparse_soft`; 0 sums the signal over all tokens.
     """
+    most, readings = backends.vocabulary_rows(), []
+    for start in range(0, len(hidden), most):
+        rows = slice(start, start + most)
+        # one tile's chunks at a time
+        after = [reading.signal for reading in readings[-1:]]
+        tile = mx.depends([hidden[rows]], after)[0] if after else hidden[rows]
+        given = temperatures[rows], uniforms[rows], softcap, top_k
+        readings.append(_read(embedding, tile, *given))
+    if len(readings) == 1:
+        return readings[0]
+    columns = zip(*(reading.arrays for reading in readings), strict=True)
+    return Reading(*(mx.concatenate(list(column)) for column in columns))
+
+
+def _read(
+    embedding: Embedding,
+    hidden: mx.array,
+    temperatures: mx.array,
+    uniforms: mx.array,
+    softcap: float,
+    top_k: int,
+) -> Reading:
+    """`read` of one tile of positions."""
     ask = _Asked(
         embedding,
         hidden.astype(backends.product_dtype(hidden.dtype)),
@@ -232,9 +255,11 @@ def _block_sums(e: mx.array) -> mx.array:
 def _search(cumulative: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     """Where (N, 1) targets fall among (N, C) running sums, and what is left there.
 
-    Both (N, 1). Rounding may leave the target at the very end: the last is meant.
+    Both (N, 1). Rounding may leave the target at the very end: then the last that
+    adds anything is meant.
     """
     below = mx.sum(cumulative <= target, axis=-1, keepdims=True)
-    index = mx.minimum(below, cumulative.shape[-1] - 1)
+    last = mx.sum(cumulative < cumulative[:, -1:], axis=-1, keepdims=True)
+    index = mx.minimum(below, last)
     before = mx.take_along_axis(cumulative, mx.maximum(index, 1) - 1, axis=-1)
     return index, target - mx.where(index > 0, before, 0)

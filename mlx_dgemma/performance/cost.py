@@ -147,15 +147,18 @@ def bits_per_weight(config: ModelConfig, storage: Storage) -> dict[str, float]:
 
 
 def prefix_bytes(config: ModelConfig, tokens: int, storage: Storage) -> int:
-    """Bytes of the keys and values that `tokens` encoded tokens leave behind.
+    """Bytes that `tokens` encoded tokens leave behind.
 
     Full layers hold every token; sliding ones the window - 1 that a later token
-    can still see beside itself.
+    can still see beside itself. The float32 cos and sin of every position are held
+    once for each kind of full layer.
     """
-    return sum(
+    kept = sum(
         _seen(config, layer, tokens) * _column_bytes(layer, storage)
         for layer in config.layers
     )
+    kinds = {layer for layer in config.layers if not layer.sliding}
+    return kept + tokens * sum(2 * 4 * kind.rope.rotated for kind in kinds)
 
 
 def step_cost(
@@ -309,8 +312,9 @@ def _seen(config: ModelConfig, layer: LayerConfig, prefix: int) -> int:
 
 
 def _column_bytes(layer: LayerConfig, storage: Storage) -> int:
-    """Key and value of one token in one layer; full layers store both as well."""
-    return 2 * layer.kv_heads * layer.head_dim * storage.value_bytes
+    """What one layer keeps of a token: key and value, or (full) what both come from."""
+    kept = 2 if layer.sliding else 1
+    return kept * layer.kv_heads * layer.head_dim * storage.value_bytes
 
 
 def _added(costs: Iterable[Mapping[str, Cost]]) -> dict[str, Cost]:

@@ -96,12 +96,14 @@ def usable_bytes(memory_gb: int) -> float:
 def working_bytes(config: ModelConfig) -> int:
     """Bytes in use besides weights and prefix: what the engine bounds them to.
 
-    Two copies of the attention scores of a tile, four of a canvas's logits over a
-    chunk of the vocabulary, and what the experts hold of a chunk of the prompt: a row
-    in, gate and up, their product and a row out for each token and expert.
+    Two copies of the attention scores of a tile; four of a canvas's logits over a
+    chunk of the vocabulary, and that chunk's rows of the embedding made dense; what
+    the experts hold of a chunk of the prompt: a row in, gate and up, their product and
+    a row out for each token and expert.
     """
     scores = 2 * backends.GPU_SCORES
-    logits = 4 * 4 * config.canvas_length * backends.GPU_CHUNK
+    chunk = min(backends.GPU_CHUNK, config.vocab_size)
+    logits = 4 * 4 * config.canvas_length * chunk + 2 * config.hidden_size * chunk
     row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
     experts = PREFILL_STEP * config.top_k_experts * row * 2
     return scores + logits + experts

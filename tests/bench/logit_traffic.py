@@ -131,7 +131,6 @@ def ours(path: Path, length: int):
     cache = model.make_cache()
     model.encode(mx.array([[1, 2, 3]]), cache)
     view = model.view(cache, length)
-    seen = [view.prefixes, view.tables, view.masks]
     stepper = Stepper(model, compiled=False)
     first = State.first(mx.zeros((length,), mx.int32), config.hidden_size, model.dtype)
     keys, numbers = (
@@ -141,7 +140,9 @@ def ours(path: Path, length: int):
 
     def step(canvas, signal):
         state = replace(first, canvas=canvas, signal=signal)
-        after, found, _ = stepper._trace(state.arrays, seen, [keys, numbers], None)
+        after, found, _ = stepper._trace(
+            state.arrays, view.arrays, [keys, numbers], None
+        )
         return [*after, *found]
 
     return step, (first.canvas, first.signal)

@@ -4,27 +4,32 @@
     python tests/bench/same_text.py --against before.json     in another
 
 Denoises 50 unseen puzzles, seed = puzzle number, with `sudoku4`: alone, in batches
-of 2, 4 and 8, and alone with another prefill step size. Every draft, next canvas and
-set of accepted positions of every step is compared, not only the text. Where the two
-part, the entropies around the decision that flipped are printed. Exit code 1 when a
-text differs.
+of 2, 4 and 8, alone with other prefill step sizes, compiled and ahead of the host as on
+a GPU, and drawn live in a terminal. Every draft, next canvas and set of accepted
+positions of every step is compared, not only the text. Where the two part, the
+entropies of the positions that differ are printed. Exit code 1 when a text differs.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import pty
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "convert"))
 from sudoku import held_out  # noqa: E402
 
-from mlx_dgemma import load  # noqa: E402
+from mlx_dgemma import load, stream_generate  # noqa: E402
 from mlx_dgemma.diffusion.engine import Engine  # noqa: E402
 from mlx_dgemma.diffusion.events import Commit, Step  # noqa: E402
 from mlx_dgemma.text.chat import encode_prompt  # noqa: E402
 
 SEEDS = 50
+AS_ON_A_GPU = {"compiled": True, "ahead": True}
 
 
 def denoise(model, tokenizer, batch: int, prefill: int, **engine) -> list[dict]:
@@ -52,6 +57,38 @@ def denoise(model, tokenizer, batch: int, prefill: int, **engine) -> list[dict]:
                 row["text"] = tokenizer.decode(event.tokens)
         runs.extend(rows.values())
     return runs
+
+
+def drawn(model, tokenizer) -> list[str]:
+    """The text of each puzzle while its canvas is drawn in a terminal."""
+    from mlx_dgemma.cli.render import screen
+
+    master, slave = pty.openpty()
+    reader = threading.Thread(target=_drain, args=(master,), daemon=True)
+    reader.start()
+    texts = []
+    os.environ["TERM"] = "xterm"
+    with (
+        os.fdopen(slave, "w") as terminal,
+        contextlib.redirect_stdout(terminal),
+        contextlib.redirect_stderr(terminal),
+    ):
+        for seed in range(SEEDS):
+            events = stream_generate(model, tokenizer, PUZZLES[seed][0], seed=seed)
+            with screen(tokenizer, True) as view:
+                text = ""
+                assert type(view).__name__ == "_Live"
+                for event in events:
+                    view.show(event)
+                    text += event.text if isinstance(event, Commit) else ""
+            texts.append(text)
+    return texts
+
+
+def _drain(file: int) -> None:
+    with contextlib.suppress(OSError):  # the other end was closed
+        while os.read(file, 65536):
+            pass
 
 
 def differences(expected: list[dict], found: list[dict]) -> list[str]:
@@ -97,17 +134,24 @@ def main() -> None:
         return
     expected = json.loads(options.against.read_text())
     failed = False
-    for batch, prefill in ((1, 2048), (1, 64), (1, 3), (2, 2048), (4, 2048), (8, 2048)):
-        lines = differences(expected, denoise(model, tokenizer, batch, prefill))
+    ways = [(1, 2048, {}), (1, 64, {}), (1, 3, {}), (2, 2048, {}), (4, 2048, {})]
+    ways += [(8, 2048, {})] + [(b, 2048, AS_ON_A_GPU) for b in (1, 4)]
+    for batch, prefill, engine in ways:
+        found = denoise(model, tokenizer, batch, prefill, **engine)
+        lines = differences(expected, found)
         texts = sum("TEXT" in line for line in lines)
         failed |= texts > 0
+        how = f"batch {batch}, prefill step {prefill}" + ", as on a GPU" * bool(engine)
+        whole = SEEDS - len(lines)
         print(
-            f"batch {batch}, prefill step {prefill}: {SEEDS - texts} of {SEEDS} texts "
-            f"the same, {SEEDS - len(lines)} in every step"
+            f"{how}: {SEEDS - texts} of {SEEDS} texts the same, {whole} in every step"
         )
         for line in lines:
             print("  " + line)
-    sys.exit(failed)
+    pairs = zip(drawn(model, tokenizer), expected, strict=True)
+    same = sum(text == run["text"] for text, run in pairs)
+    print(f"drawn in a terminal: {same} of {SEEDS} texts the same")
+    sys.exit(failed or same < SEEDS)
 
 
 PUZZLES = held_out(SEEDS)

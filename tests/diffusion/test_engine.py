@@ -10,6 +10,8 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
 from mlx_dgemma.diffusion.settings import Settings
 from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.model.cache import PrefixCache
+from mlx_dgemma.model.language import DiffusionGemma
 
 EOS = frozenset({1, 4})
 PROMPT = [2, 7, 8, 9, 5, 11, 12, 13, 14, 15, 16]
@@ -35,6 +37,7 @@ def plain_loop(model, prompt, s: Settings, seed: int):
             0, vocab, (length,), key=mx.array(sampler.fold(seed, index, 0, "canvas"))
         )
         signal, history = None, []
+        step, argmax = 0, []
         for step in range(s.steps):
             t = s.t_min + (s.t_max - s.t_min) * (s.steps - step) / s.steps
             logits = model.denoise(canvas[None], cache, signal)[0] / t
@@ -153,8 +156,6 @@ def test_requests_come_and_go_between_ticks(tiny_model):
 
 def test_prefixes_are_joined_once_per_change(tiny_model, monkeypatch):
     """Also when canvases of several lengths run side by side."""
-    from mlx_dgemma.model.cache import PrefixCache
-
     joins = []
     join = PrefixCache.join.__func__
 
@@ -220,6 +221,48 @@ def test_max_tokens_cuts_text_but_not_the_canvas(tiny_model):
         assert fewer == steps[: len(fewer)]
         assert events[-1].finish_reason == "length"
         assert all(len(e.draft) == 16 for e in events if isinstance(e, Step))
+
+
+def test_the_last_canvas_is_not_encoded(tiny_model, monkeypatch):
+    model, _ = tiny_model
+    sizes, encode = [], DiffusionGemma.encode
+    monkeypatch.setattr(
+        DiffusionGemma,
+        "encode",
+        lambda self, ids, cache: sizes.append(ids.shape[1]) or encode(self, ids, cache),
+    )
+    settings = LOOSE.but(eos=frozenset({999}))
+    run(model, PROMPT, settings, 0)
+    assert sizes == [len(PROMPT), 16, 16]
+    sizes.clear()
+    run(model, PROMPT, settings.but(max_tokens=16), 0)
+    assert sizes == [len(PROMPT)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_commit_writes_the_prefix_in_place(
+    tiny_model, monkeypatch, unfused, compiled, ahead
+):
+    """Nobody holds the prefix then: its buffers, here 10 MB, are not copied."""
+    model, _ = tiny_model
+    reserve, encode, growths = PrefixCache.reserve, Engine._encode, []
+
+    def measured(self, canvas, tokens):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        encode(self, canvas, tokens)
+        growths.append(mx.get_peak_memory() - before)
+
+    monkeypatch.setattr(PrefixCache, "reserve", lambda self, _: reserve(self, 65_536))
+    monkeypatch.setattr(Engine, "_encode", measured)
+    engine = Engine(model, compiled=compiled, ahead=ahead)
+    settings = LOOSE.but(eos=frozenset({999}), confidence=0.0, steps=3)
+    engine.admit(PROMPT, settings, 0)
+    list(engine.run())
+    prompt, *commits = growths
+    assert len(commits) == 2
+    assert prompt > 10e6 and max(commits) < 1e6
 
 
 def test_eos_ends_the_text_and_is_left_out(tiny_model):

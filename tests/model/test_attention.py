@@ -1,18 +1,41 @@
 """Masks and rotary tables are functions of integers: checked against their words."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_tiny
 
+from mlx_dgemma import backends, load
 from mlx_dgemma.checkpoint.config import Rope
-from mlx_dgemma.model.attention import canvas_mask, causal_mask, rope_tables, rotate
-from mlx_dgemma.model.cache import Span
+from mlx_dgemma.model import attention
+from mlx_dgemma.model.attention import (
+    canvas_mask,
+    causal_mask,
+    causal_tiles,
+    rope_tables,
+    rotate,
+)
+from mlx_dgemma.model.cache import LayerCache, PrefixCache, Span
 
 
 def _sees(query: int, key: int, start: int, window: int | None) -> bool:
     """One sentence of the architecture: causal, in the window, no padding."""
     near = window is None or query - key < window
     return key <= query and near and (key >= start or key == query)
+
+
+def _allowed(mask: mx.array | str | None, shape: tuple[int, ...]) -> np.ndarray:
+    """What `causal_mask` returned, spelled out for (rows, queries, keys)."""
+    if mask is None:
+        return np.ones(shape, bool)
+    if isinstance(mask, str):
+        lower = np.tril(np.ones(shape[1:], bool), shape[2] - shape[1])
+        return np.broadcast_to(lower, shape)
+    return np.broadcast_to(np.array(mask)[:, 0], shape)
 
 
 @pytest.mark.parametrize("window", [None, 2, 3, 8])
@@ -26,13 +49,7 @@ def test_causal_mask_says_who_sees_whom(window, new, last, starts):
     wanted = np.array(
         [[[_sees(q, k, s, window) for k in keys] for q in queries] for s in starts]
     )
-    if mask is None:
-        found = np.ones_like(wanted)
-    elif isinstance(mask, str):
-        lower = np.tril(np.ones((new, len(keys)), bool), len(keys) - new)
-        found = np.broadcast_to(lower, wanted.shape)
-    else:
-        found = np.broadcast_to(np.array(mask)[:, 0], wanted.shape)
+    found = _allowed(mask, wanted.shape)
     np.testing.assert_array_equal(found, wanted)
     assert found.any(axis=-1).all()  # an all-False row has no softmax
 
@@ -95,3 +112,117 @@ def test_far_positions_keep_their_precision():
     """cos of an angle of 200,000 is right to float32, whatever the device."""
     tables = rope_tables(Rope(theta=1e4, rotated=1), 2, np.array([[200_000]]))
     assert abs(tables[0].item() - np.cos(200_000.0)) < 1e-6
+
+
+@given(
+    window=st.sampled_from([None, 1, 2, 8]),
+    most=st.integers(1, 20),
+    new=st.integers(1, 40),
+    before=st.integers(0, 30),
+    starts=st.lists(st.integers(0, 35), min_size=1, max_size=3),
+)
+@settings(max_examples=150, deadline=None)
+def test_tiles_see_together_what_all_queries_see(window, most, new, before, starts):
+    """Every query is in one tile, with its keys and none that no query there needs."""
+    last = before + new
+    first = 0 if window is None else max(0, before - (window - 1))
+    span = Span(first, last, tuple(min(start, before) for start in starts))
+    seen = np.zeros((len(starts), new, last), bool)
+    queries = []
+    for begin, end, tile in causal_tiles(new, span, window, most):
+        assert 0 < end - begin <= most
+        assert tile.starts == span.starts
+        assert first <= tile.first and tile.last == before + end
+        # the tile's first key is the first that its first query may see
+        assert tile.first == (
+            first if window is None else max(first, before + begin - window + 1)
+        )
+        queries += range(begin, end)
+        seen[:, begin:end, tile.first : tile.last] = _allowed(
+            causal_mask(end - begin, tile, window),
+            (len(starts), end - begin, tile.last - tile.first),
+        )
+    assert queries == list(range(new))
+    wanted = [
+        [[_sees(before + q, k, start, window) for k in range(last)] for q in range(new)]
+        for start in span.starts
+    ]
+    np.testing.assert_array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize("room", [0, 1, 5])
+@pytest.mark.parametrize("starts", [(0,), (2, 2), (0, 4), (3, 0, 6)])
+def test_a_canvas_sees_no_room_behind_the_prefix(room, starts):
+    """Keys lie in the order: padding, prefix, empty columns, canvas."""
+    mask = canvas_mask(3, Span(2, 6, starts), room)
+    wanted = [
+        [max(start - 2, 0) <= key < 4 or 4 + room <= key for key in range(4 + room + 3)]
+        for start in starts
+    ]
+    if mask is None:
+        assert np.all(wanted)
+        return
+    assert mask.shape == (len(starts), 1, 1, 4 + room + 3)
+    assert not np.all(wanted)
+    np.testing.assert_array_equal(np.array(mask)[:, 0, 0], wanted)
+
+
+@pytest.mark.parametrize("window", [8, 40])
+@pytest.mark.parametrize("lengths", [[70], [70, 3], [5, 70, 33]])
+def test_the_smallest_tiles_change_nothing(tmp_path, monkeypatch, window, lengths):
+    """Prefixes beyond the window, ragged rows, several tiles in both modes."""
+    model, _ = load(write_tiny(tmp_path / "m", sliding_window=window))
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(0, 32, (1, n)).astype(np.int32) for n in lengths]
+    more, canvas = (
+        mx.array(rng.integers(0, 32, (len(lengths), 50)).astype(np.int32))
+        for _ in range(2)
+    )
+
+    def results() -> list[np.ndarray]:
+        caches = [model.make_cache() for _ in lengths]
+        for prompt, cache in zip(prompts, caches, strict=True):
+            model.encode(mx.array(prompt), cache)
+        joined = PrefixCache.join(model.config, caches)
+        hidden = model.encode_hidden(more, joined)  # 50 queries, padding in front
+        return [np.array(hidden), np.array(model.denoise(canvas, joined))]
+
+    counts = []
+    attend = backends.attend
+    monkeypatch.setattr(
+        backends, "attend", lambda q, *a: counts.append(q.shape[2]) or attend(q, *a)
+    )
+    monkeypatch.setattr(backends, "score_bytes", lambda: 1)
+    tiled = results()
+    assert max(counts) == attention.FEWEST
+    counts.clear()
+    monkeypatch.setattr(backends, "score_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(
+        attention, "causal_tiles", lambda new, span, window, most: [(0, new, span)]
+    )
+    whole = results()
+    assert set(counts) == {50, *lengths}
+    for ours, wanted in zip(tiled, whole, strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["encode", "denoise"])
+def test_tiles_do_not_live_side_by_side(tiny_model, monkeypatch, mode):
+    model, _ = tiny_model
+    layer, tokens = model.layers[-1].self_attn, 2048
+    monkeypatch.setattr(backends, "score_bytes", lambda: 1 << 20)
+    x = mx.random.normal((1, tokens, 64), key=mx.random.key(2))
+    tables = rope_tables(Rope(theta=1e4, rotated=16), 32, np.arange(tokens)[None])
+    mx.eval(x, tables)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    if mode == "denoise":
+        y = layer.denoise(x, tables, tables, (), None)
+    else:
+        cache, span = LayerCache(None, 0), Span(0, tokens, (0,))
+        mask_of = partial(causal_mask, window=None)
+        y = layer.encode(x, tables, tables, cache, span, mask_of)
+    mx.eval(y)
+    scores = 4 * tokens * tokens * 4  # of 4 heads, in float32
+    # a few tiles of 1/64 are in flight, each as scores, exponents and weights
+    assert mx.get_peak_memory() - before < scores / 4

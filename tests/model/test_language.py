@@ -50,13 +50,13 @@ def test_one_token_at_a_time_gives_the_same_prefix(tiny_model):
 def test_denoise_never_writes_the_cache(tiny_model):
     model, _ = tiny_model
     cache = encoded(model, PROMPT)
-    before = [(np.array(c.keys), np.array(c.values), c.last) for c in cache.layers]
+    before = [([*map(np.array, c.buffers)], c.last) for c in cache.layers]
     first = np.array(model.denoise(CANVAS, cache))
     signal = model.self_condition(mx.array(first))
     mx.eval(model.denoise(CANVAS, cache, signal))
-    for layer, (keys, values, last) in zip(cache.layers, before, strict=True):
-        np.testing.assert_array_equal(np.array(layer.keys), keys)
-        np.testing.assert_array_equal(np.array(layer.values), values)
+    for layer, (buffers, last) in zip(cache.layers, before, strict=True):
+        for buffer, known in zip(layer.buffers, buffers, strict=True):
+            np.testing.assert_array_equal(np.array(buffer), known)
         assert layer.last == last
     np.testing.assert_array_equal(np.array(model.denoise(CANVAS, cache)), first)
 
@@ -67,9 +67,8 @@ def test_encode_writes_what_encode_hidden_writes(tiny_model):
     hidden = model.encode_hidden(ids(PROMPT), cache)
     assert hidden.shape == (1, 40, 64)
     for a, b in zip(cache.layers, encoded(model, PROMPT).layers, strict=True):
-        for mine, theirs in ((a.read(), b.read()),):
-            np.testing.assert_array_equal(np.array(mine[0]), np.array(theirs[0]))
-            np.testing.assert_array_equal(np.array(mine[1]), np.array(theirs[1]))
+        for mine, theirs in zip(a.read(), b.read(), strict=True):
+            np.testing.assert_array_equal(np.array(mine), np.array(theirs))
 
 
 def test_a_refused_encode_leaves_the_cache_as_it_was(tiny_model):
@@ -182,16 +181,33 @@ def test_sixteen_bit_weights_run_on_this_device(tiny, dtype):
     assert np.median(np.abs(rounded - exact)) < (0.01 if dtype == mx.float16 else 0.08)
 
 
-@pytest.mark.parametrize("way", ["_sorted", "_one_by_one"])
-def test_all_ways_through_the_experts_agree(tiny_model, monkeypatch, way):
+@pytest.mark.parametrize("count", [16, 600])
+@pytest.mark.parametrize("way", ["_in_blocks", "_one_by_one"])
+def test_all_ways_through_the_experts_agree(tiny_model, monkeypatch, way, count):
+    from mlx_dgemma import backends
     from mlx_dgemma.model import layers
 
     model, _ = tiny_model
-    cache = encoded(model, PROMPT)
-    blocked = np.array(model.denoise(CANVAS, cache))
+    tokens = mx.array(RNG.integers(0, 32, (1, count)).astype(np.int32))
+    monkeypatch.setattr(backends, "groups_rows", lambda pairs: False)
+    plain = np.array(model.encode_hidden(tokens, model.make_cache()))
     other, used = getattr(layers, way), []
     monkeypatch.setattr(
-        layers, "_in_blocks", lambda *given: used.append(way) or other(*given)
+        layers, "_sorted", lambda *given: used.append(way) or other(*given)
     )
-    np.testing.assert_allclose(np.array(model.denoise(CANVAS, cache)), blocked, **CLOSE)
-    assert used
+    found = np.array(model.encode_hidden(tokens, model.make_cache()))
+    np.testing.assert_allclose(found, plain, **CLOSE)
+    assert len(used) == 3
+
+
+def test_many_rows_go_through_the_experts_in_blocks(tiny_model, monkeypatch):
+    from mlx_dgemma.model import layers
+
+    model, _ = tiny_model
+    used, run = [], layers._in_blocks
+    monkeypatch.setattr(layers, "_in_blocks", lambda *g: used.append(1) or run(*g))
+    for count, expected in ((255, 0), (256, 3)):  # two experts for each token
+        used.clear()
+        tokens = mx.zeros((1, count), dtype=mx.int32)
+        mx.eval(model.encode_hidden(tokens, model.make_cache()))
+        assert len(used) == expected

@@ -159,11 +159,15 @@ def test_bits_per_weight_are_told_by_kind():
 
 @pytest.mark.parametrize("tokens", [0, 1, 6, 7, 8, 100])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_a_prefix_is_keys_and_values_of_all_a_later_token_sees(tokens, dtype):
+def test_a_prefix_is_what_layers_keep_of_all_a_later_token_sees(tokens, dtype):
     held = 0
     for layer in TINY.layers:
         seen = sum(visible(tokens, key, layer.sliding) for key in range(tokens))
-        held += 2 * mx.zeros((1, layer.kv_heads, seen, layer.head_dim), dtype).nbytes
+        part = mx.zeros((1, layer.kv_heads, seen, layer.head_dim), dtype)
+        # keys and values, or the projection that both are made from
+        held += (2 if layer.sliding else 1) * part.nbytes
+    turns = {layer.rope.rotated for layer in TINY.layers if not layer.sliding}
+    held += sum(2 * mx.zeros((tokens, rotated)).nbytes for rotated in turns)
     assert prefix_bytes(TINY, tokens, Storage.dense(dtype)) == held
 
 
@@ -217,8 +221,9 @@ def test_a_step_of_the_release_is_as_known():
 def test_the_weights_of_the_release_are_as_known():
     text = 51_647_562_456 - 1.15e9  # all files less the vision tower
     assert weight_bytes(RELEASE, BF16) == pytest.approx(text, rel=0.001)
-    assert prefix_bytes(RELEASE, 1, BF16) == 20_480 + 25 * 8192
-    window = prefix_bytes(RELEASE, 2**18, BF16) - 2**18 * 20_480
+    # half of the 20,480 bytes of its keys and values, and 64 turning pairs
+    assert prefix_bytes(RELEASE, 1, BF16) == 10_240 + 512 + 25 * 8192
+    window = prefix_bytes(RELEASE, 2**18, BF16) - 2**18 * (10_240 + 512)
     assert window == pytest.approx(210e6, rel=0.01)
 
 

@@ -40,7 +40,10 @@ def test_metal_lets_a_process_use_a_part_of_memory(memory, usable):
 
 def test_memory_is_weights_prefix_and_working_memory():
     found = at("M4 Max 64GB")
-    assert working_bytes(RELEASE) == 6 * 256 * 262144 * 4
+    scores, logits = 2 * 512 * 2**20, 32768 * (4 * 256 * 4 + 2816 * 2)
+    experts = 2048 * 8 * (2816 + 2 * 704 + 704 + 2816) * 2
+    working = scores + logits + experts
+    assert working_bytes(RELEASE) == working
     assert [plan.name for plan in found.plans] == ["bf16", "8 bit", "mixed", "4 bit"]
     for plan in found.plans:
         storage = PRECISIONS[plan.name]
@@ -48,7 +51,7 @@ def test_memory_is_weights_prefix_and_working_memory():
         assert list(plan.memory) == [4 * K, 32 * K, 256 * K]
         for prefix, size in plan.memory.items():
             held = plan.weights + prefix_bytes(RELEASE, prefix, storage)
-            assert size == held + 6 * 256 * 262144 * 4
+            assert size == held + working
         assert plan.fits == (plan.memory[32 * K] <= 48 * 2**30)
 
 

@@ -1,0 +1,284 @@
+"""One pass over the vocabulary against the same in float64, all logits at once."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_dgemma import backends
+from mlx_dgemma.model import vocab
+from mlx_dgemma.model.layers import dequantize
+
+CAP = 30.0
+LAST = 1 - 2**-24  # the largest float32 uniform
+ROUNDINGS = 8 * 2**-24  # of float32, that a logit goes through
+SIZES = [5, 32, 63, 64, 65, 127, 128, 129, 191, 300, 1000]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 128 tokens, so that small vocabularies have several."""
+    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 128)
+    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 10_000)
+
+
+def dense(matrix: np.ndarray) -> nn.Embedding:
+    embedding = nn.Embedding(1, 1)
+    embedding.weight = mx.array(matrix.astype(np.float32))
+    return embedding
+
+
+def read(embedding, hidden, temperatures, uniforms) -> vocab.Reading:
+    h, t, u = (
+        mx.array(np.asarray(a, np.float32)) for a in (hidden, temperatures, uniforms)
+    )
+    return vocab.read(embedding, h, t, u, CAP)
+
+
+@dataclass
+class Exact:
+    """What `vocab.read` computes, written plainly."""
+
+    x: np.ndarray  # (N, V) soft-capped logits over the temperature
+    p: np.ndarray  # (N, V)
+    entropy: np.ndarray
+    signal: np.ndarray
+
+    @classmethod
+    def of(cls, matrix, hidden, temperatures) -> "Exact":
+        E, h, t = (np.asarray(a, np.float64) for a in (matrix, hidden, temperatures))
+        x = CAP * np.tanh(h @ E.T / CAP) / t[:, None]
+        e = np.exp(x - x.max(axis=-1, keepdims=True))
+        p = e / e.sum(axis=-1, keepdims=True)
+        entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1)
+        return cls(x, p, entropy, p @ E * np.sqrt(E.shape[1]))
+
+    @property
+    def rounding(self) -> float:
+        """By how much a float32 logit may be off."""
+        return ROUNDINGS * (1 + float(np.abs(self.x).max()))
+
+
+def beside(p: np.ndarray, uniforms: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """How far each uniform lies outside its token's piece of the CDF."""
+    rows, cdf = np.arange(len(p)), np.cumsum(p, axis=-1)
+    low, high = (cdf - p)[rows, tokens], cdf[rows, tokens]
+    return np.maximum(np.maximum(low - uniforms, uniforms - high), 0)
+
+
+def check(reading: vocab.Reading, exact: Exact, matrix, uniforms) -> None:
+    np.testing.assert_array_equal(np.array(reading.argmax), exact.x.argmax(axis=-1))
+    np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=1e-4)
+    peaks = exact.p.max(axis=-1)
+    np.testing.assert_allclose(np.array(reading.peak), peaks, atol=exact.rounding)
+    largest = np.abs(matrix).max() * np.sqrt(matrix.shape[1])
+    np.testing.assert_allclose(
+        np.array(reading.signal), exact.signal, atol=exact.rounding * largest
+    )
+    tokens = np.array(reading.sample)
+    assert tokens.min() >= 0 and tokens.max() < len(matrix)
+    near = max(1e-6, exact.rounding)  # colder logits are rounded by more
+    assert beside(exact.p, uniforms, tokens).max() <= near
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.4, 1.0, 100.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_reading_is_what_all_logits_say(monkeypatch, size, temperature):
+    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 70)  # three tiles
+    rng = np.random.default_rng(size)
+    matrix = rng.normal(size=(size, 48)).astype(np.float32) * 0.3
+    hidden = rng.normal(size=(200, 48)).astype(np.float32)
+    uniforms = rng.random(200).astype(np.float32)
+    uniforms[:100:2], uniforms[1:100:2] = 0, LAST
+    temperatures = np.full(200, temperature, np.float32)
+    reading = read(dense(matrix), hidden, temperatures, uniforms)
+    check(reading, Exact.of(matrix, hidden, temperatures), matrix, uniforms)
+
+
+@pytest.mark.parametrize("rising", [1, -1])
+def test_highest_logits_may_come_in_any_chunk(rising):
+    """Later chunks far above or far below the first: sums move to the highest."""
+    rng = np.random.default_rng(1)
+    matrix = rng.normal(size=(700, 16)).astype(np.float32)
+    matrix[:, 0] = np.linspace(-9, 9, 700)[::rising]
+    hidden = rng.normal(size=(64, 16)).astype(np.float32) * 0.2
+    hidden[:, 0] = np.linspace(0, 2, 64)
+    uniforms = rng.random(64).astype(np.float32)
+    ones = np.ones(64, np.float32)
+    exact = Exact.of(matrix, hidden, ones)
+    assert np.median(exact.entropy) > 1  # many tokens have a share, over chunks
+    check(read(dense(matrix), hidden, ones, uniforms), exact, matrix, uniforms)
+
+
+def test_each_position_has_its_own_temperature(monkeypatch):
+    rng = np.random.default_rng(2)
+    matrix = rng.normal(size=(150, 16)).astype(np.float32)
+    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 2)
+    hidden = np.repeat(rng.normal(size=(1, 16)), 5, axis=0).astype(np.float32)
+    temperatures = np.array([0.1, 0.5, 1, 4, 50], np.float32)
+    uniforms = np.full(5, 0.3, np.float32)
+    reading = read(dense(matrix), hidden, temperatures, uniforms)
+    check(reading, Exact.of(matrix, hidden, temperatures), matrix, uniforms)
+    assert (np.diff(np.array(reading.entropy)) > 0.01).all()
+
+
+def test_samples_follow_the_distribution():
+    """Chi-square over 100,000 draws; 150 tokens are three blocks of two chunks."""
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(150, 4)).astype(np.float32)
+    hidden, draws = rng.normal(size=(1, 4)).astype(np.float32), 100_000
+    reading = read(
+        dense(matrix),
+        np.broadcast_to(hidden, (draws, 4)),
+        np.ones(draws),
+        rng.random(draws),
+    )
+    expected = Exact.of(matrix, hidden, [1.0]).p[0] * draws
+    assert expected.min() > 5  # or chi-square would not be one
+    counts = np.bincount(np.array(reading.sample), minlength=150)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 208.1  # 149 degrees of freedom, p = 0.001
+
+
+def test_a_token_with_all_the_mass_is_certain():
+    rng = np.random.default_rng(4)
+    tokens = np.array([0, 63, 64, 127, 128, 255, 299])
+    matrix = rng.normal(size=(300, 32)).astype(np.float32) * 0.1
+    hidden = rng.normal(size=(7, 32)).astype(np.float32)
+    for row, token in enumerate(tokens):  # the logit of its token is 20
+        matrix[token] = hidden[row] * 20 / (hidden[row] @ hidden[row])
+    cold = np.full(7, 0.02, np.float32)
+    for uniform in (0.0, 0.5, LAST):
+        reading = read(dense(matrix), hidden, cold, np.full(7, uniform))
+        np.testing.assert_array_equal(np.array(reading.argmax), tokens)
+        np.testing.assert_array_equal(np.array(reading.sample), tokens)
+        np.testing.assert_allclose(np.array(reading.entropy), 0, atol=1e-6)
+        np.testing.assert_allclose(
+            np.array(reading.signal), matrix[tokens] * np.sqrt(32), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("same", [(3, 9), (3, 70), (3, 200), (130, 250), (5, 128, 299)])
+def test_of_equal_logits_the_first_wins(same):
+    matrix = np.random.default_rng(5).integers(-2, 3, (300, 8))
+    matrix[list(same)] = 3  # small whole numbers: their products are exact
+    reading = read(dense(matrix), np.ones((2, 8)), [1.0, 0.5], [0.5, 0.5])
+    assert np.array(reading.argmax).tolist() == [same[0]] * 2
+
+
+def test_equal_logits_everywhere_are_a_uniform_distribution():
+    reading = read(
+        dense(np.zeros((300, 8))), np.ones((4, 8)), [0.5] * 4, [0, 0.25, 0.5, LAST]
+    )
+    assert np.array(reading.argmax).tolist() == [0] * 4
+    np.testing.assert_allclose(np.array(reading.entropy), np.log(300), atol=1e-5)
+    first, second, third, last = np.array(reading.sample).tolist()
+    assert (first, last) == (0, 299)
+    assert second in (74, 75) and third in (149, 150)
+
+
+@pytest.mark.parametrize(
+    "possible", [(40,), (0, 299), (66, 67, 127), (130, 150), (63, 64, 191, 192)]
+)
+def test_impossible_tokens_are_never_sampled(possible):
+    """Those whose e is 0 in float32, whether the uniform is at either end."""
+    matrix = np.full((300, 1), -100.0)
+    matrix[list(possible)] = 100.0
+    rng = np.random.default_rng(6)
+    uniforms = np.concatenate([[0.0, 2**-24, LAST], rng.random(2000)])
+    count = len(uniforms)
+    reading = read(dense(matrix), np.ones((count, 1)), np.full(count, 0.1), uniforms)
+    tokens = np.array(reading.sample)
+    assert set(tokens.tolist()) == set(possible)
+    assert (tokens[0], tokens[2]) == (possible[0], possible[-1])
+    share = np.minimum(uniforms * len(possible), len(possible) - 1e-6).astype(int)
+    assert (tokens == np.array(possible)[share]).mean() > 0.999
+
+
+def test_the_largest_uniform_samples_no_impossible_token():
+    """Where the tokens behind the last possible one, in its block, weigh nothing."""
+    rng = np.random.default_rng(10)
+    matrix = rng.normal(size=(200, 8)).astype(np.float32)
+    matrix[:, -1], matrix[64:70, -1], matrix[70:, -1] = 0, 3, -300
+    hidden = rng.normal(size=(20_000, 8)).astype(np.float32)
+    hidden[:, -1] = 1
+    cold, last = np.full(20_000, 0.1), np.full(20_000, LAST)
+    tokens = np.array(read(dense(matrix), hidden, cold, last).sample)
+    assert tokens.max() < 70
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "mode"), [(4, 32, "affine"), (8, 64, "affine"), (4, 32, "mxfp4")]
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_quantised_embeddings_are_read_as_their_dense_matrix(bits, group, mode, dtype):
+    rng = np.random.default_rng(7)
+    embedding = dense(rng.normal(size=(300, 64)) * 0.3)
+    embedding.set_dtype(dtype)
+    quantised = nn.QuantizedEmbedding.from_embedding(
+        embedding, group_size=group, bits=bits, mode=mode
+    )
+    matrix = np.array(dequantize(quantised, mx.float32))
+    assert matrix.shape == (300, 64)
+    given = rng.normal(size=(90, 64)), np.full(90, 0.7), rng.random(90)
+    ours, plain = read(quantised, *given), read(dense(matrix), *given)
+    for mine, other in zip(ours.arrays, plain.arrays, strict=True):
+        np.testing.assert_allclose(np.array(mine), np.array(other), atol=1e-5)
+    uniforms = given[2].astype(np.float32)
+    check(ours, Exact.of(matrix, *given[:2]), matrix, uniforms)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_sixteen_bit_hidden_states_are_read_closely(dtype, size):
+    """Also those whose logits, before the cap, a float16 could not hold."""
+    rng = np.random.default_rng(8)
+    embedding = dense(rng.normal(size=(300, 32)) * 0.3)
+    embedding.set_dtype(dtype)
+    hidden = mx.array(rng.normal(size=(90, 32)) * size).astype(dtype)
+    warmth, uniforms = mx.full((90,), 0.7), mx.array(rng.random(90).astype(np.float32))
+    reading = vocab.read(embedding, hidden, warmth, uniforms, CAP)
+    assert reading.signal.dtype == dtype and reading.entropy.dtype == mx.float32
+    assert reading.argmax.dtype == reading.sample.dtype == mx.int32
+    matrix = np.array(embedding.weight.astype(mx.float32))
+    exact = Exact.of(matrix, np.array(hidden.astype(mx.float32)), np.array(warmth))
+    np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=0.05)
+    largest = np.abs(matrix).max() * np.sqrt(32)
+    found = np.array(reading.signal.astype(mx.float32))
+    np.testing.assert_allclose(found, exact.signal, atol=0.02 * largest)
+    rows, best = np.arange(90), exact.p.max(axis=-1)
+    assert (exact.p[rows, np.array(reading.argmax)] > 0.95 * best).all()
+    assert beside(exact.p, np.array(uniforms), np.array(reading.sample)).max() < 0.02
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_the_logits_of_all_positions_never_live_at_once(monkeypatch, rows):
+    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 2048)
+    monkeypatch.setattr(backends, "vocabulary_rows", lambda: rows)
+    N, V, D = 256, 65_536, 16
+    embedding = nn.Embedding(V, D)
+    hidden = mx.random.normal((N, D), key=mx.random.key(0))
+    given = mx.ones((N,)), mx.full((N,), 0.5)
+    mx.eval(embedding.parameters(), hidden, given)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(vocab.read(embedding, hidden, *given, CAP).arrays)
+    assert mx.get_peak_memory() - before < N * V * 4 / 2
+
+
+def test_dense_and_slow_functions_agree_with_a_reading():
+    """`head` and `soft_embed` are the definition; `read` only never holds V logits."""
+    rng = np.random.default_rng(9)
+    embedding = dense(rng.normal(size=(300, 32)) * 0.3)
+    hidden = rng.normal(size=(20, 32)).astype(np.float32)
+    reading = read(embedding, hidden, np.full(20, 0.5), np.full(20, 0.5))
+    logits = vocab.head(embedding, mx.array(hidden[None]), CAP) / 0.5
+    signal = vocab.soft_embed(embedding, logits, mx.float32)[0]
+    np.testing.assert_allclose(
+        np.array(reading.signal), np.array(signal), atol=2e-5, rtol=1e-4
+    )
+    np.testing.assert_array_equal(
+        np.array(reading.argmax), np.array(mx.argmax(logits, axis=-1))[0]
+    )
