@@ -11,6 +11,7 @@ whole canvas of ids from the vocabulary. Prints Markdown.
 
 import argparse
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -194,7 +195,12 @@ class _Silent:
 
 
 def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held at the fork
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _serve(pipe, engine: str, path: str, prompt: list[int], steps: int) -> None:
