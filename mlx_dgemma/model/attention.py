@@ -95,13 +95,16 @@ def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | No
     return mx.array(allowed[:, None])
 
 
-def canvas_mask(length: int, span: Span, room: int = 0) -> mx.array | None:
+def canvas_mask(
+    length: int, span: Span, room: int = 0, *, always: bool = False
+) -> mx.array | None:
     """Which keys, prefix then canvas, a canvas of `length` sees: (B, 1, 1, keys).
 
     All of them, but for the padding in front of shorter prefixes and the `room`
-    behind all of them: None without any.
+    behind all of them. None without any, unless there is `always` to be a mask.
     """
-    if room == 0 and all(start <= span.first for start in span.starts):
+    padded = room > 0 or any(start > span.first for start in span.starts)
+    if not padded and not always:
         return None
     key: Any = np.arange(span.first, span.last + room + length)
     empty = (key >= span.last) & (key < span.last + room)

@@ -80,9 +80,14 @@ class LayerCache:
         return self._columns(self.visible_from(self.last), self.last + room)
 
     @property
+    def settled(self) -> bool:
+        """Whether what a canvas reads has the window's width, from now on."""
+        return self.keep is not None and self.last >= self.keep
+
+    @property
     def room(self) -> int:
         """Empty columns to read, for shapes that change once per bucket only."""
-        if self.keep is not None and self.last >= self.keep:
+        if self.settled:
             return 0
         whole = bucket(self.last)
         return (whole if self.keep is None else min(whole, self.keep)) - self.last

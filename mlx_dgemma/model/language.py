@@ -172,7 +172,13 @@ class DiffusionGemma(nn.Module):
             if (own := tables[kind]) and cache.columns
         }
         masks = self._per_kind(
-            lambda i: canvas_mask(length, cache.span(cache.layers[i]), room[i])
+            lambda i: canvas_mask(
+                length,
+                cache.span(cache.layers[i]),
+                room[i],
+                # also where a bucket is full just now: the next prefix has room again
+                always=bucketed and not cache.layers[i].settled,
+            )
         )
         return View(
             [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],

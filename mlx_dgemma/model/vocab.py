@@ -128,8 +128,11 @@ def _read(
     ids, e, _ = _tokens_of(ask, block, swept.highest)
     inside = mx.cumsum(e, axis=-1)
     # the block again, summed in another order: scale what is left to its own sum
-    rest = rest / mx.take_along_axis(swept.sums, block, axis=-1) * inside[:, -1:]
+    weight = mx.take_along_axis(swept.sums, block, axis=-1)
+    rest = rest / weight * inside[:, -1:]
     token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
+    # a GPU's running sums may dip by a rounding, and so lead to a block of nothing
+    token = mx.where(weight > 0, token, swept.argmax)
     soft = _sparse_soft(ask, swept, total, top_k) if top_k else swept.soft / total
     return Reading(
         argmax=swept.argmax[:, 0].astype(mx.int32),

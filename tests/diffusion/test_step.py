@@ -258,6 +258,16 @@ def test_a_step_is_traced_once_per_bucket_and_model(own_model):
     assert traces(own_model) == 2
 
 
+def test_a_bucket_that_is_just_full_is_no_other_shape(own_model):
+    engine, counts = Engine(own_model, compiled=True), []
+    engine.admit(PROMPT * 8, SHORT, 0)
+    while engine.running:
+        engine.tick()
+        counts.append(traces(own_model))
+    # prefixes of 64, 128, 192 and 256 tokens fill one bucket, 320 is in the next
+    assert counts == [1] * 8 + [2] * 2
+
+
 def test_another_number_of_rows_is_traced_once_more(own_model):
     one = SHORT.but(max_tokens=128)
     engine = Engine(own_model, compiled=True)
