@@ -268,6 +268,28 @@ def test_canvas_after_canvas(tmp_path, c):
         )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_long_prompts_in_chunks(tmp_path, seed):
+    """2,500 tokens, encoded 64 and 2,048 at a time, in tiles of bounded scores."""
+    from make_tiny import make_checkpoint
+    from oracle import load_oracle
+
+    text = {"layer_types": [S, S, F, S, F], "sliding_window": 128}
+    path = make_checkpoint(tmp_path / "m", seed=seed, text=text, canvas_length=32)
+    rng = np.random.default_rng(seed)
+    prompt, canvas = rng.integers(0, 32, (1, 2500)), rng.integers(0, 32, (1, 32))
+    model, exact = _ours(path), []
+    for dtype in ("float64", "float32"):
+        oracle = load_oracle(path, dtype)
+        exact.append(oracle.denoise(canvas, oracle.encode(prompt)[1]))
+    for size in (64, 2048):
+        prefix = model.make_cache()
+        for start in range(0, 2500, size):
+            model.encode(ids(prompt[:, start : start + size]), prefix)
+        logits = model.denoise(ids(canvas), prefix)
+        assert_as_exact(f"{size} at a time", logits, exact[1], exact[0])
+
+
 def test_configurations_cover_every_axis():
     """48 of them, and no value of an axis is left out."""
     assert len(CONFIGURATIONS) >= 40
