@@ -134,7 +134,7 @@ class Engine:
         for canvas, one in zip(lane, taken, strict=True):
             step = canvas.report(one)
             if canvas.settings.freeze:
-                step = shortcuts.freeze(canvas, one, step, self._view([canvas]))
+                step = shortcuts.freeze(canvas, one, step, self._seen([canvas]))
             if canvas.settings.trim_eos and not step.last:
                 shortcuts.trim(canvas, step)
             steps.append((canvas, step))
@@ -147,18 +147,21 @@ class Engine:
             (Stepper, self._compiled, lane.manner),
             lambda: Stepper(self.model, compiled=self._compiled, manner=lane.manner),
         )
-        frozen = canvases[0].frozen
-        view = self._view(canvases) if frozen is None else frozen.view
         state, outcome = stepper(
-            joined(canvases), view, dials(canvases), pins(canvases, lane.length)
+            joined(canvases),
+            self._seen(canvases),
+            dials(canvases),
+            pins(canvases, lane.length),
         )
         for row, canvas in enumerate(canvases):
             canvas.ahead = Taken(state, outcome, row)
         mx.async_eval(state.arrays, outcome.arrays)
 
-    def _view(self, canvases: list[Canvas]) -> View:
+    def _seen(self, canvases: list[Canvas]) -> View:
         """What these canvases see, made again only when one of them comes or goes."""
-        lane = canvases[0].lane
+        lane, frozen = canvases[0].lane, canvases[0].frozen
+        if frozen is not None:
+            return frozen.view
         key = tuple((c.request, c.index) for c in canvases)
         known, view = self._views.get(lane, (None, None))
         if view is None or known != key:

@@ -37,6 +37,8 @@ def trim(canvas: Canvas, step: Step) -> None:
 def freeze(canvas: Canvas, taken: Taken, step: Step, view: View) -> Step:
     """Leave out of the next steps what is sure; the step as of the whole canvas.
 
+    view is what the positions of this step saw.
+
     A position is sure when it was accepted, its token is the draft's of this step and
     the last, and its entropy is below `confidence`. When the rest is done, or one step
     is left, the next step is of the whole canvas again, and so are all that follow.
@@ -61,12 +63,11 @@ def freeze(canvas: Canvas, taken: Taken, step: Step, view: View) -> Step:
     sure &= (draft == before)[active]
     sure &= np.array(step.entropy) < canvas.settings.confidence
     if sure.sum() >= FEWEST and not sure.all():
-        seen = view if canvas.frozen is None else canvas.frozen.view
         canvas.frozen = Frozen(
             active=active[~sure],
             draft=draft,
             signal=signal,
-            view=_narrowed(seen, taken, np.flatnonzero(sure), np.flatnonzero(~sure)),
+            view=_narrowed(view, taken, np.flatnonzero(sure), np.flatnonzero(~sure)),
         )
         rest = mx.array(np.flatnonzero(~sure).astype(np.int32))
         canvas.state, canvas.row = canvas.state.row(canvas.row).at(rest), 0
