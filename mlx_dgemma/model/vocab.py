@@ -90,7 +90,8 @@ def read(
     hidden (N, D); temperatures and uniforms (N,), the uniforms in [0, 1). Chunks of
     the vocabulary pass by; e is relative to the highest logit so far, as in online
     softmax (arXiv 1805.02867). E is read, and dequantised, once for both of its
-    products and each tile of positions. top_k: see `_sparse_soft`; 0 sums the signal over all tokens.
+    products and each tile of positions. top_k: see `_sparse_soft`; 0 sums the signal
+    over all tokens.
     """
     most, readings = backends.vocabulary_rows(), []
     for start in range(0, len(hidden), most):
