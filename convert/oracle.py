@@ -127,7 +127,7 @@ class Oracle:
         top = self.config.text_config.top_k_experts
 
         def note(module, inputs, outputs) -> None:
-            ranked = outputs[0].sort(dim=-1, descending=True).values
+            ranked = outputs[0].detach().sort(dim=-1, descending=True).values
             if top < ranked.shape[-1]:
                 gaps.append(to_numpy(1 - ranked[:, top] / ranked[:, top - 1]))
 

@@ -5,7 +5,10 @@
     ├── CheckpointError    a weight file, its index or a tensor is missing or wrong
     ├── ConversionError    a conversion that was refused or could not be finished
     ├── TokenizerError     tokenizer files or the chat template are missing or broken
-    ├── SettingsError      a generation setting is unknown or out of range
+    ├── SettingsError      a setting is unknown or out of range
+    ├── DataError          a row of training or evaluation data is broken
+    ├── TrainingError      a fine-tuning that was refused or cannot go on
+    ├── AdapterError       an adapter is broken, or does not fit the model
     └── HubError           a model could not be found or fetched
 
 Each message is one line: what is wrong, where, and how to mend it. Commands print
@@ -34,7 +37,19 @@ class TokenizerError(DGemmaError):
 
 
 class SettingsError(DGemmaError, ValueError):
-    """A generation setting is unknown or out of its range."""
+    """A setting is unknown or out of its range."""
+
+
+class DataError(DGemmaError):
+    """A row of training or evaluation data is broken."""
+
+
+class TrainingError(DGemmaError):
+    """A fine-tuning was refused, or cannot go on."""
+
+
+class AdapterError(DGemmaError):
+    """An adapter is broken, or does not fit the model."""
 
 
 class HubError(DGemmaError):

@@ -8,6 +8,10 @@ import math
 
 import mlx.core as mx
 
+from .gradients import differentiable
+
+TWICE = 2 * math.sqrt(2 / math.pi)
+
 
 def exp(x: mx.array) -> mx.array:
     """e^x as a power; e in float32 is 3e-8 off, less than x is rounded by."""
@@ -21,7 +25,21 @@ def softcap(x: mx.array, cap: float, scale: mx.array) -> mx.array:
 
 def gelu(x: mx.array) -> mx.array:
     """x / (1 + e^-2u), u = √(2/π) · (x + 0.044715 x³): gelu in its tanh form."""
-    return x / (1 + exp(x * (-2 * math.sqrt(2 / math.pi) * (1 + 0.044715 * x * x))))
+    return _gelu(x)
+
+
+def _gated(x: mx.array) -> mx.array:
+    return x / (1 + exp(x * (-TWICE * (1 + 0.044715 * x * x))))
+
+
+def _slope(x: mx.array, given: mx.array, y: mx.array) -> mx.array:
+    """s + x · s · (1 - s) · 2u' of s = 1 / (1 + e^-2u), finite where e^-2u is not."""
+    square = x * x
+    s = 1 / (1 + exp(x * (-TWICE * (1 + 0.044715 * square))))
+    return given * s * (1 + x * (1 - s) * (TWICE * (1 + 0.134145 * square)))
+
+
+_gelu = differentiable(_gated, _slope)
 
 
 def attend(
@@ -42,6 +60,7 @@ def attend(
         scores = scores.reshape(B, H, T, S)
         scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
         scores = scores.reshape(B, K, H // K * T, S)
-    weights = exp(scores - mx.max(scores, axis=-1, keepdims=True))
+    highest = mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True))  # it cancels
+    weights = exp(scores - highest)
     y = (weights @ values) / mx.sum(weights, axis=-1, keepdims=True)
     return y.reshape(B, H, T, W).astype(dtype)

@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
     def write(self, x: mx.array, tables: Tables, cache: LayerCache) -> None:
         """Append (B, T, D) to the prefix; attend to nothing."""
-        cache.append(*self._keep(x, tables))
+        cache.append(*self.keep(x, tables))
 
     def encode(
         self,
@@ -154,7 +154,19 @@ class Attention(nn.Module):
         tables are of the T tokens, turns of all they see; span is what that is, they
         included; mask_of gives the mask of a number of queries at the end of a span.
         """
-        kept = cache.append(*self._keep(x, tables))
+        kept = cache.append(*self.keep(x, tables))
+        return self.look_back(x, kept, tables, turns, span, mask_of)
+
+    def look_back(
+        self,
+        x: mx.array,
+        kept: Parts,
+        tables: Tables,
+        turns: Tables,
+        span: Span,
+        mask_of: MaskOf,
+    ) -> mx.array:
+        """`encode` where the cache is not ours to write: kept is of all in the span."""
         keys, values = self._keys_values(kept, turns)
         queries = self._queries(x, tables)
         most = self._tile(len(x), keys.shape[2])
@@ -184,7 +196,7 @@ class Attention(nn.Module):
         tables are of the canvas, turns of prefix and canvas; kept, if given, receives
         what would be kept of the canvas.
         """
-        parts = self._keep(x, tables)
+        parts = self.keep(x, tables)
         if kept is not None:
             kept.append(parts)
         if prefix:
@@ -206,7 +218,7 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def _keep(self, x: mx.array, tables: Tables) -> Parts:
+    def keep(self, x: mx.array, tables: Tables) -> Parts:
         """What to keep of tokens, each part (B, K, T, head_dim)."""
         projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
         if not self.sliding:

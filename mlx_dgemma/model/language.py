@@ -6,6 +6,7 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cache as memo
 from functools import partial
@@ -86,6 +87,22 @@ class _Seen:
     mask_of: MaskOf
 
 
+def branch(layer: Layer) -> Layer:
+    """A layer of the same parts and arrays, whose parts can be replaced apart."""
+    other = copy(layer)
+    for name, part in layer.items():
+        if isinstance(part, nn.Module) and part.children():
+            other[name] = copy(part)
+    return other
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Layers for encoding alone. No list, or nn.Module would count them too."""
+
+    layers: list[Layer]
+
+
 class Programs:
     """What was compiled for one model, kept as long as the model is."""
 
@@ -109,6 +126,12 @@ class DiffusionGemma(nn.Module):
         self.layers = [Layer(config, layer) for layer in config.layers]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
+        self.apart: Apart | None = None
+
+    @property
+    def encoder_layers(self) -> list[Layer]:
+        """`layers`, unless adapters differ by mode: then branches of them."""
+        return self.layers if self.apart is None else self.apart.layers
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -130,9 +153,9 @@ class DiffusionGemma(nn.Module):
         if tokens.shape[1] == 0:
             return
         h, seen = self._begin_encoding(tokens, cache)
-        for index in range(len(self.layers) - 1):
+        for index in range(len(self.encoder_layers) - 1):
             h = self._encode_layer(index, h, seen[self.config.layers[index]], cache)
-        last, kind = self.layers[-1], self.config.layers[-1]
+        last, kind = self.encoder_layers[-1], self.config.layers[-1]
         x, entry = last.input_layernorm(h), cache.layers[-1]
         last.self_attn.write(x, seen[kind].tables, entry)
 
@@ -193,23 +216,17 @@ class DiffusionGemma(nn.Module):
         view: View,
         signal: mx.array | None = None,
         kept: list[Parts] | None = None,
+        through: "Through" = lambda layer, run, *given: run(*given),
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 
-        kept, if given, receives what each layer would keep of the canvas.
+        kept, if given, receives what each layer would keep of the canvas; through
+        runs each layer on hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
         seen = zip(view.prefixes, view.tables, view.turns, view.masks, strict=True)
-        for layer, (prefix, tables, turns, mask) in zip(self.layers, seen, strict=True):
-            attend = partial(
-                layer.self_attn.denoise,
-                tables=tables,
-                turns=turns,
-                prefix=prefix,
-                mask=mask,
-                kept=kept,
-            )
-            h = layer(h, attend, layer.decoder_scalar)
+        for layer, (prefix, *rest) in zip(self.layers, seen, strict=True):
+            h = through(layer, partial(_denoise_layer, layer, *rest, kept), h, prefix)
         return self.norm(h)
 
     def read(
@@ -278,7 +295,7 @@ class DiffusionGemma(nn.Module):
     def _encode_layer(
         self, index: int, h: mx.array, seen: "_Seen", cache: PrefixCache
     ) -> mx.array:
-        layer, entry = self.layers[index], cache.layers[index]
+        layer, entry = self.encoder_layers[index], cache.layers[index]
         attend = partial(
             layer.self_attn.encode,
             tables=seen.tables,
@@ -305,6 +322,30 @@ class DiffusionGemma(nn.Module):
             kind: rope_tables(kind.rope, kind.head_dim, positions)
             for kind in set(self.config.layers)
         }
+
+
+# a layer, what it does to arrays, and those
+Through = Callable[..., Any]
+
+
+def _denoise_layer(
+    layer: Layer,
+    tables: Tables,
+    turns: Tables,
+    mask: mx.array | None,
+    kept: list[Parts] | None,
+    h: mx.array,
+    prefix: Parts,
+) -> mx.array:
+    attend = partial(
+        layer.self_attn.denoise,
+        tables=tables,
+        turns=turns,
+        prefix=prefix,
+        mask=mask,
+        kept=kept,
+    )
+    return layer(h, attend, layer.decoder_scalar)
 
 
 def _behind(prefix: mx.array, own: mx.array) -> mx.array:

@@ -120,8 +120,11 @@ class Router(nn.Module):
 class ExpertLinear(nn.Module):
     """E linear maps in one (E, out, in) weight."""
 
+    quantized = False
+
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
+        self.experts, self.inputs, self.outputs = experts, inputs, outputs
         self.weight = mx.zeros((experts, outputs, inputs))
 
     def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
@@ -137,6 +140,8 @@ class ExpertLinear(nn.Module):
 class QuantizedExpertLinear(nn.Module):
     """E quantised linear maps; `weight` packed as mx.quantize leaves it."""
 
+    quantized = True
+
     def __init__(
         self,
         experts: int,
@@ -147,6 +152,7 @@ class QuantizedExpertLinear(nn.Module):
         mode: str,
     ):
         super().__init__()
+        self.experts, self.inputs, self.outputs = experts, inputs, outputs
         self.group_size, self.bits, self.mode = group_size, bits, mode
         packed = (experts, outputs, inputs * bits // 32)
         self.weight = mx.zeros(packed, dtype=mx.uint32)
@@ -187,8 +193,8 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """(N, D) tokens, (N, k) experts, (N, k) weights -> (N, D)."""
         pairs = indices.flatten()
-        dense = isinstance(self.gate_up_proj, ExpertLinear)
-        if backends.loops_over_experts(x.dtype, quantized=not dense):
+        quantized = self.gate_up_proj.quantized
+        if backends.loops_over_experts(x.dtype, quantized=quantized):
             y = _one_by_one(self, x, pairs)
         elif backends.groups_rows(pairs.size):
             y = _in_blocks(self, x, pairs)
@@ -220,7 +226,7 @@ def _in_blocks(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
     However the tokens choose, R // size + E blocks are enough, so no shape depends
     on the choice.
     """
-    count, size = experts.gate_up_proj.weight.shape[0], 4
+    count, size = experts.gate_up_proj.experts, 4
     while size < 64 and 8 * size * count <= pairs.size:
         size *= 2  # larger blocks where their padding weighs little
     order = mx.argsort(pairs)

@@ -38,10 +38,7 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
 
 def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:
     """Put the quantised twin of a layer in its place."""
-    *path, name = layer.split(".")
-    parent = model
-    for part in path:
-        parent = parent[int(part)] if part.isdecimal() else parent[part]
+    parent, name = find_layer(model, layer)
     dense = parent[name]
     spec = (q.group_size, q.bits, q.mode)
     if isinstance(dense, ExpertLinear):
@@ -53,3 +50,12 @@ def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:
     else:
         outputs, inputs = dense.weight.shape
         parent[name] = QuantizedLinear(inputs, outputs, "bias" in dense, *spec)
+
+
+def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, str]:
+    """The module that holds the layer of that path, and its name there."""
+    *path, name = layer.split(".")
+    parent = model
+    for part in path:
+        parent = parent[int(part)] if part.isdecimal() else parent[part]
+    return parent, name

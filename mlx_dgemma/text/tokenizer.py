@@ -35,6 +35,7 @@ class Tokenizer:
         self.vocab_size = backend.size
         self.bos_token_id = self._named_id("bos_token")
         self.pad_token_id = self._named_id("pad_token")
+        self.eos_token_id = self._named_id("eos_token")
         # named in tokenizer_config.json is special too, flagged or not
         named = {self._backend.token_id(piece) for piece in self._named.values()}
         self.special_ids = backend.special_ids | (named - {None})
