@@ -18,21 +18,12 @@ from ..errors import ConversionError
 from ..text.tokenizer import Tokenizer
 from . import hub, staging
 from .config import ModelConfig, read_config
-from .quantize import RECIPES, Quantization, QuantizationMap, quantizable
+from .plan import DTYPES, Plan, Planner
+from .quantize import RECIPES, Quantization, QuantizationMap
 from .safetensors import Pending, write_file
-from .weights import (
-    INDEX,
-    SINGLE,
-    VISION,
-    Layout,
-    disk_name,
-    expected_shapes,
-    layer_path,
-    read_layout,
-)
+from .weights import INDEX, SINGLE, VISION, Layout, expected_shapes, read_layout
 
 SHARD_BYTES = 5 * 10**9  # what mlx-lm writes
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CARRIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -58,7 +49,7 @@ tags:
 - diffusion_gemma
 ---
 
-DiffusionGemma weights for MLX, converted by `mlx_dgemma.convert`.
+DiffusionGemma weights for MLX, {made} by `mlx_dgemma.{command}`.
 
     mlx_dgemma.generate --model FOLDER --show --prompt "Why is the sky blue?"
 """
@@ -77,25 +68,6 @@ class Converted:
     bits_per_weight: float  # of the whole language model
     dense: tuple[str, ...]  # layers no group size fits, left unquantised
     regrouped: dict[str, int]  # layers that needed smaller groups -> group size
-
-
-@dataclass
-class _Plan:
-    """Every tensor to be written, and what the configuration will say of them."""
-
-    tensors: dict[str, Pending]
-    quantization: QuantizationMap | None
-    dense: list[str]
-    regrouped: dict[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """What the model will compute in."""
-        return self.tensors[disk_name("norm.weight")].dtype
 
 
 def convert(
@@ -137,15 +109,65 @@ def convert(
     if not quantize:
         _refuse_idle(q_bits, q_group_size, q_mode, quant_predicate)
     base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
+    config, layout = open_source(hf_path, revision, target, overwrite)
+    if layout.quantized and not dequantize:
+        raise ConversionError(
+            f"{layout.files.folder}: is quantised already; "
+            "use it as it is, or make it dense with --dequantize"
+        )
+    if dequantize and not layout.quantized:
+        raise ConversionError(f"{layout.files.folder}: is not quantised")
+    planner = Planner(layout, config, base=base, recipe=quant_predicate, dtype=dtype)
+    return carry_out(
+        planner.plan(),
+        layout,
+        config,
+        target,
+        card=CARD.format(made="converted", command="convert"),
+        upload_repo=upload_repo,
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        progress=progress,
+    )
+
+
+def open_source(
+    model: str | Path, revision: str | None, target: Path, overwrite: bool
+) -> tuple[ModelConfig, Layout]:
+    """What is read to write `target`: a folder, hub id or built-in name.
+
+    Raises DGemmaError when the source is not whole, or the target may not be written.
+    """
     staging.check_target(target, overwrite)
-    source = hub.resolve(hf_path, revision)
+    source = hub.resolve(model, revision)
     staging.check_apart(source, target)
     config = read_config(source)
     Tokenizer.from_dir(source)  # a model nobody can talk to is refused early
-    layout = read_layout(source, config)
-    plan = _Planner(layout, config, base, quant_predicate, dtype, dequantize).plan()
+    return config, read_layout(source, config)
+
+
+def carry_out(
+    plan: Plan,
+    layout: Layout,
+    config: ModelConfig,
+    target: Path,
+    *,
+    card: str,
+    upload_repo: str | None,
+    overwrite: bool,
+    shard_bytes: int,
+    progress: Progress | None,
+) -> Converted:
+    """Write what was planned of a source, whole or not at all, and upload it if asked.
+
+    card    the text of README.md
+
+    Raises ConversionError when it does not fit or cannot be finished.
+    """
     staging.check_disk(target, plan.nbytes)
     with staging.staged(target, overwrite) as folder:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        source = layout.files.folder
         shards = _write(folder, plan, config, source, shard_bytes, progress)
     if upload_repo is not None:
         hub.upload(target, upload_repo)
@@ -181,113 +203,9 @@ def _check_choice(name: str, value: str | None, known: Iterable[str | None]) -> 
         raise ConversionError(f"{name} is {value!r}; supported: {shown}")
 
 
-class _Planner:
-    """Decides for each parameter what is written, without reading a weight."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        config: ModelConfig,
-        base: Quantization | None,
-        recipe: str,
-        dtype: str | None,
-        dequantize: bool,
-    ):
-        if layout.quantized and not dequantize:
-            raise ConversionError(
-                f"{layout.files.folder}: is quantised already; "
-                "use it as it is, or make it dense with --dequantize"
-            )
-        if dequantize and not layout.quantized:
-            raise ConversionError(f"{layout.files.folder}: is not quantised")
-        self.layout, self.config = layout, config
-        self.base, self.recipe = base, RECIPES[recipe]
-        self.dtype = None if dtype is None else DTYPES[dtype]
-        self.out = _Plan({}, None, [], {})
-        self.overrides: dict[str, Quantization] = {}
-
-    def plan(self) -> _Plan:
-        for parameter, shape in expected_shapes(self.config).items():
-            layer = parameter.removesuffix(".weight")
-            chosen = None
-            if self.base is not None and quantizable(parameter, shape):
-                chosen = self._choose(layer_path(layer), shape, self.base)
-            if layer in self.layout.quantized and parameter.endswith(".weight"):
-                self._dequantized(layer, shape)
-            elif chosen is not None:
-                self._quantized(layer, shape, chosen)
-            else:
-                self._dense(parameter)
-        for name, info in self.layout.files.tensors.items():
-            if name.startswith(VISION):
-                self._keep(name, name, info.dtype)
-        if self.base is not None:
-            self.out.quantization = QuantizationMap(self.base, self.overrides)
-        return self.out
-
-    def _choose(
-        self, layer: str, shape: tuple[int, ...], base: Quantization
-    ) -> Quantization | None:
-        wanted = self.recipe(layer, base)
-        fitting = wanted.fits(shape)
-        if fitting is None:
-            self.out.dense.append(layer)
-            return None
-        if fitting.group_size != wanted.group_size:
-            self.out.regrouped[layer] = fitting.group_size
-        if fitting != base:
-            self.overrides[layer] = fitting
-        return fitting
-
-    def _keep(self, name: str, source: str, dtype: mx.Dtype) -> None:
-        files = self.layout.files
-        self.out.tensors[name] = Pending(
-            dtype, files.tensors[source].shape, lambda: files.load(source).astype(dtype)
-        )
-
-    def _dense(self, parameter: str) -> None:
-        dtype = self.dtype or self.layout.info(parameter).dtype
-        self._keep(disk_name(parameter), self.layout.names[parameter], dtype)
-
-    def _quantized(
-        self, layer: str, shape: tuple[int, ...], chosen: Quantization
-    ) -> None:
-        source = self.layout.names[f"{layer}.weight"]
-        dtype = self.dtype or self.layout.info(f"{layer}.weight").dtype
-        parts: dict[str, mx.array] = {}
-
-        def make(part: str) -> mx.array:
-            if not parts:  # all parts come from one reading of the weight
-                weight = self.layout.files.load(source).astype(dtype)
-                parts.update(chosen.apply(weight))
-                mx.eval(parts)
-            return parts.pop(part)
-
-        for part, part_shape in chosen.packed(shape).items():
-            kind = chosen.coded(part) or dtype
-            self.out.tensors[f"{layer_path(layer)}.{part}"] = Pending(
-                kind, part_shape, lambda part=part: make(part)
-            )
-
-    def _dequantized(self, layer: str, shape: tuple[int, ...]) -> None:
-        quantization = self.layout.quantized[layer]
-        norm = self.layout.info("norm.weight").dtype
-        dtype = self.dtype or norm
-
-        def make() -> mx.array:
-            parts = {
-                part: self.layout.files.load(self.layout.names[f"{layer}.{part}"])
-                for part in quantization.packed(shape)
-            }
-            return quantization.undo(parts, dtype)
-
-        name = disk_name(f"{layer}.weight")
-        self.out.tensors[name] = Pending(dtype, shape, make)
-
-
 def _write(
     folder: Path,
-    plan: _Plan,
+    plan: Plan,
     config: ModelConfig,
     source: Path,
     shard_bytes: int,
@@ -322,7 +240,6 @@ def _write(
         folder / "config.json",
         released_config(config, plan.quantization, plan.dtype),
     )
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -364,7 +281,7 @@ def released_config(
     return raw
 
 
-def _bits_per_weight(plan: _Plan, config: ModelConfig) -> float:
+def _bits_per_weight(plan: Plan, config: ModelConfig) -> float:
     weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
     stored = sum(t.nbytes for n, t in plan.tensors.items() if not n.startswith(VISION))
     return 8 * stored / weights

@@ -39,7 +39,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
         raise ConversionError(f"{target}: is a link; give the folder it leads to")
     if target.exists() and not overwrite:
         raise ConversionError(
-            f"{target}: exists; choose another --mlx-path or add --overwrite"
+            f"{target}: exists; choose another folder or add --overwrite"
         )
     if overwrite and target.exists() and not _is_checkpoint(target):
         raise ConversionError(f"{target}: is no model folder, so not overwritten")
@@ -50,12 +50,10 @@ def _is_checkpoint(folder: Path) -> bool:
     return empty or (folder / "config.json").is_file()
 
 
-def check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path, what: str = "the model to convert") -> None:
     """Refuse to replace the folder that is read, or one around it."""
     if source.resolve().is_relative_to(target.resolve()):
-        raise ConversionError(
-            f"{target}: holds the model to convert; choose another --mlx-path"
-        )
+        raise ConversionError(f"{target}: holds {what}; choose another folder to write")
 
 
 def check_disk(target: Path, needed: int) -> None:

@@ -82,7 +82,7 @@ def main(
     with one_line_errors(debug):
         from ..checkpoint.conversion import convert
 
-        with _progress() as progress:
+        with show_progress() as progress:
             converted = convert(
                 hf_path,
                 mlx_path,
@@ -98,10 +98,10 @@ def main(
                 overwrite=overwrite,
                 progress=progress,
             )
-        _summarise(converted)
+        summarise(converted)
 
 
-def _summarise(converted: "Converted") -> None:
+def summarise(converted: "Converted") -> None:
     """What was written, and what could not be done as asked."""
     from ..diffusion.report import size
 
@@ -128,10 +128,10 @@ def _summarise(converted: "Converted") -> None:
 
 
 @contextmanager
-def _progress() -> Iterator["Progress"]:
+def show_progress(doing: str = "converting") -> Iterator["Progress"]:
     """A bar with bytes, rate and time left on a terminal; else a line now and then."""
     if not is_terminal(sys.stderr):
-        yield _Lines()
+        yield _Lines(doing)
         return
     bar = _Bar()
     try:
@@ -150,7 +150,7 @@ class _Bar:
         if self.bar is None:
             self.bar = _new_bar()
             self.bar.start()
-            self.task = self.bar.add_task("converting", total=total)
+            self.task = self.bar.add_task("", total=total)
         self.bar.update(self.task, completed=done)
 
     def close(self) -> None:
@@ -181,7 +181,8 @@ def _new_bar() -> "Bar":
 class _Lines:
     """Progress for logs: a line every few seconds and one at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "converting") -> None:
+        self.doing = doing
         self.started = self.last = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int) -> None:
@@ -194,7 +195,7 @@ class _Lines:
         rate = done / max(now - self.started, 1e-9)
         left = (total - done) / max(rate, 1e-9)
         click.echo(
-            f"converting {size(done)} of {size(total)}, {size(int(rate))}/s, "
+            f"{self.doing} {size(done)} of {size(total)}, {size(int(rate))}/s, "
             f"{left:.0f} s left",
             err=True,
         )

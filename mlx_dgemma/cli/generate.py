@@ -104,6 +104,7 @@ def settings_options(command):
 @click.option(
     "--show", is_flag=True, help="Draw the canvas while it is denoised, in a terminal."
 )
+@click.option("--adapter-path", help="Folder of an adapter to put beside the weights.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @debug_option
 @version_option
@@ -116,6 +117,7 @@ def main(
     stop: tuple[str, ...],
     prefill_step_size: int,
     show: bool,
+    adapter_path: str | None,
     revision: str | None,
     debug: bool,
     **changes,
@@ -130,6 +132,7 @@ def main(
             model,
             prompt,
             show=show,
+            adapter_path=adapter_path,
             revision=revision,
             system=system,
             thinking=thinking,
@@ -167,6 +170,7 @@ def answer(
     prompt: str,
     *,
     show: bool,
+    adapter_path: str | None,
     revision: str | None,
     system: str | None,
     thinking: bool,
@@ -182,7 +186,7 @@ def answer(
     from .render import screen
 
     settings: Changes = changes  # type: ignore[assignment]
-    model, tokenizer = load(model_name, revision=revision)
+    model, tokenizer = load(model_name, adapter_path, revision=revision)
     report = Report()
     events = stream_generate(
         model,

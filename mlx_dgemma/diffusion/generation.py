@@ -39,9 +39,15 @@ class Changes(TypedDict, total=False):
 
 
 def load(
-    path_or_id: str | Path, *, revision: str | None = None
+    path_or_id: str | Path,
+    adapter_path: str | Path | None = None,
+    *,
+    revision: str | None = None,
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """A model and its tokenizer from a folder, a hub id or a built-in name.
+
+    adapter_path    a folder written by `mlx_dgemma.lora`: its adapter is put beside
+                    the weights
 
     Every weight is in memory when this returns, so the model may be used from any
     thread. Raises DGemmaError with one line that says what is wrong.
@@ -49,7 +55,12 @@ def load(
     folder = hub.resolve(path_or_id, revision)
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
-    return load_model(folder, config), tokenizer
+    model = load_model(folder, config)
+    if adapter_path is not None:
+        from ..training import adapters  # who has no adapter needs none of it
+
+        adapters.load(model, adapter_path)
+    return model, tokenizer
 
 
 def stream_generate(

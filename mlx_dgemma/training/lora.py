@@ -1,0 +1,225 @@
+"""Low-rank adapters: W + scale · (A · B)ᵀ beside frozen weights, dense or quantised.
+
+One adapter serves the shared stack in both of its modes. Files are mlx-lm's:
+`adapters.safetensors` holds lora_a and lora_b by the layer's path, and
+`adapter_config.json` says where they go. arXiv 2106.09685, with `scale` for alpha / r.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..checkpoint.config import ModelConfig
+from ..errors import AdapterError, SettingsError
+from ..model.language import DiffusionGemma
+from ..model.layers import ExpertLinear, QuantizedExpertLinear
+from ..model.loading import find_layer
+
+TARGETS = {
+    "attention": tuple(f"self_attn.{part}_proj" for part in "qkvo"),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "self_conditioning": tuple(
+        f"self_conditioning.{part}_proj" for part in ("gate", "up", "down")
+    ),
+    "experts": ("experts.gate_up_proj", "experts.down_proj"),
+    "router": ("router.proj",),
+}
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
+USUAL = ("attention", "mlp", "self_conditioning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Which layers are adapted, and how.
+
+    rank, scale   of each adapter; alpha of other libraries is scale · rank
+    keys          paths of layers, within a decoder layer or from the model's root
+    num_layers    adapt that many layers, counted from the last; -1 all
+    """
+
+    rank: int = 16
+    scale: float = 2.0
+    keys: tuple[str, ...] = tuple(key for name in USUAL for key in TARGETS[name])
+    num_layers: int = -1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise SettingsError(
+                f"rank is {self.rank!r}; it must be a whole number, at least 1"
+            )
+        if not isinstance(self.scale, int | float) or not 0 < self.scale < math.inf:
+            raise SettingsError(f"scale is {self.scale!r}; it must be above 0")
+        known = [key for keys in TARGETS.values() for key in keys]
+        if strange := [key for key in self.keys if key not in known]:
+            raise SettingsError(
+                f"lora keys hold {strange[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        if len(set(self.keys)) < len(self.keys):
+            raise SettingsError("lora keys name a layer twice; name it once")
+        if not self.keys:
+            raise SettingsError("no layers to adapt; name some targets")
+
+    def layers(self, config: ModelConfig) -> Iterator[str]:
+        """Paths of the layers that are adapted. Raises SettingsError for too many."""
+        for index in trained_layers(config, self.num_layers):
+            for key in self.keys:
+                values = key == "self_attn.v_proj"
+                if key in TARGETS["self_conditioning"]:
+                    continue
+                if not values or config.layers[index].sliding:
+                    yield f"layers.{index}.{key}"
+        yield from (key for key in self.keys if key in TARGETS["self_conditioning"])
+
+
+def trained_layers(config: ModelConfig, num_layers: int) -> range:
+    """Indices of the last `num_layers` layers; of all for -1."""
+    count = len(config.layers)
+    if num_layers == -1:
+        return range(count)
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= count:
+        raise SettingsError(
+            f"num-layers is {num_layers}; this model has {count} (-1 for all)"
+        )
+    return range(count - num_layers, count)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its adapter: lora_a (in, r), lora_b (r, out) float32."""
+
+    def __init__(
+        self,
+        linear: nn.Linear | nn.QuantizedLinear,
+        rank: int,
+        scale: float,
+        key: mx.array,
+    ):
+        super().__init__()
+        outputs, inputs = linear.weight.shape
+        if isinstance(linear, nn.QuantizedLinear):
+            inputs = inputs * 32 // linear.bits
+        self.linear, self.scale = linear, scale
+        self.lora_a = _initial((inputs, rank), inputs, key)
+        self.lora_b = mx.zeros((rank, outputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        z = (x.astype(mx.float32) @ self.lora_a) @ self.lora_b
+        return y + (self.scale * z).astype(y.dtype)
+
+    def delta(self) -> mx.array:
+        """(out, in) float32: what the adapter adds to the weight."""
+        return self.scale * (self.lora_a @ self.lora_b).T
+
+
+class LoRAExpertLinear(nn.Module):
+    """E linear maps and their adapters: lora_a (E, r, in), lora_b (E, out, r)."""
+
+    def __init__(
+        self,
+        linear: ExpertLinear | QuantizedExpertLinear,
+        rank: int,
+        scale: float,
+        key: mx.array,
+    ):
+        super().__init__()
+        self.experts, self.quantized = linear.experts, linear.quantized
+        self.linear, self.scale = linear, scale
+        shape = (linear.experts, rank, linear.inputs)
+        self.lora_a = _initial(shape, linear.inputs, key)
+        self.lora_b = mx.zeros((linear.experts, linear.outputs, rank))
+
+    def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
+        """(G, M, in) groups of rows, each of one (G,) rising expert -> (G, M, out)."""
+        y, z = self.linear.gather(rows, expert), rows.astype(mx.float32)
+        for weight in (self.lora_a, self.lora_b):
+            weight = weight.swapaxes(-1, -2)
+            z = mx.gather_mm(z, weight, rhs_indices=expert, sorted_indices=True)
+        return y + (self.scale * z).astype(y.dtype)
+
+    def one(self, rows: mx.array, expert: int) -> mx.array:
+        """(R, in) rows of a single expert -> (R, out)."""
+        y = self.linear.one(rows, expert)
+        z = rows.astype(mx.float32) @ self.lora_a[expert].T @ self.lora_b[expert].T
+        return y + (self.scale * z).astype(y.dtype)
+
+    def delta(self) -> mx.array:
+        """(E, out, in) float32: what the adapters add to the weight."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+
+def adapt(model: DiffusionGemma, lora: LoRA, seed: int = 0) -> None:
+    """Freeze the model and put fresh adapters beside the layers `lora` names.
+
+    They change nothing yet: lora_b is zero. lora_a depends on seed and path alone.
+    Raises AdapterError if the model has adapters.
+    """
+    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in model.modules()):
+        raise AdapterError("the model has an adapter already; load it anew")
+    model.freeze()
+    paths = list(lora.layers(model.config))
+    if not paths:
+        raise SettingsError(f"no layer to adapt: none of the last has {lora.keys[0]}")
+    for path in paths:
+        parent, name = find_layer(model, path)
+        layer = parent[name]
+        if isinstance(layer, LoRALinear | LoRAExpertLinear):
+            raise AdapterError("the model has an adapter already; load it anew")
+        key = mx.random.key((seed << 32) + zlib.crc32(path.encode()))
+        if isinstance(layer, ExpertLinear | QuantizedExpertLinear):
+            parent[name] = LoRAExpertLinear(layer, lora.rank, lora.scale, key)
+        else:
+            parent[name] = LoRALinear(layer, lora.rank, lora.scale, key)
+        parent[name].unfreeze(recurse=False)
+    model.eval()
+
+
+def unfreeze(model: DiffusionGemma, num_layers: int, *, router: bool) -> None:
+    """Make all weights trainable, or those of the last layers alone.
+
+    Routers only if asked; the scalars of layers never: they are no parameters in
+    transformers either. Raises SettingsError for a quantised model.
+    """
+    quantized = [
+        path for path, module in model.named_modules() if isinstance(module, QUANTIZED)
+    ]
+    if quantized:
+        raise SettingsError(
+            "fine-tune-type full needs dense weights; use lora, or convert the model "
+            "with --dequantize first"
+        )
+    model.freeze()
+    if num_layers == -1:
+        model.unfreeze()
+    for index in trained_layers(model.config, num_layers):
+        layer = model.layers[index]
+        layer.unfreeze()
+        layer.freeze(recurse=False, keys=["encoder_scalar", "decoder_scalar"])
+        if not router:
+            layer.router.freeze()
+
+
+def shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an adapter file and its shape, without building a model."""
+    from ..checkpoint.weights import expected_shapes
+
+    weights, found = expected_shapes(config), {}
+    for path in lora.layers(config):
+        *experts, outputs, inputs = weights[f"{path}.weight"]
+        if experts:
+            found[f"{path}.lora_a"] = (*experts, lora.rank, inputs)
+            found[f"{path}.lora_b"] = (*experts, outputs, lora.rank)
+        else:
+            found[f"{path}.lora_a"] = (inputs, lora.rank)
+            found[f"{path}.lora_b"] = (lora.rank, outputs)
+    return found
+
+
+def _initial(shape: tuple[int, ...], inputs: int, key: mx.array) -> mx.array:
+    """Uniform within ±1 / √in, as mlx-lm and PEFT draw it."""
+    bound: Any = 1 / math.sqrt(inputs)
+    return mx.random.uniform(-bound, bound, shape, key=key)
