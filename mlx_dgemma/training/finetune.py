@@ -1,0 +1,168 @@
+"""A fine-tuning from names: a model, a folder of data, a folder for the adapter."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint import hub
+from ..checkpoint.config import ModelConfig
+from ..errors import AdapterError, DataError, TrainingError
+from ..text.tokenizer import Tokenizer
+from . import adapters, memory
+from .batches import Batches, mean_losses
+from .data import FILES, Dataset, Reader
+from .lora import LoRA
+from .record import Validated, draw
+from .settings import TrainSettings
+from .trainer import LOG, STATE, Event, Plan, Trainer
+
+PICTURE = "loss.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to fine-tune, and on what.
+
+    model                   folder, hub id or built-in name
+    data                    folder with train.jsonl and, if wanted, valid.jsonl
+    adapter_path            folder that receives the adapter, the state and the log
+    lora                    None for the weights themselves (full)
+    num_layers, train_router   of a full fine-tuning; LoRA says its layers itself
+    resume                  go on where the run in adapter_path was stopped
+    resume_adapter_file     begin anew from these trained weights
+    skip_bad                leave out rows that cannot be used
+    """
+
+    model: str | Path
+    data: str | Path
+    adapter_path: str | Path = "adapters"
+    lora: LoRA | None = field(default_factory=LoRA)
+    num_layers: int = -1
+    train_router: bool = False
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    resume: bool = False
+    resume_adapter_file: str | Path | None = None
+    skip_bad: bool = False
+    revision: str | None = None
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    adapter_path: str | Path = "adapters",
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    **options: Any,
+) -> Validated | None:
+    """Fine-tune a model on the JSONL files of a folder; returns the last validation.
+
+    options     of `Request`: lora, settings, resume, …
+    on_event    called with every Trained, Validated and Saved event
+
+    `load(model, adapter_path)` then has the result. Raises DGemmaError, one line,
+    before the first step; what was saved by then stays whatever comes after.
+    """
+    request = Request(model=model, data=data, adapter_path=adapter_path, **options)
+    trainer, last = prepare(request), None
+    for event in trainer.run():
+        if isinstance(event, Validated):
+            last = event
+        if on_event is not None:
+            on_event(event)
+    finish(trainer)
+    return last
+
+
+def prepare(request: Request) -> Trainer:
+    """Check everything, load the model, and stand before the next update."""
+    from ..diffusion.generation import load
+
+    folder = Path(request.adapter_path).expanduser()
+    settings = request.settings
+    if request.resume and request.resume_adapter_file is not None:
+        raise TrainingError("--resume and --resume-adapter-file exclude one another")
+    if not request.resume and (folder / STATE).exists():
+        raise TrainingError(
+            f"{folder}: holds a run already; add --resume, or choose another "
+            "--adapter-path"
+        )
+    source = hub.resolve(request.model, request.revision)
+    memory.check(source, request.lora, settings, request.num_layers)
+    model, tokenizer = load(request.model, revision=request.revision)
+    train_set = read(request.data, "train", model.config, tokenizer, request)
+    valid = None
+    if (Path(request.data).expanduser() / FILES["valid"]).exists():
+        valid = read(request.data, "valid", model.config, tokenizer, request)
+    plan = Plan(
+        settings=settings,
+        train=train_set,
+        valid=valid if settings.val_batches else None,
+        folder=folder,
+        lora=request.lora,
+        num_layers=request.num_layers,
+        router=request.train_router,
+        described={
+            "model": str(request.model),
+            "data": str(request.data),
+            **asdict(settings),
+        },
+    )
+    trainer = Trainer(model, plan)
+    if request.resume:
+        trainer.resume()
+    elif request.resume_adapter_file is not None:
+        _begin_from(trainer, Path(request.resume_adapter_file).expanduser())
+    return trainer
+
+
+def measure(request: Request, batches: int) -> tuple[float, float]:
+    """Mean denoising and encoder loss over test.jsonl, the first `batches` or all (-1).
+
+    Of the model with the adapter in adapter_path; of the base where that is "".
+    """
+    from ..diffusion.generation import load
+
+    adapter = request.adapter_path or None
+    model, tokenizer = load(request.model, adapter, revision=request.revision)
+    data = read(request.data, "test", model.config, tokenizer, request)
+    group = mx.distributed.init()
+    shared = Batches(model.config, request.settings, group)
+    return mean_losses(model, shared, data, "test", batches)
+
+
+def finish(trainer: Trainer) -> Path | None:
+    """Draw the losses; None where matplotlib is missing or another rank does it."""
+    folder = trainer.plan.folder
+    if trainer.rank or not draw(folder / LOG, folder / PICTURE):
+        return None
+    return folder / PICTURE
+
+
+def read(
+    data: str | Path,
+    part: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    request: Request,
+) -> Dataset:
+    """The examples of train.jsonl, valid.jsonl or test.jsonl. Raises DataError."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold {FILES[part]}")
+    longest = request.settings.max_seq_length
+    reader = Reader(tokenizer, config.canvas_length, config.settings.eos, longest)
+    return reader.read(folder / FILES[part], skip_bad=request.skip_bad)
+
+
+def _begin_from(trainer: Trainer, path: Path) -> None:
+    """Start from trained weights, with an optimizer that has seen nothing."""
+    adapters.check_weights(trainer.model, trainer.plan.lora, path)
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    trained = adapters.trained(trainer.model)
+    if strange := sorted(set(arrays) - set(trained)):
+        raise AdapterError(f"{path}: {strange[0]} is not trained here")
+    trainer.weights.begin(arrays)

@@ -1,0 +1,2 @@
+def check(source, lora, settings, num_layers):
+    pass
