@@ -1,4 +1,4 @@
-"""DiffusionGemma in MLX: load, convert and generate by denoising.
+"""DiffusionGemma in MLX: load, convert, generate by denoising, fine-tune.
 
     from mlx_dgemma import load, generate
     model, tokenizer = load("sudoku4")
@@ -18,31 +18,46 @@ if TYPE_CHECKING:
     from .diffusion.generation import generate, load, stream_generate
     from .diffusion.settings import Settings
     from .errors import DGemmaError
+    from .evaluation.evaluate import evaluate
+    from .training.finetune import train
+    from .training.fuse import fuse
+    from .training.lora import LoRA
+    from .training.settings import TrainSettings
 
 __version__ = "0.1.0"
 _HOME = {
     "Commit": "diffusion.events",
     "DGemmaError": "errors",
     "Event": "diffusion.events",
+    "LoRA": "training.lora",
     "Prefilled": "diffusion.events",
     "Settings": "diffusion.settings",
     "Step": "diffusion.events",
+    "TrainSettings": "training.settings",
     "convert": "checkpoint.conversion",
+    "evaluate": "evaluation.evaluate",
+    "fuse": "training.fuse",
     "generate": "diffusion.generation",
     "load": "diffusion.generation",
     "stream_generate": "diffusion.generation",
+    "train": "training.finetune",
 }
 __all__ = [
     "Commit",
     "DGemmaError",
     "Event",
+    "LoRA",
     "Prefilled",
     "Settings",
     "Step",
+    "TrainSettings",
     "convert",
+    "evaluate",
+    "fuse",
     "generate",
     "load",
     "stream_generate",
+    "train",
 ]
 
 

@@ -14,8 +14,9 @@ import mlx_dgemma
 
 PACKAGE = Path(mlx_dgemma.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ["benchmark", "convert", "generate"]
+COMMANDS = ["benchmark", "convert", "evaluate", "fuse", "generate", "lora"]
 HEAVY = ["mlx", "mlx_lm", "numpy", "rich", "tokenizers", "transformers", "jinja2"]
+HEAVY += ["matplotlib", "yaml"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 
@@ -75,7 +76,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["convert", "generate"])
+@pytest.mark.parametrize("name", ["convert", "evaluate", "fuse", "generate"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_function_is_never_hidden_by_the_command_of_its_name(name, order):
     ended = python(
