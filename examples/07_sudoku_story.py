@@ -2,7 +2,7 @@
 
 python examples/07_sudoku_story.py [ITERATIONS [PICTURE.png]]
 
-`sudoku4` knows four lines and 0 for empty. Here all stands in one line and a point is
+`sudoku4` knows four lines and 0 for empty. Here all stands in one word and a point is
 empty. Draws how many unseen puzzles are solved by the denoising steps allowed.
 """
 
@@ -16,7 +16,7 @@ from mlx_dgemma import LoRA, TrainSettings, evaluate, load, train
 from mlx_dgemma.evaluation.evaluate import read_rows, table
 from mlx_dgemma.evaluation.sudoku import write_data
 
-ITERS = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+ITERS = int(sys.argv[1]) if len(sys.argv) > 1 else 600
 PICTURE = Path(sys.argv[2] if len(sys.argv) > 2 else "sudoku_story.png")
 STEPS = (1, 2, 4, 8, 24)
 
@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
         valid=64,
         test=200 if ITERS > 100 else 4,
         empty=".",
-        row="|",
+        row="",
     )
     settings = TrainSettings(
         iters=ITERS, batch_size=32, learning_rate=2e-3, warmup_steps=50, val_batches=2

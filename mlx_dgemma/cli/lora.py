@@ -23,7 +23,11 @@ SECONDS_BETWEEN_LINES = 30
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
-@click.option("--model", help="Model folder, hub id or built-in name.")
+@click.option(
+    "--model",
+    help="Model folder, hub id or built-in name; to --estimate also 26b, 26b-8bit, "
+    "26b-mixed, 26b-4bit.",
+)
 @click.option("--train", is_flag=True, help="Train.")
 @click.option("--test", is_flag=True, help="Losses on test.jsonl, after training.")
 @click.option(

@@ -61,6 +61,11 @@ class Dataset:
         return sum(example.fill is None for example in self.examples)
 
     @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return max(len(one.prompt) + len(one.response) for one in self.examples)
+
+    @property
     def digest(self) -> str:
         """Tells one dataset from another: a hash of all its ids."""
         found = hashlib.sha256()

@@ -1,5 +1,7 @@
 """A fine-tuning from names: a model, a folder of data, a folder for the adapter."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import hub
-from ..checkpoint.config import ModelConfig
+from ..checkpoint.config import ModelConfig, read_config
 from ..errors import AdapterError, DataError, TrainingError
 from ..text.tokenizer import Tokenizer
 from . import adapters, memory
@@ -89,13 +91,18 @@ def prepare(request: Request) -> Trainer:
             f"{folder}: holds a run already; add --resume, or choose another "
             "--adapter-path"
         )
+    group = mx.distributed.init()
     source = hub.resolve(request.model, request.revision)
-    memory.check(source, request.lora, settings, request.num_layers)
-    model, tokenizer = load(request.model, revision=request.revision)
-    train_set = read(request.data, "train", model.config, tokenizer, request)
-    valid = None
-    if (Path(request.data).expanduser() / FILES["valid"]).exists():
-        valid = read(request.data, "valid", model.config, tokenizer, request)
+    train_set, valid = _data(source, request)
+    memory.check(
+        source,
+        request.lora,
+        settings,
+        request.num_layers,
+        ranks=group.size(),
+        longest=train_set.longest,
+    )
+    model, _ = load(request.model, revision=request.revision)
     plan = Plan(
         settings=settings,
         train=train_set,
@@ -109,13 +116,23 @@ def prepare(request: Request) -> Trainer:
             "data": str(request.data),
             **asdict(settings),
         },
+        model_digest=digest(model.config),
     )
-    trainer = Trainer(model, plan)
+    trainer = Trainer(model, plan, group=group)
     if request.resume:
         trainer.resume()
     elif request.resume_adapter_file is not None:
         _begin_from(trainer, Path(request.resume_adapter_file).expanduser())
     return trainer
+
+
+def _data(source: Path, request: Request) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what is validated on if there is any."""
+    given = read_config(source), Tokenizer.from_dir(source), request
+    folder, valid = Path(request.data).expanduser(), None
+    if (folder / FILES["valid"]).exists():
+        valid = read(request.data, "valid", *given)
+    return read(request.data, "train", *given), valid
 
 
 def measure(request: Request, batches: int) -> tuple[float, float]:
@@ -139,6 +156,12 @@ def finish(trainer: Trainer) -> Path | None:
     if trainer.rank or not draw(folder / LOG, folder / PICTURE):
         return None
     return folder / PICTURE
+
+
+def digest(config: ModelConfig) -> str:
+    """Tells one base from another: a hash of its config.json."""
+    text = json.dumps(config.raw, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read(

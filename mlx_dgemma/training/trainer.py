@@ -48,6 +48,7 @@ class Plan:
     num_layers: int = -1
     router: bool = False
     described: dict[str, Any]
+    model_digest: str = ""  # of the base's configuration
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -57,7 +58,7 @@ class Plan:
             del given[free]
         given |= {"lora": str(self.lora), "num_layers": str(self.num_layers)}
         given |= {"train_router": str(self.router), "data": self.train.digest}
-        return given
+        return given | {"model": self.model_digest}
 
 
 class Trainer:
@@ -124,8 +125,9 @@ class Trainer:
         if self.done == 0 and self.plan.valid is not None:
             yield log.add(self.validate())
         saved = self.done
-        while self.done < settings.iters and not self._stopped:
-            report.add(*self._update())
+        while self.done < settings.iters and not self._all_stop():
+            began = time.perf_counter()
+            report.add(*self._update(), time.perf_counter() - began)
             last = self.done == settings.iters
             if last or self._passed(settings.steps_per_report):
                 yield log.add(report.take())
@@ -133,12 +135,18 @@ class Trainer:
                 last or self._passed(settings.steps_per_eval)
             ):
                 yield log.add(self.validate())
-                report.restart()
             if last or self._passed(settings.save_every):
                 yield self.save()
                 saved = self.done
         if saved < self.done:
             yield self.save()
+
+    def _all_stop(self) -> bool:
+        """Whether any rank was told to stop: the others would wait for it for ever."""
+        if self.ranks == 1:
+            return self._stopped
+        told = mx.distributed.all_sum(mx.array(int(self._stopped)), group=self.group)
+        return told.item() != 0
 
     def _passed(self, every: int) -> bool:
         """Whether the update just taken went past a multiple of `every`."""
@@ -196,14 +204,16 @@ class Report:
 
     def restart(self) -> None:
         self.sums, self.norms = mx.zeros((2,)), list[float]()
-        self.batches, self.new = 0, 0
-        self.began = time.perf_counter()
+        self.batches, self.new, self.seconds = 0, 0, 0.0
 
-    def add(self, sums: list[mx.array], norm: mx.array, tokens: int) -> None:
+    def add(
+        self, sums: list[mx.array], norm: mx.array, tokens: int, seconds: float
+    ) -> None:
         self.sums = self.sums + mx.stack(sums)
         self.norms.append(float(norm.item()))  # type: ignore[arg-type]
         self.batches += self.trainer.settings.grad_accumulation_steps
         self.new += tokens
+        self.seconds += seconds
 
     def take(self) -> Trained:
         """The means over all ranks; begins anew."""
@@ -214,7 +224,6 @@ class Report:
         )
         means: list[float] = every.tolist()  # type: ignore[assignment]
         denoising, encoding, tokens = means
-        seconds = time.perf_counter() - self.began
         self.tokens += int(tokens)
         update = trainer.done // trainer.settings.grad_accumulation_steps - 1
         event = Trained(
@@ -223,8 +232,8 @@ class Report:
             encoding=encoding / trainer.ranks,
             norm=sum(self.norms) / len(self.norms),
             learning_rate=trainer.settings.rate(update),
-            iterations_per_second=self.batches / seconds,
-            tokens_per_second=tokens / seconds,
+            iterations_per_second=self.batches / self.seconds,
+            tokens_per_second=tokens / self.seconds,
             trained_tokens=self.tokens,
             peak_memory=backends.peak_memory(),
         )

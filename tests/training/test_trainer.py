@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from runs import command, environment, run, write_rows
 
-from mlx_dgemma import LoRA, TrainSettings, load, train
+from mlx_dgemma import LoRA, TrainSettings, convert, load, train
 from mlx_dgemma.errors import DataError, SettingsError, TrainingError
 from mlx_dgemma.training import adapters, record
 from mlx_dgemma.training.finetune import Request, measure, prepare
@@ -90,6 +90,24 @@ def test_losses_fall_and_events_come_in_order(tiny, data, tmp_path):
     rows = record.read(tmp_path / "a" / "log.jsonl")
     assert len(rows) == len(trained) + len(validated)
     assert all(np.isfinite(row["denoising"]) for row in rows)
+
+
+def test_a_report_is_the_mean_of_what_came_since_the_last(tiny, data, tmp_path):
+    """Validation and saves in between change no figure."""
+    often = {"steps_per_report": 1, "steps_per_eval": 1000, "save_every": 1000}
+    each, _ = finished(request(tiny, data, tmp_path / "a", **often))
+    each = [event for event in each if isinstance(event, Trained)]
+    rare = {"steps_per_report": 4, "steps_per_eval": 3, "save_every": 3}
+    means, _ = finished(request(tiny, data, tmp_path / "b", **rare))
+    means = [event for event in means if isinstance(event, Trained)]
+    assert [event.iteration for event in means] == [4, 8]
+    for n, event in enumerate(means):
+        part = each[4 * n : 4 * n + 4]
+        for name in ("denoising", "encoding", "norm"):
+            wanted = np.mean([vars(one)[name] for one in part])
+            assert vars(event)[name] == pytest.approx(wanted, rel=1e-5), name
+        assert event.learning_rate == part[-1].learning_rate
+        assert event.trained_tokens == part[-1].trained_tokens
 
 
 def test_what_was_saved_is_what_was_trained(tiny, data, tmp_path):
@@ -265,6 +283,9 @@ def test_what_changes_the_path_cannot_be_resumed(tiny, data, tmp_path):
     other = write_rows(tmp_path / "other", train=23)
     with pytest.raises(TrainingError, match="data was"):
         prepare(request(tiny, other, out, resume=True))
+    convert(tiny, tmp_path / "q", quantize=True, q_group_size=32)
+    with pytest.raises(TrainingError, match="model was"):
+        prepare(request(tmp_path / "q", data, out, resume=True))
     free = request(tiny, data, out, resume=True, steps_per_report=1, save_every=1)
     assert prepare(free).done == 8
 
