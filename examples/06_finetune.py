@@ -25,7 +25,7 @@ rows = [
 with tempfile.TemporaryDirectory() as folder:
     data, adapter = Path(folder) / "data", Path(folder) / "adapter"
     data.mkdir()
-    for name, part in (("train", rows[:-16]), ("valid", rows[-16:])):
+    for name, part in (("train", rows[:-8]), ("valid", rows[-8:])):
         text = "\n".join(map(json.dumps, part))
         (data / f"{name}.jsonl").write_text(text + "\n")
     last = train(
@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as folder:
         adapter,
         lora=LoRA(rank=16),
         settings=TrainSettings(
-            iters=iters, batch_size=16, learning_rate=4e-3, warmup_steps=5
+            iters=iters, batch_size=8, learning_rate=4e-3, warmup_steps=5
         ),
         on_event=print,
     )

@@ -17,6 +17,7 @@ from mlx_dgemma.evaluation.evaluate import read_rows, table
 from mlx_dgemma.evaluation.sudoku import write_data
 
 ITERS = int(sys.argv[1]) if len(sys.argv) > 1 else 600
+REHEARSAL = ITERS < 100  # too few to learn anything: little data, too
 PICTURE = Path(sys.argv[2] if len(sys.argv) > 2 else "sudoku_story.png")
 STEPS = (1, 2, 4, 8, 24)
 
@@ -26,14 +27,18 @@ with tempfile.TemporaryDirectory() as folder:
         data,
         size=4,
         givens=(4, 8),
-        train=20_000 if ITERS > 100 else 100,
-        valid=64,
-        test=200 if ITERS > 100 else 4,
+        train=100 if REHEARSAL else 20_000,
+        valid=2 if REHEARSAL else 64,
+        test=2 if REHEARSAL else 200,
         empty=".",
         row="",
     )
     settings = TrainSettings(
-        iters=ITERS, batch_size=32, learning_rate=2e-3, warmup_steps=50, val_batches=2
+        iters=ITERS,
+        batch_size=2 if REHEARSAL else 32,
+        learning_rate=2e-3,
+        warmup_steps=50,
+        val_batches=2,
     )
     train("sudoku4", data, adapter, lora=LoRA(), settings=settings, on_event=print)
     rows, results = read_rows(data), {}

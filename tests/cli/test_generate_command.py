@@ -117,7 +117,9 @@ class Recorder:
 def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(generation, "stream_generate", recorder)
-    monkeypatch.setattr(generation, "load", lambda name, revision: (None, None))
+    monkeypatch.setattr(
+        generation, "load", lambda name, adapter, revision: (None, None)
+    )
     return recorder
 
 
@@ -209,7 +211,7 @@ def test_stdin_that_is_closed_is_refused(tiny):
     ],
 )
 def test_a_failure_is_one_line_and_debug_shows_where(tiny, monkeypatch, raised, told):
-    def fails(name, revision):
+    def fails(name, adapter, revision):
         raise raised
 
     monkeypatch.setattr(generation, "load", fails)
@@ -231,7 +233,7 @@ def test_debug_shows_the_traceback_of_a_refusal(tmp_path):
 
 
 def test_a_warning_is_one_line(tiny, recorder, monkeypatch):
-    def warns(name, revision):
+    def warns(name, adapter, revision):
         warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
         return None, None
 
@@ -348,7 +350,7 @@ def test_ctrl_c_while_drawing_ends_after_the_step_and_clears_the_canvas(tiny, tm
 
 
 def test_ctrl_c_while_loading_says_so(tiny, monkeypatch):
-    def interrupted(name, revision):
+    def interrupted(name, adapter, revision):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generation, "load", interrupted)

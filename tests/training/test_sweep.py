@@ -22,7 +22,7 @@ from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.training.data import Dataset, Example
 from mlx_dgemma.training.trainer import Plan, Trainer
 
-LETTERS, COUNT = 4, 40
+LETTERS, COUNT = 4, 30
 FIRST, END = 10, 1  # ids of the letters, and of <eos>
 
 
@@ -37,9 +37,9 @@ def orders(count):
 def sweep(folder, model, levels):
     """Share of canvases that are an order, by denoising steps allowed."""
     settings = TrainSettings(
-        iters=200,
+        iters=150,
         batch_size=32,
-        learning_rate=6e-3,
+        learning_rate=8e-3,
         warmup_steps=20,
         steps_per_report=1000,
         save_every=1000,
