@@ -228,3 +228,14 @@ def test_the_weights_of_the_model_survive_its_gradients(tiny_model):
     model.freeze()
     for name, array in tree_flatten(model.parameters()):
         np.testing.assert_array_equal(np.array(array), before[name])
+
+
+def test_the_encoder_loss_is_that_of_each_next_token(tiny_model):
+    model, _ = tiny_model
+    one = sample(11)
+    whole = mx.array([[*one.prefix, *one.canvas]], dtype=mx.int32)
+    logits = model.logits(model.encode_hidden(whole, model.make_cache()))
+    wanted = nn.losses.cross_entropy(logits[:, :-1], whole[:, 1:], reduction="mean")
+    batch = Batch.of(model.config, [one])
+    found = losses(model, batch, encoding=True, again=False)
+    assert found.encoding.item() == pytest.approx(wanted.item(), rel=1e-5)
