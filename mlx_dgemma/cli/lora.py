@@ -69,7 +69,7 @@ SECONDS_BETWEEN_LINES = 30
 @click.option("--mask-prompt", is_flag=True, help="No encoder loss on the prompt.")
 @click.option("--encoder-loss-weight", type=float, default=1.0, help="0 leaves it out.")
 @click.option("--max-seq-length", type=int, default=2048, help="Most tokens of a row.")
-@click.option("--grad-checkpoint", is_flag=True, help="Less memory, a third slower.")
+@click.option("--grad-checkpoint", is_flag=True, help="Less memory, more time.")
 @click.option("--val-batches", type=int, default=25, help="-1 for all of valid.jsonl.")
 @click.option("--test-batches", type=int, default=500, help="-1 for all of test.jsonl.")
 @click.option("--steps-per-report", type=int, default=10)

@@ -20,6 +20,7 @@ from ..checkpoint.safetensors import read_header
 from ..checkpoint.weights import Files, expected_shapes
 from ..errors import AdapterError
 from . import adapters, peft
+from .lora import delta
 
 
 def fuse(
@@ -106,10 +107,8 @@ def _adding(load: Callable[[], tuple[mx.array, mx.array]], scale: float) -> Chan
     def change(blocks: Blocks) -> Iterator[mx.array]:
         a, b = load()
         for experts, weight in blocks:
-            if weight.ndim > 2:
-                yield weight + scale * (b[experts] @ a[experts])
-            else:
-                yield weight + scale * (a @ b).T
+            some = (a[experts], b[experts]) if weight.ndim > 2 else (a, b)
+            yield weight + delta(*some, scale)
 
     return change
 

@@ -111,10 +111,6 @@ class LoRALinear(nn.Module):
         z = (x.astype(mx.float32) @ self.lora_a) @ self.lora_b
         return y + (self.scale * z).astype(y.dtype)
 
-    def delta(self) -> mx.array:
-        """(out, in) float32: what the adapter adds to the weight."""
-        return self.scale * (self.lora_a @ self.lora_b).T
-
 
 class LoRAExpertLinear(nn.Module):
     """E linear maps and their adapters: lora_a (E, r, in), lora_b (E, out, r)."""
@@ -147,9 +143,12 @@ class LoRAExpertLinear(nn.Module):
         z = rows.astype(mx.float32) @ self.lora_a[expert].T @ self.lora_b[expert].T
         return y + (self.scale * z).astype(y.dtype)
 
-    def delta(self) -> mx.array:
-        """(E, out, in) float32: what the adapters add to the weight."""
-        return self.scale * (self.lora_b @ self.lora_a)
+
+def delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
+    """What an adapter adds to a weight: (out, in), or (E, out, in) of E experts."""
+    if lora_a.ndim > 2:
+        return scale * (lora_b @ lora_a)
+    return scale * (lora_a @ lora_b).T
 
 
 def adapt(model: DiffusionGemma, lora: LoRA, seed: int = 0) -> None:

@@ -37,12 +37,19 @@ from mlx_dgemma.training.lora import (
     shapes,
     unfreeze,
 )
+from mlx_dgemma.training.lora import (
+    delta as delta_from,
+)
 from mlx_dgemma.training.objective import Batch, Sample, losses
 
 EVERY = tuple(key for keys in TARGETS.values() for key in keys)
 MODES = ["dense", "affine", "mxfp4"]
 SPEC = {"affine": (32, 4, "affine"), "mxfp4": (32, 4, "mxfp4")}
 FULL = 2  # the tiny model's last layer; it sees everything and has no v_proj
+
+
+def delta_of(layer):
+    return delta_from(layer.lora_a, layer.lora_b, layer.scale)
 
 
 def fresh(folder: Path) -> DiffusionGemma:
@@ -147,7 +154,7 @@ def test_an_adapted_layer_multiplies_with_the_weight_and_what_is_added(mode, bia
     found = beside(layer)
     assert found.lora_a.shape == (64, 3) and found.lora_b.shape == (3, 48)
     delta = 0.7 * (np.array(found.lora_a) @ np.array(found.lora_b)).T
-    np.testing.assert_allclose(np.array(found.delta()), delta, atol=1e-6)
+    np.testing.assert_allclose(np.array(delta_of(found)), delta, atol=1e-6)
     x = random(2, 5, 64, seed=5)
     expected = x @ (weight + mx.array(delta)).T + (layer.bias if bias else 0)
     close(found(x), expected)
@@ -159,7 +166,7 @@ def test_the_inputs_of_packed_weights_are_known_at_any_width(bits):
     layer = nn.QuantizedLinear(64, 48, bias=False, group_size=32, bits=bits)
     found, x = beside(layer), random(5, 64, seed=5)
     assert found.lora_a.shape == (64, 3)
-    close(found(x), x @ (dequantize(layer, mx.float32) + found.delta()).T)
+    close(found(x), x @ (dequantize(layer, mx.float32) + delta_of(found)).T)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,7 +176,7 @@ def test_adapted_experts_multiply_with_the_weight_and_what_is_added(mode):
     assert found.lora_a.shape == (4, 3, 64) and found.lora_b.shape == (4, 32, 3)
     pairs = zip(np.array(found.lora_b), np.array(found.lora_a), strict=True)
     delta = np.stack([0.7 * b @ a for b, a in pairs])
-    np.testing.assert_allclose(np.array(found.delta()), delta, atol=1e-6)
+    np.testing.assert_allclose(np.array(delta_of(found)), delta, atol=1e-6)
     whole, rows = weight + mx.array(delta), random(3, 5, 64, seed=6)
     for number in range(4):
         close(found.one(rows[0], number), rows[0] @ whole[number].T)
@@ -190,7 +197,7 @@ def mixture(mode: str, width: int = 64) -> tuple[Experts, Experts]:
         layer, weight = experts(mode, *shape)
         ours[name] = beside(layer)
         plain[name] = ExpertLinear(4, *shape)
-        plain[name].weight = weight + ours[name].delta()
+        plain[name].weight = weight + delta_of(ours[name])
     return ours, plain
 
 
@@ -221,7 +228,7 @@ def test_sixteen_bit_inputs_keep_their_dtype_beside_a_float32_adapter(mode, dtyp
     layer.set_dtype(dtype)
     found, x = beside(layer), random(5, 64, seed=5).astype(dtype)
     assert found.lora_a.dtype == found.lora_b.dtype == mx.float32
-    exact = x.astype(mx.float32) @ (weight + found.delta()).T
+    exact = x.astype(mx.float32) @ (weight + delta_of(found)).T
     close(found(x), exact.astype(dtype), 0.02)
 
 
@@ -398,7 +405,7 @@ def test_an_adapted_model_is_the_dense_one_with_other_weights(bases, tmp_path, m
     for path in adapted(model):
         parent, name = find_layer(model, path)
         other, _ = find_layer(plain, path)
-        other[name].weight = other[name].weight + parent[name].delta()
+        other[name].weight = other[name].weight + delta_of(parent[name])
     expected = logits(plain)
     assert np.abs(expected - before).max() > 0.1
     largest = np.abs(expected).max()
