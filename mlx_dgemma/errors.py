@@ -6,6 +6,7 @@
     ├── ConversionError    a conversion that was refused or could not be finished
     ├── TokenizerError     tokenizer files or the chat template are missing or broken
     ├── SettingsError      a setting is unknown or out of range
+    ├── BackendError       the device asked for cannot be used here
     ├── DataError          a row of training or evaluation data is broken
     ├── TrainingError      a fine-tuning that was refused or cannot go on
     ├── AdapterError       an adapter is broken, or does not fit the model
@@ -38,6 +39,10 @@ class TokenizerError(DGemmaError):
 
 class SettingsError(DGemmaError, ValueError):
     """A setting is unknown or out of its range."""
+
+
+class BackendError(DGemmaError):
+    """The device asked for cannot be used here."""
 
 
 class DataError(DGemmaError):

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,41 @@ def tiny_model(tiny):
     from mlx_dgemma import load
 
     return load(tiny)
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """`tuned(vocabulary_chunk=128)`: other choices of the backend in use."""
+    from mlx_dgemma import backends
+
+    def change(**choices) -> None:
+        device = backends.current()
+        monkeypatch.setattr(device, "choices", replace(device.choices, **choices))
+
+    return change
+
+
+@pytest.fixture
+def experts_run(monkeypatch):
+    """`experts_run("blocks")`: the way experts run, whatever the device prefers."""
+    from mlx_dgemma import backends
+
+    def change(path: backends.ExpertPath) -> None:
+        monkeypatch.setattr(backends.current(), "experts", lambda *a, **k: path)
+
+    return change
+
+
+@pytest.fixture
+def as_gpu(unfused) -> Iterator[None]:
+    """A GPU's choices and ways, computed by the CPU."""
+    from mlx_dgemma import backends
+
+    class Simulated(backends.Metal):
+        kind = backends.CPU.kind
+
+    with backends.using(Simulated()):
+        yield
 
 
 @pytest.fixture

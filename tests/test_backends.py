@@ -30,9 +30,11 @@ def doubles(x: mx.array) -> np.ndarray:
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def way(request, monkeypatch, unfused):
-    """Both branches of `backends`, whatever computes the operations."""
-    monkeypatch.setattr(backends, "_on_cpu", lambda: request.param == "cpu")
+def way(request):
+    """Both ways, whatever computes the operations."""
+    if request.param == "gpu":
+        request.getfixturevalue("as_gpu")
+    return backends.current()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +59,7 @@ def test_gelu_is_right_to_its_last_digits(dtype, way):
     x, exact = inputs(dtype)
     inner = np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)
     wanted = exact / 2 * (1 + np.tanh(inner))
-    found = backends.gelu(x)
+    found = way.gelu(x)
     assert found.dtype == dtype
     bound = 2 * mx.finfo(dtype).eps * (1 + np.abs(exact))
     assert (np.abs(doubles(found) - wanted) <= bound).all()
@@ -67,7 +69,7 @@ def test_gelu_is_right_to_its_last_digits(dtype, way):
 def test_softcap_is_a_scaled_tanh(cap, way):
     x, exact = inputs(mx.float32)
     scale = np.array([[0.3], [cap], [75.0], [3000.0]], np.float32)
-    found = np.array(backends.softcap(x[None], cap, mx.array(scale)))
+    found = np.array(way.softcap(x[None], cap, mx.array(scale)))
     wanted = np.tanh(exact / cap) * scale
     assert (np.abs(found - wanted) <= 4 * 2**-24 * scale).all()
     assert (np.abs(found) <= scale).all()
@@ -130,9 +132,7 @@ def test_attention_to_one_key_among_huge_scores_is_its_value():
     np.testing.assert_array_equal(y, np.broadcast_to(np.array(values), (1, 2, 4, 4)))
 
 
-def test_a_model_computes_the_same_in_the_ways_of_a_gpu(
-    tiny_model, monkeypatch, unfused
-):
+def test_a_model_computes_the_same_in_the_ways_of_a_gpu(tiny_model, request):
     model, _ = tiny_model
     prompt = mx.array(RNG.integers(0, 32, (1, 40)).astype(np.int32))
     canvas = prompt[:, :16]
@@ -143,5 +143,5 @@ def test_a_model_computes_the_same_in_the_ways_of_a_gpu(
         return np.array(model.denoise(canvas, cache))
 
     here = logits()
-    monkeypatch.setattr(backends, "_on_cpu", lambda: False)
+    request.getfixturevalue("as_gpu")
     np.testing.assert_allclose(logits(), here, atol=2e-5)

@@ -1,35 +1,97 @@
 """Which device runs the model, and what follows from it. Nobody else asks.
 
-Each function is a choice between two ways to the same result; why one is taken is
-said beside it.
+Chosen once, when first needed: the device MLX computes on by default, or the one that
+$MLX_DGEMMA_BACKEND or `choose` names.
 """
 
 import os
-import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from . import cpu
+from .. import installation
+from ..errors import BackendError
+from .cpu import CPU
+from .cuda import CUDA
+from .interface import Backend, Choices, ExpertPath, Limits
+from .metal import Metal
 
-MB = 1 << 20
-GPU_SCORES = 512 * MB
-GPU_CHUNK = 32768
-GPU_ROWS = 1024
+__all__ = [
+    "BACKENDS",
+    "CPU",
+    "CUDA",
+    "Backend",
+    "Choices",
+    "ExpertPath",
+    "Limits",
+    "Metal",
+    "choose",
+    "chosen",
+    "current",
+    "peak_memory",
+    "using",
+]
+ENVIRONMENT = "MLX_DGEMMA_BACKEND"
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU(), Metal(), CUDA())}
 
 
-def name() -> str:
-    """ "metal", "cuda" or "cpu": the device MLX computes on by default."""
-    if _on_cpu():
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
+@dataclass(frozen=True)
+class Chosen:
+    """The backend in use, and why it is."""
+
+    backend: Backend
+    reason: str
+    asked: bool = True  # or MLX's own default
 
 
-def description() -> str:
-    """The device in words, for those who read a figure measured on it."""
-    if not _on_cpu():
-        return str(mx.device_info()["device_name"])
-    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+_chosen: Chosen | None = None
+
+
+def current() -> Backend:
+    """The backend in use."""
+    return chosen().backend
+
+
+def chosen() -> Chosen:
+    """The backend in use and why; chosen now if that did not happen before."""
+    return _chosen or choose()
+
+
+def choose(name: str | None = None) -> Chosen:
+    """Compute on the device of that name, "cpu", "metal" or "cuda", from now on.
+
+    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device. Arrays and models
+    made before stay where they are: choose before loading. Raises BackendError, in one
+    line with the mend, when the name is unknown or the device cannot be used here.
+    """
+    global _chosen
+    found = _asked_for(name) if name is not None else _found()
+    if (missing := found.backend.missing()) is not None:
+        here = "" if found.asked else f"; {ENVIRONMENT}=cpu computes on the CPU"
+        raise BackendError(f"{found.backend.name}: {missing}{here}")
+    if (several := installation.clash(installation.installed())) is not None:
+        warnings.warn(several, stacklevel=2)
+    mx.set_default_device(mx.Device(found.backend.kind))
+    found.backend.prepare()
+    _chosen = found
+    return found
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[Backend]:
+    """Compute on another backend for a while, or on one with other choices."""
+    global _chosen
+    before, device = _chosen, mx.default_device()
+    mx.set_default_device(mx.Device(backend.kind))
+    _chosen = Chosen(backend, "asked for by the program")
+    try:
+        yield backend
+    finally:
+        _chosen = before
+        mx.set_default_device(device)
 
 
 def peak_memory() -> int:
@@ -37,96 +99,20 @@ def peak_memory() -> int:
     return mx.get_peak_memory()
 
 
-def compiles() -> bool:
-    """Whether a denoising step is traced once and replayed.
-
-    On GPUs that fuses its small kernels and spares the host. On a CPU nothing is
-    gained, and the first run would wait seconds for a C++ compiler.
-    """
-    return not _on_cpu()
-
-
-def runs_ahead() -> bool:
-    """Whether to start the next step before the host has read this one's flags.
-
-    A CPU has no idle time to fill: a step taken in vain would cost all it takes.
-    """
-    return not _on_cpu()
+def _asked_for(name: str, by: str = "the caller") -> Chosen:
+    if name not in BACKENDS:
+        raise BackendError(
+            f"backend asked for by {by} is {name!r}; known: {', '.join(BACKENDS)}"
+        )
+    return Chosen(BACKENDS[name], f"asked for by {by}")
 
 
-def product_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """What to multiply matrices of `dtype` in: a CPU has a BLAS for float32 only."""
-    return mx.float32 if _on_cpu() else dtype
-
-
-def dequantizes() -> bool:
-    """Whether to dequantise a weight before its product, which a CPU is 13 times
-    faster with than with its quantised product."""
-    return _on_cpu()
-
-
-def score_bytes() -> int:
-    """Most bytes of attention scores alive at once: what tiles of queries stay in.
-
-    A CPU is faster when they fit its cache.
-    """
-    return 8 * MB if _on_cpu() else GPU_SCORES
-
-
-def vocabulary_chunk() -> int:
-    """Rows of the embedding matrix looked at together; a multiple of 128.
-
-    A CPU is faster when the (positions, chunk) logits fit its cache.
-    """
-    return 2048 if _on_cpu() else GPU_CHUNK
-
-
-def vocabulary_rows() -> int:
-    """Positions that look at a chunk together, for the same reasons."""
-    return 256 if _on_cpu() else GPU_ROWS
-
-
-def loops_over_experts(dtype: mx.Dtype, *, quantized: bool) -> bool:
-    """Whether experts take one product each: a CPU gathers dense float32 only, or else
-    slowly."""
-    return _on_cpu() and (quantized or dtype != mx.float32)
-
-
-def groups_rows(pairs: int) -> bool:
-    """Whether to gather that many rows in blocks: a CPU's product is row by row if
-    not, which costs more than the padding of blocks once there are many."""
-    return _on_cpu() and pairs >= 512
-
-
-def exp(x: mx.array) -> mx.array:
-    """e^x, elementwise."""
-    return cpu.exp(x) if _on_cpu() else mx.exp(x)
-
-
-def softcap(x: mx.array, cap: float, scale: mx.array) -> mx.array:
-    """tanh(x / cap) · scale, elementwise; scale broadcasts against x."""
-    return cpu.softcap(x, cap, scale) if _on_cpu() else mx.tanh(x / cap) * scale
-
-
-def gelu(x: mx.array) -> mx.array:
-    """gelu in its tanh form, elementwise."""
-    return cpu.gelu(x) if _on_cpu() else nn.gelu_approx(x)
-
-
-def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
-) -> mx.array:
-    """softmax(q · kᵀ) · v: (B, H, T, W), two of (B, K, S, W) -> (B, H, T, W).
-
-    mask (…, T, S) is True where a query may look; "causal" when the T queries are
-    the last T keys; None when all may see all.
-    """
-    if _on_cpu():
-        return cpu.attend(queries, keys, values, mask)
-    return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=1.0, mask=mask
-    )
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
+def _found() -> Chosen:
+    if name := os.environ.get(ENVIRONMENT):
+        return _asked_for(name, f"${ENVIRONMENT}")
+    if mx.default_device().type == mx.DeviceType.cpu:
+        name = "cpu"
+    else:
+        name = "metal" if mx.metal.is_available() else "cuda"
+    reason = "the device MLX computes on by default here"
+    return Chosen(BACKENDS[name], reason, asked=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import backends
 from ..errors import ConversionError
 from ..text.tokenizer import Tokenizer
 from . import hub, staging
@@ -138,6 +139,7 @@ def open_source(
 
     Raises DGemmaError when the source is not whole, or the target may not be written.
     """
+    backends.current()  # chosen before the first array is made
     staging.check_target(target, overwrite)
     source = hub.resolve(model, revision)
     staging.check_apart(source, target)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import debug_option, one_line_errors, version_option
+from .common import backend_option, debug_option, one_line_errors, version_option
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
@@ -18,7 +18,7 @@ CHIP = "a Mac, as 'M4 Max 64GB'; 'all' lists every chip"
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Give one of --model, --synthetic and --estimate.",
+    epilog="Give one of --model, --synthetic, --estimate and --backends.",
 )
 @click.option("--model", help="Model folder, hub id or built-in name.")
 @click.option(
@@ -28,6 +28,11 @@ CHIP = "a Mac, as 'M4 Max 64GB'; 'all' lists every chip"
 )
 @click.option(
     "--estimate", metavar="MAC", help=f"Measure nothing: fit and floor on {CHIP}."
+)
+@click.option(
+    "--backends",
+    is_flag=True,
+    help="Measure nothing: which device was chosen, and why.",
 )
 @click.option(
     "--q-bits",
@@ -95,6 +100,7 @@ CHIP = "a Mac, as 'M4 Max 64GB'; 'all' lists every chip"
 @click.option("--roofline", is_flag=True, help="How far a step is from its floor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@backend_option
 @debug_option
 @version_option
 def main(debug: bool, **given: Any) -> None:
@@ -108,6 +114,9 @@ def main(debug: bool, **given: Any) -> None:
         options.check()
         if options.estimate is not None:
             _estimate(options.estimate)
+            return
+        if options.backends:
+            _survey(options.as_json)
             return
         found = _measure(options)
         if options.as_json:
@@ -123,6 +132,7 @@ class Options:
     model: str | None
     synthetic: str | None
     estimate: str | None
+    backends: bool
     q_bits: str | None
     q_mode: str | None
     quant_predicate: str
@@ -142,9 +152,11 @@ class Options:
         """Raise SettingsError for flags that do not go together."""
         from ..errors import SettingsError
 
-        subjects = (self.model, self.synthetic, self.estimate)
+        subjects = (self.model, self.synthetic, self.estimate, self.backends or None)
         if sum(subject is not None for subject in subjects) != 1:
-            raise SettingsError("give one of --model, --synthetic and --estimate")
+            raise SettingsError(
+                "give one of --model, --synthetic, --estimate and --backends"
+            )
         if self.synthetic is None and (self.q_bits or self.q_mode or self.dtype):
             raise SettingsError(
                 "--q-bits, --q-mode and --dtype are for --synthetic, not for a model"
@@ -153,6 +165,8 @@ class Options:
             raise SettingsError("--quant-predicate mixed needs --q-bits or --q-mode")
         if self.estimate is not None and (self.as_json or self.roofline):
             raise SettingsError("--json and --roofline need something to measure")
+        if self.backends and self.roofline:
+            raise SettingsError("--roofline needs something to measure")
         if self.revision is not None and self.model is None:
             raise SettingsError("--revision needs --model")
         if self.prompt is not None and self.model is None:
@@ -168,6 +182,15 @@ def _estimate(machine: str) -> None:
     else:
         lines = estimate.lines(estimate.estimate(config_26b(), *chips.find(machine)))
     click.echo("\n".join(lines))
+
+
+def _survey(as_json: bool) -> None:
+    from ..performance import devices
+
+    found = devices.survey()
+    click.echo(
+        json.dumps(found, indent=2) if as_json else "\n".join(devices.lines(found))
+    )
 
 
 def _measure(options: Options) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import click
 
-from .. import __version__
+from .. import __version__, installation
 from ..errors import DGemmaError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # 128 + the signal, as shells count
@@ -22,18 +22,36 @@ version_option = click.version_option(
 debug_option = click.option(
     "--debug", is_flag=True, help="Show the whole traceback of an error."
 )
+BACKEND = f"{__name__}.backend"  # where a context keeps what --backend says
+
+
+def _remember_backend(
+    context: click.Context, option: click.Parameter, name: str | None
+) -> None:
+    context.meta[BACKEND] = name
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["cpu", "metal", "cuda"]),
+    expose_value=False,
+    callback=_remember_backend,
+    help="Device to compute on.  [env: MLX_DGEMMA_BACKEND; default: MLX's]",
+)
 
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Turn every refusal into one line on stderr and exit code 1; Ctrl-C into 130.
 
-    A reader that went away, as `head` does, is no error worth a line: 141.
+    A reader that went away, as `head` does, is no error worth a line: 141. What
+    --backend asks for is chosen first.
     """
     with warnings.catch_warnings():
         if not debug:
             warnings.showwarning = _show_warning
         try:
+            _choose_backend()
             yield
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -47,17 +65,23 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             fail(_explain(error))
 
 
+def _choose_backend() -> None:
+    context = click.get_current_context(silent=True)
+    if context is None or (name := context.meta.get(BACKEND)) is None:
+        return
+    from .. import backends  # MLX is loaded when it is needed
+
+    backends.choose(name)
+
+
 def _explain(error: BaseException) -> str:
     """What to tell a person of an error."""
     match error:
         case DGemmaError():
             return str(error)
-        case ImportError() if "libmlx" in str(error):
-            return (
-                "MLX has no backend here; install mlx-dgemma[cpu], [cuda13] or [cuda12]"
-            )
         case ImportError():
-            return f"{error}; install mlx-dgemma again"
+            known = installation.explain(error)
+            return known or f"{error}; install mlx-dgemma again"
         case MemoryError():
             return "out of memory; quantise the model or give it a larger machine"
         case OSError(filename=str(path), strerror=str(reason)):

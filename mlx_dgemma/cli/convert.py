@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import debug_option, is_terminal, one_line_errors, version_option
+from .common import (
+    backend_option,
+    debug_option,
+    is_terminal,
+    one_line_errors,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -57,6 +63,7 @@ NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--upload-repo", help="Hub repository to upload the result to.")
 @click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
+@backend_option
 @debug_option
 @version_option
 def main(

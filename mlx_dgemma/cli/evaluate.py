@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import debug_option, is_terminal, one_line_errors, version_option
+from .common import (
+    backend_option,
+    debug_option,
+    is_terminal,
+    one_line_errors,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Progress, Result, Row
@@ -68,6 +74,7 @@ ANOTHER = 2**32  # added to --seed: data sets written with it hold other puzzles
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@backend_option
 @debug_option
 @version_option
 def main(debug: bool, **given: Any) -> None:

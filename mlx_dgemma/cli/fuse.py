@@ -2,7 +2,7 @@
 
 import click
 
-from .common import debug_option, one_line_errors, version_option
+from .common import backend_option, debug_option, one_line_errors, version_option
 from .convert import show_progress, summarise
 
 
@@ -27,6 +27,7 @@ from .convert import show_progress, summarise
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--upload-repo", help="Hub repository to upload the result to.")
 @click.option("--overwrite", is_flag=True, help="Replace a model at --save-path.")
+@backend_option
 @debug_option
 @version_option
 def main(

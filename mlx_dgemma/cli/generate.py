@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import INTERRUPTED, debug_option, one_line_errors, version_option
+from .common import (
+    INTERRUPTED,
+    backend_option,
+    debug_option,
+    one_line_errors,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from ..diffusion.generation import Changes
@@ -106,6 +112,7 @@ def settings_options(command):
 )
 @click.option("--adapter-path", help="Folder of an adapter to put beside the weights.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@backend_option
 @debug_option
 @version_option
 def main(

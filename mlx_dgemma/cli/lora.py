@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .common import debug_option, is_terminal, one_line_errors, version_option
+from .common import (
+    backend_option,
+    debug_option,
+    is_terminal,
+    one_line_errors,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from ..training.finetune import Request
@@ -86,6 +92,7 @@ SECONDS_BETWEEN_LINES = 30
 @click.option("--seed", type=int, default=0)
 @click.option("-c", "--config", type=click.Path(), help="YAML of these flags.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@backend_option
 @debug_option
 @version_option
 @click.pass_context

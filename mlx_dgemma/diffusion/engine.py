@@ -41,8 +41,9 @@ class Engine:
     ):
         self.model = model
         self.running: list[Canvas] = []
-        self._ahead = backends.runs_ahead() if ahead is None else ahead
-        self._compiled = backends.compiles() if compiled is None else compiled
+        choices = backends.current().choices
+        self._ahead = choices.runs_ahead if ahead is None else ahead
+        self._compiled = choices.compiles if compiled is None else compiled
         self._numbers = itertools.count()
         # by lane: which canvases, and what they see
         self._views: dict[Lane, tuple[tuple[tuple[int, int], ...], View]] = {}

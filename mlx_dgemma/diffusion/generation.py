@@ -10,7 +10,7 @@ from ..checkpoint import hub
 from ..checkpoint.config import read_config
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..model.loading import load_model
+from ..model.loading import join_products, load_model
 from ..text.chat import Prompt, encode_prompt
 from ..text.tokenizer import Detokenizer, Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
@@ -52,6 +52,18 @@ def load(
     Every weight is in memory when this returns, so the model may be used from any
     thread. Raises DGemmaError with one line that says what is wrong.
     """
+    model, tokenizer = load_as_stored(path_or_id, adapter_path, revision=revision)
+    join_products(model)
+    return model, tokenizer
+
+
+def load_as_stored(
+    path_or_id: str | Path,
+    adapter_path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """`load` for training: every layer by its name on disk, on every device."""
     folder = hub.resolve(path_or_id, revision)
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)

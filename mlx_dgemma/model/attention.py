@@ -173,12 +173,13 @@ class Attention(nn.Module):
         if self.window is not None:
             most = min(most, max(self.window // 2, 16))
         outputs: list[mx.array] = []
+        device = backends.current()
         for begin, end, seen in causal_tiles(x.shape[1], span, self.window, most):
             columns = slice(seen.first - span.first, seen.last - span.first)
             tile = _after(queries[:, :, begin:end], outputs)
             mask = mask_of(end - begin, seen)
             outputs.append(
-                backends.attend(tile, keys[:, :, columns], values[:, :, columns], mask)
+                device.attend(tile, keys[:, :, columns], values[:, :, columns], mask)
             )
         return self._output(outputs)
 
@@ -205,15 +206,17 @@ class Attention(nn.Module):
         keys, values = self._keys_values(parts, turns)
         queries = self._queries(x, tables)
         outputs: list[mx.array] = []
+        device = backends.current()
         most = self._tile(len(x), keys.shape[2])
         for begin in range(0, x.shape[1], most):
             tile = _after(queries[:, :, begin : begin + most], outputs)
-            outputs.append(backends.attend(tile, keys, values, mask))
+            outputs.append(device.attend(tile, keys, values, mask))
         return self._output(outputs)
 
     def _tile(self, rows: int, keys: int) -> int:
         """How many queries may have their scores in memory at once."""
-        return max(FEWEST, backends.score_bytes() // (4 * rows * self.heads * keys))
+        most = backends.current().choices.score_bytes
+        return max(FEWEST, most // (4 * rows * self.heads * keys))
 
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)

@@ -5,6 +5,8 @@ prefixes, canvases or modes: shapes are (…, D).
 """
 
 import itertools
+from collections.abc import Callable
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,14 +17,14 @@ from ..checkpoint.config import ModelConfig
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu_tanh(gate) · up, elementwise."""
-    return backends.gelu(gate) * up
+    return backends.current().gelu(gate) * up
 
 
 class Linear(nn.Linear):
     """x · Wᵀ + b, multiplied in what the device is fast at."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        fast = backends.product_dtype(x.dtype)
+        fast = backends.current().product_dtype(x.dtype)
         if fast == x.dtype:
             return super().__call__(x)
         y = x.astype(fast) @ self.weight.astype(fast).T
@@ -33,9 +35,10 @@ class QuantizedLinear(nn.QuantizedLinear):
     """The same from quantised weights."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not backends.dequantizes():
+        device = backends.current()
+        if not device.choices.dequantizes:
             return super().__call__(x)
-        weight = dequantize(self, backends.product_dtype(x.dtype))
+        weight = dequantize(self, device.product_dtype(x.dtype))
         y = x.astype(weight.dtype) @ weight.T
         return (y + self.bias if "bias" in self else y).astype(x.dtype)
 
@@ -69,7 +72,30 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(inner, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(geglu(gate, up))
+
+    def join(self) -> None:
+        """Make one quantised product of gate and up, to the same last digit.
+
+        Nothing where one is dense or adapted, or they are coded differently.
+        """
+        gate, up = self.gate_proj, self.up_proj
+        if not (isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)):
+            return
+        codes = {(q.group_size, q.bits, q.mode) for q in (gate, up)}
+        if len(codes) > 1:
+            return
+        joined = copy(gate)
+        for part in ("weight", "scales", "biases"):
+            if gate.get(part) is not None:
+                joined[part] = mx.concatenate([gate[part], up[part]])
+        mx.eval(joined.parameters())
+        del self.gate_proj, self.up_proj
+        self.gate_up_proj = joined
 
 
 class SelfConditioning(FeedForward):
@@ -193,14 +219,10 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """(N, D) tokens, (N, k) experts, (N, k) weights -> (N, D)."""
         pairs = indices.flatten()
-        quantized = self.gate_up_proj.quantized
-        if backends.loops_over_experts(x.dtype, quantized=quantized):
-            y = _one_by_one(self, x, pairs)
-        elif backends.groups_rows(pairs.size):
-            y = _in_blocks(self, x, pairs)
-        else:
-            y = _sorted(self, x, pairs)
-        y = y.reshape(*indices.shape, -1)
+        path = backends.current().experts(
+            x.dtype, quantized=self.gate_up_proj.quantized, pairs=pairs.size
+        )
+        y = PATHS[path](self, x, pairs).reshape(*indices.shape, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(x.dtype)
 
     def run(self, rows: mx.array, expert: mx.array) -> mx.array:
@@ -252,7 +274,8 @@ def _one_by_one(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
     and quantised weights.
     """
     order = mx.argsort(pairs)
-    rows = x[order // (pairs.size // len(x))].astype(backends.product_dtype(x.dtype))
+    rows = x[order // (pairs.size // len(x))]
+    rows = rows.astype(backends.current().product_dtype(x.dtype))
     numbers: list[int] = pairs[order].tolist()  # type: ignore[assignment]
     outputs, start = [], 0
     for number, group in itertools.groupby(numbers):
@@ -262,3 +285,10 @@ def _one_by_one(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
         outputs.append(experts.down_proj.one(geglu(gate, up), number))
         start = end
     return mx.concatenate(outputs)[mx.argsort(order)].astype(x.dtype)
+
+
+PATHS: dict[backends.ExpertPath, Callable[[Experts, mx.array, mx.array], mx.array]] = {
+    "sorted": _sorted,
+    "blocks": _in_blocks,
+    "loop": _one_by_one,
+}

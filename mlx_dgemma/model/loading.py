@@ -5,11 +5,17 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import backends
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.weights import read_layout
 from .language import DiffusionGemma
-from .layers import ExpertLinear, QuantizedExpertLinear, QuantizedLinear
+from .layers import (
+    ExpertLinear,
+    FeedForward,
+    QuantizedExpertLinear,
+    QuantizedLinear,
+)
 
 
 def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
@@ -19,6 +25,7 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     were made. Raises CheckpointError naming tensors that are missing, unexpected
     or of the wrong shape.
     """
+    backends.current()  # chosen before the first array is made
     layout = read_layout(folder, config)
     model = DiffusionGemma(config)
     for layer, quantization in layout.quantized.items():
@@ -34,6 +41,21 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def join_products(model: DiffusionGemma) -> None:
+    """Join gate and up of the feed-forwards where this device is faster for it.
+
+    For models that are run only: training and fusing know the layers by their names on
+    disk, which are gone then.
+    """
+    rows = backends.current().choices.product_rows
+    width = model.config.intermediate_size
+    if width % rows == 0 or 2 * width % rows:
+        return
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.join()
 
 
 def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:

@@ -93,7 +93,7 @@ def read(
     products and each tile of positions. top_k: see `_sparse_soft`; 0 sums the signal
     over all tokens.
     """
-    most, readings = backends.vocabulary_rows(), []
+    most, readings = backends.current().choices.vocabulary_rows, []
     for start in range(0, len(hidden), most):
         rows = slice(start, start + most)
         # one tile's chunks at a time
@@ -118,7 +118,7 @@ def _read(
     """`read` of one tile of positions."""
     ask = _Asked(
         embedding,
-        hidden.astype(backends.product_dtype(hidden.dtype)),
+        hidden.astype(backends.current().product_dtype(hidden.dtype)),
         (softcap / temperatures)[:, None],
         softcap,
     )
@@ -155,7 +155,8 @@ class _Asked:
 
     def processed(self, logits: mx.array) -> mx.array:
         """Raw logits -> float32, soft-capped and over the temperature."""
-        return backends.softcap(logits.astype(mx.float32), self.softcap, self.scale)
+        raw = logits.astype(mx.float32)
+        return backends.current().softcap(raw, self.softcap, self.scale)
 
     def of(self, positions: mx.array) -> "_Asked":
         """Some of the positions only."""
@@ -177,7 +178,8 @@ class _Swept:
 
 def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
     """Chunk by chunk over the vocabulary; soft says whether e · E is wanted."""
-    vocabulary, chunk = ask.embedding.weight.shape[0], backends.vocabulary_chunk()
+    vocabulary, device = ask.embedding.weight.shape[0], backends.current()
+    chunk = device.choices.vocabulary_chunk
     queries, count = ask.queries, len(ask.queries)
     highest = mx.full((count, 1), -1e30)
     argmax = mx.zeros((count, 1), dtype=mx.uint32)
@@ -195,7 +197,7 @@ def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
         x = ask.processed(logits) - highest
-        e = backends.exp(x)
+        e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
         if soft:
             signal = signal * mx.exp(before - highest) + e.astype(table.dtype) @ table
@@ -221,7 +223,7 @@ def _tokens_of(
     known = mx.minimum(ids, last)
     rows = ask.embedding(known).astype(ask.queries.dtype)
     x = ask.processed((rows @ ask.queries[..., None])[..., 0]) - highest
-    return known, mx.where(ids == known, backends.exp(x), 0), rows
+    return known, mx.where(ids == known, backends.current().exp(x), 0), rows
 
 
 def _sparse_soft(ask: _Asked, swept: _Swept, total: mx.array, top_k: int) -> mx.array:

@@ -121,7 +121,9 @@ class Loaded(Storage):
         for name, array in parameters:
             layer, _, part = name.rpartition(".")
             whole = f"{layer}.weight" if part in ("scales", "biases") else name
-            sizes[whole] = sizes.get(whole, 0) + array.nbytes
+            names = _as_stored(whole)
+            for stored in names:
+                sizes[stored] = sizes.get(stored, 0) + array.nbytes // len(names)
         return cls(model.dtype.size, sizes=sizes)
 
     def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
@@ -244,6 +246,14 @@ def _part(parameter: str) -> str:
         case ["self_conditioning", *_]:
             return "self_conditioning"
     return "head"
+
+
+def _as_stored(parameter: str) -> list[str]:
+    """The names on disk of what may have been joined when it was loaded."""
+    if ".experts." in parameter or "gate_up_proj" not in parameter:
+        return [parameter]
+    halves = ("gate_proj", "up_proj")
+    return [parameter.replace("gate_up_proj", half) for half in halves]
 
 
 def _weights_cost(

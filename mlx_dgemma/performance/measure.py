@@ -88,7 +88,7 @@ class Ceilings:
 class Machine:
     """Where figures come from."""
 
-    device: str = field(default_factory=backends.description)
+    device: str = field(default_factory=lambda: backends.current().description())
     mlx: str = field(default_factory=lambda: version("mlx"))
     mlx_dgemma: str = __version__
 
@@ -165,7 +165,8 @@ def _parts_of_a_step(
     model: DiffusionGemma, cache: PrefixCache, canvas: mx.array
 ) -> tuple[float, float]:
     """Median seconds of the layers and of the vocabulary."""
-    view = model.view(cache, canvas.shape[1], bucketed=backends.compiles())
+    compiles = backends.current().choices.compiles
+    view = model.view(cache, canvas.shape[1], bucketed=compiles)
     signal = mx.zeros((*canvas.shape, model.config.hidden_size), dtype=model.dtype)
     warmth = mx.full((canvas.size,), 0.6)
     uniforms = mx.random.uniform(shape=(canvas.size,), key=mx.random.key(1))
@@ -176,7 +177,7 @@ def _parts_of_a_step(
     def vocabulary(hidden: mx.array) -> list[mx.array]:
         return model.read(hidden, warmth, uniforms).arrays
 
-    if backends.compiles():
+    if compiles:
         body, vocabulary = mx.compile(body), mx.compile(vocabulary)
     hidden = body(canvas)
     return (
@@ -188,8 +189,9 @@ def _parts_of_a_step(
 def ceilings(model: DiffusionGemma) -> Ceilings:
     """The bandwidth of a copy and the rate of a square product, measured now."""
     source = mx.zeros((COPY_BYTES // 4,))
-    size = PRODUCT if backends.compiles() else PRODUCT // 4
-    matrix = mx.ones((size, size), dtype=backends.product_dtype(model.dtype))
+    device = backends.current()
+    size = PRODUCT // 4 if device.name == "cpu" else PRODUCT
+    matrix = mx.ones((size, size), dtype=device.product_dtype(model.dtype))
     mx.eval(source, matrix)
     copy = _median(lambda: mx.eval(source + 1))
     product = _median(lambda: mx.eval(matrix @ matrix))

@@ -22,7 +22,7 @@ from ..checkpoint.weights import layer_path
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..model.layers import ExpertLinear
-from ..model.loading import replace_layer
+from ..model.loading import join_products, replace_layer
 
 # config.json of google/diffusiongemma-26B-A4B-it without its vision tower, and its
 # generation_config.json under the key where the reader also looks for it.
@@ -156,6 +156,7 @@ def synthetic_model(
         weights.append((name, array))
     model.load_weights(weights, strict=True)
     model.eval()
+    join_products(model)
     return model
 
 

@@ -80,7 +80,7 @@ def train(
 
 def prepare(request: Request) -> Trainer:
     """Check everything, load the model, and stand before the next update."""
-    from ..diffusion.generation import load
+    from ..diffusion.generation import load_as_stored
 
     folder = Path(request.adapter_path).expanduser()
     settings = request.settings
@@ -102,7 +102,7 @@ def prepare(request: Request) -> Trainer:
         ranks=group.size(),
         longest=train_set.longest,
     )
-    model, _ = load(request.model, revision=request.revision)
+    model, _ = load_as_stored(request.model, revision=request.revision)
     plan = Plan(
         settings=settings,
         train=train_set,

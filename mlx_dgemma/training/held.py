@@ -8,9 +8,11 @@ hidden, RM inner. MLX makes the gradients of weights as late as it can, so both 
 of the products that they are live long.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+
+import mlx.core as mx
 
 from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig
@@ -45,40 +47,38 @@ NARROW = 160  # float32 numbers of a token in arrays narrower than any width
 
 @dataclass(frozen=True)
 class Traits:
-    """What of a device decides how much is held; see `backends`.
+    """What of a device decides how much is held.
 
-    score_bytes, chunk, rows   of tiles of attention, and of the vocabulary
-    logits                     float32 arrays of such a tile alive at once
-    loops, groups              `loops_over_experts` and `groups_rows`
+    logits   float32 arrays of a tile of the vocabulary alive at once
     """
 
-    score_bytes: int
-    chunk: int
-    rows: int
+    device: backends.Backend
     logits: int
-    loops: Callable[..., bool]
-    groups: Callable[[int], bool]
 
     @classmethod
     def here(cls) -> "Traits":
         """Of the device MLX computes on."""
-        if backends.name() != "cpu":
-            return cls.gpu()
-        return cls(
-            backends.score_bytes(),
-            backends.vocabulary_chunk(),
-            backends.vocabulary_rows(),
-            16,
-            backends.loops_over_experts,
-            backends.groups_rows,
-        )
+        device = backends.current()
+        return cls(device, 16) if device.name == "cpu" else cls.gpu(device)
 
     @classmethod
-    def gpu(cls) -> "Traits":
+    def gpu(cls, device: backends.Backend = backends.BACKENDS["metal"]) -> "Traits":
         """Of Metal and CUDA. Not measured there: arrays are counted as on a CPU, where
         nothing is fused; of logits fewer, as fewer operations are allocated ahead."""
-        tiles = backends.GPU_SCORES, backends.GPU_CHUNK, backends.GPU_ROWS
-        return cls(*tiles, 6, lambda dtype, *, quantized: False, lambda pairs: False)
+        return cls(device, 6)
+
+    @property
+    def choices(self) -> backends.Choices:
+        return self.device.choices
+
+    def loops(self, dtype: mx.Dtype, *, quantized: bool) -> bool:
+        """Whether experts take one product each."""
+        return self.device.experts(dtype, quantized=quantized, pairs=1) == "loop"
+
+    def groups(self, pairs: int) -> bool:
+        """Whether that many rows are gathered in blocks of one expert each."""
+        path = self.device.experts(mx.float32, quantized=False, pairs=pairs)
+        return path == "blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ class Pass:
         heads, columns = self.config.num_attention_heads, self.seen + self.new
         if not self.causal:
             return self.tokens * heads * columns
-        largest = self.traits.score_bytes // (4 * self.texts * heads * columns)
+        largest = self.traits.choices.score_bytes // (4 * self.texts * heads * columns)
         most, window = max(FEWEST, largest), None
         if self.layer.sliding:
             window = self.config.sliding_window

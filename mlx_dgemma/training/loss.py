@@ -41,7 +41,8 @@ def signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
 
 def _tiled(make: Callable[..., mx.array], *given: mx.array) -> mx.array:
     """`make` of some rows at a time of all that is given, one tile's chunks alive."""
-    most, tiles = backends.vocabulary_rows(), list[mx.array]()
+    most = backends.current().choices.vocabulary_rows
+    tiles = list[mx.array]()
     for start in range(0, len(given[0]), most):
         first, *rest = (array[start : start + most] for array in given)
         if tiles:
@@ -52,7 +53,8 @@ def _tiled(make: Callable[..., mx.array], *given: mx.array) -> mx.array:
 
 def _tile_signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
     """`signal` of one tile of positions."""
-    dtype, root = backends.product_dtype(hidden.dtype), math.sqrt(hidden.shape[-1])
+    device, root = backends.current(), math.sqrt(hidden.shape[-1])
+    dtype = device.product_dtype(hidden.dtype)
     queries = hidden.astype(dtype)
 
     def soft(*weight: mx.array) -> mx.array:
@@ -60,7 +62,7 @@ def _tile_signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.a
         total = head.log_sum(queries)
         for rows in head.chunks:
             x, table = head.x(queries, rows, [y])
-            y = y + (backends.exp(x - total).astype(dtype) @ table).astype(mx.float32)
+            y = y + (device.exp(x - total).astype(dtype) @ table).astype(mx.float32)
         return (y * root).astype(hidden.dtype)
 
     def back(weight: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
@@ -68,7 +70,7 @@ def _tile_signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.a
         total, given = head.log_sum(queries), (cotangent * root).astype(dtype)
         for rows in head.chunks:
             x, _ = head.x(queries, rows, parts[-1:])
-            p = backends.exp(x - total).astype(dtype)
+            p = device.exp(x - total).astype(dtype)
             parts.append((p.T @ given).astype(weight.dtype))
         return mx.concatenate(parts)
 
@@ -81,7 +83,8 @@ def _tile_entropy(
     embedding: Embedding, hidden: mx.array, targets: mx.array, softcap: float
 ) -> mx.array:
     """`cross_entropy` of one tile of positions."""
-    dtype = backends.product_dtype(hidden.dtype)
+    device = backends.current()
+    dtype = device.product_dtype(hidden.dtype)
 
     def forth(hidden: mx.array, *weight: mx.array) -> tuple[mx.array, mx.array]:
         """The entropies, and (N, 1) log Σ e^x for the way back."""
@@ -99,7 +102,7 @@ def _tile_entropy(
         for rows in head.chunks:
             x, table = head.x(queries, rows, [gradient, *parts[-1:]])
             hit = targets[:, None] == mx.arange(rows.start, rows.stop)
-            d = (backends.exp(x - total) - hit) * given
+            d = (device.exp(x - total) - hit) * given
             d = (d * (1 - mx.square(x / softcap))).astype(dtype)  # through the cap
             gradient = gradient + (d @ table).astype(mx.float32)
             if weight:
@@ -128,7 +131,8 @@ class _Head:
 
     @property
     def chunks(self) -> list[slice]:
-        vocabulary, chunk = self.embedding.weight.shape[0], backends.vocabulary_chunk()
+        vocabulary = self.embedding.weight.shape[0]
+        chunk = backends.current().choices.vocabulary_chunk
         return [
             slice(start, min(start + chunk, vocabulary))
             for start in range(0, vocabulary, chunk)
@@ -148,7 +152,8 @@ class _Head:
         else:
             table = self.weight[0][rows].astype(self.dtype)
         logits = (queries @ table.T).astype(mx.float32)
-        return backends.softcap(logits, self.softcap, mx.array(self.softcap)), table
+        cap = mx.array(self.softcap)
+        return backends.current().softcap(logits, self.softcap, cap), table
 
     def log_sum(self, queries: mx.array) -> mx.array:
         """(N, 1) log Σ e^x."""
@@ -158,14 +163,14 @@ class _Head:
         self, queries: mx.array, targets: mx.array
     ) -> tuple[mx.array, mx.array]:
         """(N, 1) log Σ e^x, and x of the (N,) targets."""
-        highest = mx.full((len(queries), 1), -1e30)
+        device, highest = backends.current(), mx.full((len(queries), 1), -1e30)
         total, wanted = mx.zeros_like(highest), mx.zeros_like(highest)
         for rows in self.chunks:
             x, _ = self.x(queries, rows, [total, wanted])
             before = highest
             highest = mx.maximum(highest, mx.max(x, axis=-1, keepdims=True))
             total = total * mx.exp(before - highest)
-            total = total + mx.sum(backends.exp(x - highest), axis=-1, keepdims=True)
+            total = total + mx.sum(device.exp(x - highest), axis=-1, keepdims=True)
             index, width = targets[:, None] - rows.start, rows.stop - rows.start
             here = mx.take_along_axis(x, mx.clip(index, 0, width - 1), axis=-1)
             wanted = mx.where((index >= 0) & (index < width), here, wanted)

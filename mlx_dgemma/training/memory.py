@@ -4,13 +4,10 @@ What is counted and how far it was measured: `held` and `need`. GB are 10^9 byte
 for memory as sold, which is 2^30.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import mlx.core as mx
 
 from .. import backends
 from ..checkpoint import hub
@@ -97,7 +94,7 @@ def check(
         ranks=ranks,
     )
     limit, needed = device_bytes(), estimate(job).total
-    if needed > limit:
+    if limit is not None and needed > limit:
         advice = advise(job, limit)
         way = "no change of these settings would make it fit"
         raise TrainingError(
@@ -132,15 +129,9 @@ def stored(folder: Path) -> tuple[ModelConfig, Storage]:
     return config, Loaded(layout.info("norm.weight").dtype.size, sizes=sizes)
 
 
-def device_bytes() -> int:
-    """Bytes that MLX may use on this machine, without swapping."""
-    match backends.name():
-        case "metal":
-            return int(mx.device_info()["max_recommended_working_set_size"])
-        case "cuda":
-            return int(mx.device_info()["total_memory"])
-        case _:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def device_bytes() -> int | None:
+    """Bytes that MLX may use on this machine, without swapping; None if unknown."""
+    return backends.current().limits().memory
 
 
 def advise(job: Job, limit: float) -> str | None:

@@ -84,7 +84,7 @@ class Trainer:
             adapt(model, plan.lora, self.settings.seed)
         else:
             unfreeze(model, plan.num_layers, router=plan.router)
-        compiled = backends.compiles() if compiled is None else compiled
+        compiled = backends.current().choices.compiles if compiled is None else compiled
         self.gradients = Gradients(model, self.settings, compiled=compiled)
         self.weights = Weights(model, self.settings)
         self.batches = Batches(model.config, self.settings, self.group)

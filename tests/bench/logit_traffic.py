@@ -44,11 +44,8 @@ def operations(step, given, vocabulary: int) -> list[Operation]:
     """Operations of a step that touch an array of logits, in order."""
     found: list[Operation] = []
     made: dict[str, tuple[str, int]] = {}  # a view is the array that it shows
-    widths = {
-        vocabulary,
-        backends.vocabulary_chunk(),
-        vocabulary % backends.vocabulary_chunk(),
-    }
+    chunk = backends.current().choices.vocabulary_chunk
+    widths = {vocabulary, chunk, vocabulary % chunk}
 
     def weigh(name: str, shape: tuple[int, ...]) -> tuple[str, int]:
         logits = shape and shape[-1] in widths

@@ -169,7 +169,9 @@ def test_a_canvas_sees_no_room_behind_the_prefix(room, starts):
 
 @pytest.mark.parametrize("window", [8, 40])
 @pytest.mark.parametrize("lengths", [[70], [70, 3], [5, 70, 33]])
-def test_the_smallest_tiles_change_nothing(tmp_path, monkeypatch, window, lengths):
+def test_the_smallest_tiles_change_nothing(
+    tmp_path, monkeypatch, tuned, window, lengths
+):
     """Prefixes beyond the window, ragged rows, several tiles in both modes."""
     model, _ = load(write_tiny(tmp_path / "m", sliding_window=window))
     rng = np.random.default_rng(9)
@@ -188,15 +190,16 @@ def test_the_smallest_tiles_change_nothing(tmp_path, monkeypatch, window, length
         return [np.array(hidden), np.array(model.denoise(canvas, joined))]
 
     counts = []
-    attend = backends.attend
+    device = backends.current()
+    attend = device.attend
     monkeypatch.setattr(
-        backends, "attend", lambda q, *a: counts.append(q.shape[2]) or attend(q, *a)
+        device, "attend", lambda q, *a: counts.append(q.shape[2]) or attend(q, *a)
     )
-    monkeypatch.setattr(backends, "score_bytes", lambda: 1)
+    tuned(score_bytes=1)
     tiled = results()
     assert max(counts) == attention.FEWEST
     counts.clear()
-    monkeypatch.setattr(backends, "score_bytes", lambda: 1 << 40)
+    tuned(score_bytes=1 << 40)
     monkeypatch.setattr(
         attention, "causal_tiles", lambda new, span, window, most: [(0, new, span)]
     )
@@ -207,10 +210,10 @@ def test_the_smallest_tiles_change_nothing(tmp_path, monkeypatch, window, length
 
 
 @pytest.mark.parametrize("mode", ["encode", "denoise"])
-def test_tiles_do_not_live_side_by_side(tiny_model, monkeypatch, mode):
+def test_tiles_do_not_live_side_by_side(tiny_model, tuned, mode):
     model, _ = tiny_model
     layer, tokens = model.layers[-1].self_attn, 2048
-    monkeypatch.setattr(backends, "score_bytes", lambda: 1 << 20)
+    tuned(score_bytes=1 << 20)
     x = mx.random.normal((1, tokens, 64), key=mx.random.key(2))
     tables = rope_tables(Rope(theta=1e4, rotated=16), 32, np.arange(tokens)[None])
     mx.eval(x, tables)

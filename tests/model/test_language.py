@@ -182,19 +182,21 @@ def test_sixteen_bit_weights_run_on_this_device(tiny, dtype):
 
 
 @pytest.mark.parametrize("count", [16, 600])
-@pytest.mark.parametrize("way", ["_in_blocks", "_one_by_one"])
-def test_all_ways_through_the_experts_agree(tiny_model, monkeypatch, way, count):
-    from mlx_dgemma import backends
+@pytest.mark.parametrize("way", ["blocks", "loop"])
+def test_all_ways_through_the_experts_agree(
+    tiny_model, monkeypatch, experts_run, way, count
+):
     from mlx_dgemma.model import layers
 
     model, _ = tiny_model
     tokens = mx.array(RNG.integers(0, 32, (1, count)).astype(np.int32))
-    monkeypatch.setattr(backends, "groups_rows", lambda pairs: False)
+    experts_run("sorted")
     plain = np.array(model.encode_hidden(tokens, model.make_cache()))
-    other, used = getattr(layers, way), []
-    monkeypatch.setattr(
-        layers, "_sorted", lambda *given: used.append(way) or other(*given)
+    other, used = layers.PATHS[way], []
+    monkeypatch.setitem(
+        layers.PATHS, way, lambda *given: used.append(way) or other(*given)
     )
+    experts_run(way)
     found = np.array(model.encode_hidden(tokens, model.make_cache()))
     np.testing.assert_allclose(found, plain, **CLOSE)
     assert len(used) == 3
@@ -204,8 +206,8 @@ def test_many_rows_go_through_the_experts_in_blocks(tiny_model, monkeypatch):
     from mlx_dgemma.model import layers
 
     model, _ = tiny_model
-    used, run = [], layers._in_blocks
-    monkeypatch.setattr(layers, "_in_blocks", lambda *g: used.append(1) or run(*g))
+    used, run = [], layers.PATHS["blocks"]
+    monkeypatch.setitem(layers.PATHS, "blocks", lambda *g: used.append(1) or run(*g))
     for count, expected in ((255, 0), (256, 3)):  # two experts for each token
         used.clear()
         tokens = mx.zeros((1, count), dtype=mx.int32)

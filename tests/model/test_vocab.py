@@ -7,7 +7,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dgemma import backends
 from mlx_dgemma.model import vocab
 from mlx_dgemma.model.layers import dequantize
 
@@ -18,10 +17,9 @@ SIZES = [5, 32, 63, 64, 65, 127, 128, 129, 191, 300, 1000]
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_chunks(tuned):
     """Chunks of 128 tokens, so that small vocabularies have several."""
-    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 128)
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 10_000)
+    tuned(vocabulary_chunk=128, vocabulary_rows=10_000)
 
 
 def dense(matrix: np.ndarray) -> nn.Embedding:
@@ -85,8 +83,8 @@ def check(reading: vocab.Reading, exact: Exact, matrix, uniforms) -> None:
 
 @pytest.mark.parametrize("temperature", [0.01, 0.4, 1.0, 100.0])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_reading_is_what_all_logits_say(monkeypatch, size, temperature):
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 70)  # three tiles
+def test_a_reading_is_what_all_logits_say(tuned, size, temperature):
+    tuned(vocabulary_rows=70)  # three tiles
     rng = np.random.default_rng(size)
     matrix = rng.normal(size=(size, 48)).astype(np.float32) * 0.3
     hidden = rng.normal(size=(200, 48)).astype(np.float32)
@@ -112,10 +110,10 @@ def test_highest_logits_may_come_in_any_chunk(rising):
     check(read(dense(matrix), hidden, ones, uniforms), exact, matrix, uniforms)
 
 
-def test_each_position_has_its_own_temperature(monkeypatch):
+def test_each_position_has_its_own_temperature(tuned):
     rng = np.random.default_rng(2)
     matrix = rng.normal(size=(150, 16)).astype(np.float32)
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 2)
+    tuned(vocabulary_rows=2)
     hidden = np.repeat(rng.normal(size=(1, 16)), 5, axis=0).astype(np.float32)
     temperatures = np.array([0.1, 0.5, 1, 4, 50], np.float32)
     uniforms = np.full(5, 0.3, np.float32)
@@ -254,9 +252,8 @@ def test_sixteen_bit_hidden_states_are_read_closely(dtype, size):
 
 
 @pytest.mark.parametrize("rows", [64, 256])
-def test_the_logits_of_all_positions_never_live_at_once(monkeypatch, rows):
-    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 2048)
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: rows)
+def test_the_logits_of_all_positions_never_live_at_once(tuned, rows):
+    tuned(vocabulary_chunk=2048, vocabulary_rows=rows)
     N, V, D = 256, 65_536, 16
     embedding = nn.Embedding(V, D)
     hidden = mx.random.normal((N, D), key=mx.random.key(0))

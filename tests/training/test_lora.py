@@ -13,7 +13,7 @@ from checkpoint.folders import logits
 from mlx.utils import tree_flatten, tree_unflatten
 from tiny import write_tiny
 
-from mlx_dgemma import backends, load
+from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.conversion import convert
 from mlx_dgemma.errors import AdapterError, DGemmaError, SettingsError
@@ -185,7 +185,7 @@ def test_adapted_experts_multiply_with_the_weight_and_what_is_added(mode):
     close(found.gather(rows, owner), expected)
 
 
-WAYS = {"one by one": (True, False), "in blocks": (False, True), "sorted": (False,) * 2}
+WAYS = ["loop", "blocks", "sorted"]
 
 
 def mixture(mode: str, width: int = 64) -> tuple[Experts, Experts]:
@@ -211,13 +211,11 @@ def choices(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mixture_of_adapted_experts_is_that_of_dense_ones(monkeypatch, mode, way):
+def test_a_mixture_of_adapted_experts_is_that_of_dense_ones(experts_run, mode, way):
     ours, plain = mixture(mode)
     given = choices(21)
     expected = plain(*given)
-    loops, groups = WAYS[way]
-    monkeypatch.setattr(backends, "loops_over_experts", lambda *a, **k: loops)
-    monkeypatch.setattr(backends, "groups_rows", lambda pairs: groups)
+    experts_run(way)
     close(ours(*given), expected)
 
 
@@ -513,14 +511,12 @@ def test_gradients_pass_a_quantised_layer_and_reach_its_adapter(mode):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_reach_the_adapters_of_the_experts_that_were_chosen(
-    monkeypatch, mode, way
+    experts_run, mode, way
 ):
     ours, _ = mixture(mode)
     x, indices, weights = choices(9)
     weigh = random(9, 64, seed=8)
-    loops, groups = WAYS[way]
-    monkeypatch.setattr(backends, "loops_over_experts", lambda *a, **k: loops)
-    monkeypatch.setattr(backends, "groups_rows", lambda pairs: groups)
+    experts_run(way)
     parts = {"up": ours.gate_up_proj, "down": ours.down_proj}
 
     def of(arrays):

@@ -7,7 +7,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dgemma import backends
 from mlx_dgemma.model import vocab
 from mlx_dgemma.model.layers import dequantize
 from mlx_dgemma.training import loss
@@ -19,10 +18,9 @@ SCALES = [0.3, 5.0, 40.0]
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_chunks(tuned):
     """Chunks of 128 tokens and tiles of 3 positions, so that there are several."""
-    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 128)
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 3)
+    tuned(vocabulary_chunk=128, vocabulary_rows=3)
 
 
 def dense(matrix: np.ndarray, dtype: mx.Dtype = mx.float32) -> nn.Embedding:
@@ -106,7 +104,7 @@ def test_its_gradients_are_the_formulas(size, scale):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 100])
-def test_tiles_of_positions_change_nothing(monkeypatch, rows):
+def test_tiles_of_positions_change_nothing(tuned, rows):
     matrix, hidden, targets, given = case(300, 5.0)
     embedding = dense(matrix)
 
@@ -120,7 +118,7 @@ def test_tiles_of_positions_change_nothing(monkeypatch, rows):
         return values, gradient, weights["weight"]
 
     expected = both()
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: rows)
+    tuned(vocabulary_rows=rows)
     for mine, other in zip(both(), expected, strict=True):
         close(mine, other)
 
@@ -314,10 +312,9 @@ def guess(embedding: nn.Module, hidden: mx.array) -> mx.array:
 @pytest.mark.parametrize(
     ("quantised", "of"), [(False, entropy), (True, entropy), (False, guess)]
 )
-def test_the_logits_of_all_positions_never_live_at_once(monkeypatch, quantised, of):
+def test_the_logits_of_all_positions_never_live_at_once(tuned, quantised, of):
     """Neither for the values nor for the gradients of the states and of E."""
-    monkeypatch.setattr(backends, "vocabulary_chunk", lambda: 512)
-    monkeypatch.setattr(backends, "vocabulary_rows", lambda: 128)
+    tuned(vocabulary_chunk=512, vocabulary_rows=128)
     N, V, D = 256, 32_768, 8
     embedding = nn.Embedding(V, D)
     if quantised:

@@ -1,0 +1,90 @@
+"""NVIDIA's GPUs, through MLX's CUDA backend.
+
+The choices follow from MLX's source (0.32): its quantised tensor-core kernel takes 16
+bits, 4 or 8 of them per weight, and outputs in multiples of 128; sorted rows of experts
+run grouped from 4 rows per expert on; attention of heads wider than 128 is unfused.
+Not measured on a GPU yet: `tests/gpu/run.py` does that.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import installation
+from .interface import Backend, Choices, Limits, whole
+
+CAPABILITY = (7, 5)  # Turing, the oldest that MLX is compiled for
+PTX_CACHE = "MLX_PTX_CACHE_DIR"
+CHOICES = Choices(
+    compiles=True,
+    runs_ahead=True,
+    product_dtype=None,
+    dequantizes=False,
+    product_rows=128,
+    fused_attention=False,
+    score_bytes=512 << 20,
+    vocabulary_chunk=32768,
+    vocabulary_rows=1024,
+)
+WHY = {
+    "compiles": "fuses small kernels and spares the host",
+    "runs_ahead": "the GPU works while the host reads the last step's flags",
+    "product_dtype": "its tensor cores multiply 16 bits",
+    "dequantizes": "its quantised products are fast",
+    "product_rows": "its fast quantised kernel takes multiples of 128 only",
+    "fused_attention": "it has no fused kernel for heads wider than 128",
+    "score_bytes": "bounds memory behind long prefixes",
+    "vocabulary_chunk": "few and large products, bounded memory",
+    "vocabulary_rows": "few and large products, bounded memory",
+    "experts": "one row per pair, sorted, runs grouped on tensor cores",
+}
+
+
+class CUDA(Backend):
+    """An NVIDIA GPU, the first that is visible."""
+
+    name = "cuda"
+    kind = mx.DeviceType.gpu
+    why = WHY
+
+    def __init__(self, choices: Choices = CHOICES):
+        super().__init__(choices)
+
+    def missing(self) -> str | None:
+        if not mx.cuda.is_available():  # says how MLX was built, not what is here
+            return installation.cuda_missing()
+        if mx.device_count(self.kind) == 0:
+            return installation.invisible_gpu()
+        capability = _capability(self.info())
+        if capability is not None and capability < CAPABILITY:
+            return (
+                f"{self.description()} has compute capability "
+                f"{'.'.join(map(str, capability))}, MLX needs 7.5 or newer"
+            )
+        return installation.headers_missing(Path(mx.__file__).parents[1])
+
+    def prepare(self) -> None:
+        """Keep the kernels that MLX makes at run time, minutes of work in all, where
+        the next process finds them: MLX's own place is emptied with /tmp."""
+        if PTX_CACHE not in os.environ:
+            os.environ[PTX_CACHE] = str(self._kernels())
+
+    def limits(self) -> Limits:
+        info = self.info()
+        return Limits(whole(info, "total_memory"), whole(info, "free_memory"))
+
+    def _kernels(self) -> Path:
+        """A folder of their own for what kernels depend on but are not named after."""
+        toolkit, architecture = installation.toolkit(), self.info().get("architecture")
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        made_for = f"mlx-{version('mlx')}-{toolkit.extra}-{architecture}"
+        return Path(cache) / "mlx-dgemma" / "ptx" / made_for
+
+
+def _capability(info: Mapping[str, str | int]) -> tuple[int, int] | None:
+    major = whole(info, "compute_capability_major")
+    minor = whole(info, "compute_capability_minor")
+    return None if major is None or minor is None else (major, minor)

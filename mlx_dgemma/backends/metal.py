@@ -1,0 +1,74 @@
+"""Apple's GPUs.
+
+Read from MLX's source and its release notes; nothing here was measured on a Mac yet.
+"""
+
+import mlx.core as mx
+
+from .interface import Backend, Choices, Limits, Mask, whole
+
+CHOICES = Choices(
+    compiles=True,
+    runs_ahead=True,
+    product_dtype=None,
+    dequantizes=False,
+    product_rows=1,
+    fused_attention=False,
+    score_bytes=512 << 20,
+    vocabulary_chunk=32768,
+    vocabulary_rows=1024,
+)
+WHY = {
+    "compiles": "fuses small kernels and spares the host",
+    "runs_ahead": "the GPU works while the host reads the last step's flags",
+    "product_dtype": "its kernels multiply 16 bits",
+    "dequantizes": "its quantised products are fast",
+    "product_rows": "its quantised products take any width",
+    "fused_attention": "MLX itself prefers the unfused form at these head widths",
+    "score_bytes": "bounds memory behind long prefixes",
+    "vocabulary_chunk": "few and large products, bounded memory",
+    "vocabulary_rows": "few and large products, bounded memory",
+    "experts": "one row per pair, sorted, is what its gather kernels want",
+}
+
+
+class Metal(Backend):
+    """The GPU of an Apple chip."""
+
+    name = "metal"
+    kind = mx.DeviceType.gpu
+    why = WHY
+
+    def __init__(self, choices: Choices = CHOICES):
+        super().__init__(choices)
+
+    def missing(self) -> str | None:
+        if not mx.metal.is_available():
+            return "this MLX has no Metal; it needs a Mac with Apple silicon, macOS 14"
+        if mx.device_count(self.kind) == 0:
+            return (
+                "no Metal device is visible, as in a sandbox or a virtual machine; "
+                "run outside of it, or on the CPU"
+            )
+        return None
+
+    def prepare(self) -> None:
+        """Let the whole working set stay in memory, as mlx-lm does while it generates:
+        weights that macOS pages out in a pause would have to be read again."""
+        if (wired := self.limits().wired) is not None:
+            mx.set_wired_limit(wired)
+
+    def limits(self) -> Limits:
+        info = self.info()
+        wired = whole(info, "max_recommended_working_set_size")
+        return Limits(wired or whole(info, "memory_size"), wired=wired)
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask
+    ) -> mx.array:
+        # to force it where there is no kernel is an error: few GPUs have one for 512
+        if not self.choices.fused_attention or queries.shape[-1] > 256:
+            return super().attend(queries, keys, values, mask)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=1.0, mask=mask, force_fused=True
+        )
