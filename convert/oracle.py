@@ -29,7 +29,7 @@ DTYPES = {
 }
 
 
-def load_oracle(path: Path, dtype: str = "float32") -> "Oracle":
+def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Oracle":
     """transformers' model of a Hugging Face folder, computing in `dtype`."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -46,7 +46,7 @@ def load_oracle(path: Path, dtype: str = "float32") -> "Oracle":
         # the only one of transformers' expert paths that knows float64
         experts_implementation="eager",
     )
-    return Oracle(model.eval())
+    return Oracle(model.eval().to(device))
 
 
 @dataclass
@@ -84,6 +84,7 @@ class Oracle:
     def __init__(self, model: DiffusionGemmaForBlockDiffusion):
         self.model = model
         self.config = model.config
+        self.device = model.device
 
     @torch.no_grad()
     def encode(
@@ -93,7 +94,8 @@ class Oracle:
         if cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         output = self.model.model.encoder(
-            input_ids=torch.tensor(tokens), past_key_values=cache
+            input_ids=torch.tensor(tokens, device=self.device),
+            past_key_values=cache,
         )
         return to_numpy(output.last_hidden_state), cache
 
@@ -108,10 +110,10 @@ class Oracle:
         conditioning = None
         if processed_logits is not None:
             dtype = self.model.model.decoder.embed_tokens.weight.dtype
-            conditioning = torch.tensor(processed_logits).to(dtype)
+            conditioning = torch.tensor(processed_logits).to(self.device, dtype)
         output = self.model(
             past_key_values=cache,
-            decoder_input_ids=torch.tensor(canvas),
+            decoder_input_ids=torch.tensor(canvas, device=self.device),
             self_conditioning_logits=conditioning,
         )
         return to_numpy(output.logits)
@@ -158,8 +160,9 @@ class Oracle:
         router = self.model.model.decoder.layers[layer].router
         dtype = router.proj.weight.dtype
         with torch.no_grad():
-            probabilities, _, indices = router(torch.tensor(residual).to(dtype))
-        return to_numpy(probabilities), np.sort(indices.numpy(), axis=-1)
+            given = torch.tensor(residual).to(self.device, dtype)
+            probabilities, _, indices = router(given)
+        return to_numpy(probabilities), np.sort(to_numpy(indices, exact=True), axis=-1)
 
     def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
         """One row through transformers' own `generate`, every draw written down."""
@@ -233,6 +236,7 @@ def _recording(model, trajectory: Trajectory) -> Iterator[None]:
         yield
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """float64 stays, everything narrower becomes float32."""
-    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+def to_numpy(tensor: torch.Tensor, *, exact: bool = False) -> np.ndarray:
+    """float64 stays, everything narrower becomes float32 unless it stays exact."""
+    exact = exact or tensor.dtype == torch.float64
+    return (tensor if exact else tensor.float()).cpu().numpy()

@@ -8,6 +8,7 @@ On Linux one of several packages gives MLX its library: `mlx-cpu`, `mlx-cuda-12`
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -77,6 +78,8 @@ def cuda_missing() -> str:
     """Why this MLX computes on no NVIDIA GPU, and what to install."""
     if (several := clash(installed())) is not None:
         return several
+    if sys.platform == "darwin":
+        return "MLX knows NVIDIA's GPUs on Linux only; a Mac computes on metal or cpu"
     return (
         "this MLX was installed without CUDA: pip uninstall -y mlx mlx-cpu, then pip "
         "install 'mlx-dgemma[cuda13]' (driver 580 or newer) or [cuda12] (550.54.14)"
@@ -135,17 +138,20 @@ def explain(error: ImportError) -> str | None:
     """Why MLX's library did not load, and the mend; None if it is not about that."""
     text = str(error)
     if needed := NEEDS_GLIBC.search(text):
+        known = ", which Ubuntu 22.04 and Debian 12 have" if needed[1] == GLIBC else ""
         return (
-            f"MLX needs glibc {needed[1]} or newer, which Ubuntu 22.04 and Debian 12 "
-            "have: use a newer system or container"
+            f"MLX needs glibc {needed[1]} or newer{known}: use a newer system or "
+            "container"
         )
-    kit = toolkit()
-    if failed := NO_DEVICE.search(text):
+    kit, failed, found = toolkit(), NO_DEVICE.search(text), NEEDS_FILE.search(text)
+    several = clash(installed())
+    if several is not None and (about := failed or found):
+        return f"MLX did not load ({about[0]}): {several}"
+    if failed is not None:
         return (
             f"MLX for CUDA did not start ({failed[1]}): {invisible_gpu()}; without an "
             f"NVIDIA GPU install mlx-dgemma[cpu] in place of [{kit.extra}]"
         )
-    found = NEEDS_FILE.search(text)
     if found is None:
         return None
     file = found[1]

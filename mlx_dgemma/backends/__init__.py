@@ -60,15 +60,16 @@ def chosen() -> Chosen:
     return _chosen or choose()
 
 
-def choose(name: str | None = None) -> Chosen:
+def choose(name: str | None = None, by: str = "the caller") -> Chosen:
     """Compute on the device of that name, "cpu", "metal" or "cuda", from now on.
 
-    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device. Arrays and models
-    made before stay where they are: choose before loading. Raises BackendError, in one
-    line with the mend, when the name is unknown or the device cannot be used here.
+    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device; by is who asks, as
+    refusals and reasons name it. Arrays and models made before stay where they are:
+    choose before loading. Raises BackendError, in one line with the mend, when the name
+    is unknown or the device cannot be used here.
     """
     global _chosen
-    found = _asked_for(name) if name is not None else _found()
+    found = _asked_for(name, by) if name is not None else _found()
     if (missing := found.backend.missing()) is not None:
         here = "" if found.asked else f"; {ENVIRONMENT}=cpu computes on the CPU"
         raise BackendError(f"{found.backend.name}: {missing}{here}")
@@ -99,7 +100,7 @@ def peak_memory() -> int:
     return mx.get_peak_memory()
 
 
-def _asked_for(name: str, by: str = "the caller") -> Chosen:
+def _asked_for(name: str, by: str) -> Chosen:
     if name not in BACKENDS:
         raise BackendError(
             f"backend asked for by {by} is {name!r}; known: {', '.join(BACKENDS)}"

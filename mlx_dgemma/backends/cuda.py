@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import installation
-from .interface import Backend, Choices, Limits, whole
+from .interface import Backend, Choices, Limits, keep_float32, whole
 
 CAPABILITY = (7, 5)  # Turing, the oldest that MLX is compiled for
 PTX_CACHE = "MLX_PTX_CACHE_DIR"
@@ -69,19 +69,28 @@ class CUDA(Backend):
     def prepare(self) -> None:
         """Keep the kernels that MLX makes at run time, minutes of work in all, where
         the next process finds them: MLX's own place is emptied with /tmp."""
-        if PTX_CACHE not in os.environ:
-            os.environ[PTX_CACHE] = str(self._kernels())
+        keep_float32()
+        if PTX_CACHE not in os.environ and (kernels := self._kernels()) is not None:
+            os.environ[PTX_CACHE] = str(kernels)
 
     def limits(self) -> Limits:
         info = self.info()
         return Limits(whole(info, "total_memory"), whole(info, "free_memory"))
 
-    def _kernels(self) -> Path:
-        """A folder of their own for what kernels depend on but are not named after."""
+    def _kernels(self) -> Path | None:
+        """A folder of their own for what kernels depend on but are not named after.
+
+        None where there is no home to write to; MLX would keep nothing at all there.
+        """
         toolkit, architecture = installation.toolkit(), self.info().get("architecture")
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         made_for = f"mlx-{version('mlx')}-{toolkit.extra}-{architecture}"
-        return Path(cache) / "mlx-dgemma" / "ptx" / made_for
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = cache / "mlx-dgemma" / "ptx" / made_for
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # RuntimeError: nobody knows where home is
+            return None
+        return folder
 
 
 def _capability(info: Mapping[str, str | int]) -> tuple[int, int] | None:

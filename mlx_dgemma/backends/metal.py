@@ -5,7 +5,7 @@ Read from MLX's source and its release notes; nothing here was measured on a Mac
 
 import mlx.core as mx
 
-from .interface import Backend, Choices, Limits, Mask, whole
+from .interface import Backend, Choices, Limits, Mask, keep_float32, whole
 
 CHOICES = Choices(
     compiles=True,
@@ -53,10 +53,8 @@ class Metal(Backend):
         return None
 
     def prepare(self) -> None:
-        """Let the whole working set stay in memory, as mlx-lm does while it generates:
-        weights that macOS pages out in a pause would have to be read again."""
-        if (wired := self.limits().wired) is not None:
-            mx.set_wired_limit(wired)
+        """Not the wired limit: kernel panics were reported with it raised (mlx#3346)."""
+        keep_float32()
 
     def limits(self) -> Limits:
         info = self.info()

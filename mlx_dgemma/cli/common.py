@@ -71,7 +71,7 @@ def _choose_backend() -> None:
         return
     from .. import backends  # MLX is loaded when it is needed
 
-    backends.choose(name)
+    backends.choose(name, "--backend")
 
 
 def _explain(error: BaseException) -> str:

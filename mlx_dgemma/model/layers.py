@@ -81,9 +81,10 @@ class FeedForward(nn.Module):
     def join(self) -> None:
         """Make one quantised product of gate and up, to the same last digit.
 
-        Nothing where one is dense or adapted, or they are coded differently.
+        Nothing where one is dense or adapted, or they are coded differently, or that
+        was done before.
         """
-        gate, up = self.gate_proj, self.up_proj
+        gate, up = self.get("gate_proj"), self.get("up_proj")
         if not (isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)):
             return
         codes = {(q.group_size, q.bits, q.mode) for q in (gate, up)}

@@ -89,10 +89,11 @@ def ours(path: str, prompt: list[int], steps: int):
     from mlx_dgemma.checkpoint.config import read_config
     from mlx_dgemma.diffusion.engine import Engine
     from mlx_dgemma.diffusion.events import Commit
-    from mlx_dgemma.model.loading import load_model
+    from mlx_dgemma.model.loading import join_products, load_model
 
     config = read_config(Path(path))
     model = load_model(Path(path), config)
+    join_products(model)
     settings = config.settings.but(
         steps=steps, confidence=0, max_tokens=config.canvas_length, eos=frozenset()
     )
@@ -116,14 +117,17 @@ def ours(path: str, prompt: list[int], steps: int):
     return run
 
 
-def theirs(path: str, prompt: list[int], steps: int):
-    """A function that runs one canvas through mlx-vlm's own loop."""
+def theirs(path: str, prompt: list[int], steps: int, *, tower: bool = True):
+    """A function that runs one canvas through mlx-vlm's own loop.
+
+    tower: whether the checkpoint has a vision tower; if not, theirs is left as made.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_vlm.generate.diffusion import stream_diffusion_generate
     from mlx_vlm.utils import load_model
 
-    model = load_model(Path(path))
+    model = load_model(Path(path), strict=tower)
     length = model.config.canvas_length
     # what the loop looks for beside the model; no early stop, no end of text
     model.config.generation_config = {

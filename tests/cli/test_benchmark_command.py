@@ -299,7 +299,7 @@ def test_an_estimate_of_all_lists_every_chip():
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ([], "give one of --model, --synthetic and --estimate"),
+        ([], "give one of --model, --synthetic, --estimate and --backends"),
         (["--model", "sudoku4", "--synthetic", "tiny"], "give one of --model"),
         (["--synthetic", "tiny", "--estimate", "all"], "give one of --model"),
         (["--estimate", "M9 64GB"], "chip is 'M9 64GB'; write it like 'M4 Max 64GB'"),

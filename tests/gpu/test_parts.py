@@ -1,0 +1,32 @@
+"""Parts of `run.py` that give a verdict, as tests on a Metal or CUDA device."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plan
+from parts import Setting
+
+from mlx_dgemma import backends
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+JUDGED = ("ops", "parity", "trajectory", "sudoku", "kernels")
+PARTS = {part.name: part for part in plan.parts() if part.section in JUDGED}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part(name, gpu, tmp_path):
+    part, limits = PARTS[name], backends.current().limits()
+    for variable, value in part.environment.items():
+        os.environ.setdefault(variable, value)  # read once, before the first product
+    why = plan.obstacle(part, tmp_path, limits.free or limits.memory, gpu)
+    if why is not None and "installed" not in why:
+        pytest.skip(why)  # a smaller card, another backend
+    assert why is None
+    figures = part.run(Setting(rehearsal=False, scratch=tmp_path))
+    assert figures["passed"], figures

@@ -1,0 +1,204 @@
+"""Gate and up as one product: the same logits, and only where it is asked for."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoint.folders import bits, logits
+from mlx.utils import tree_flatten
+from tiny import write_tiny
+from training.runs import write_rows
+
+from mlx_dgemma import LoRA, TrainSettings, convert, load, train
+from mlx_dgemma.diffusion.generation import load_as_stored
+from mlx_dgemma.model.layers import FeedForward, Linear, QuantizedLinear
+from mlx_dgemma.model.loading import join_products
+from mlx_dgemma.performance.cost import Loaded, weight_bytes
+from mlx_dgemma.training.lora import LoRALinear, adapt
+
+MODES = {
+    "4 bit": {"q_bits": 4},
+    "8 bit": {"q_bits": 8},
+    "4 bit, half": {"q_bits": 4, "dtype": "float16"},
+    "mxfp4": {"q_mode": "mxfp4"},
+    "mxfp8": {"q_mode": "mxfp8"},
+    "nvfp4": {"q_mode": "nvfp4"},
+}
+NAMES = ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "self_conditioning"]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """`quantised(64, "mxfp4")`: a tiny checkpoint of that inner width, made once."""
+    made: dict[tuple[int, str], Path] = {}
+
+    def make(width: int, mode: str = "4 bit") -> Path:
+        if (width, mode) not in made:
+            folder = tmp_path_factory.mktemp("quantised")
+            source = write_tiny(folder / "dense", intermediate_size=width)
+            convert(source, folder / "model", quantize=True, **MODES[mode])
+            made[width, mode] = folder / "model"
+        return made[width, mode]
+
+    return make
+
+
+def feed_forwards(model) -> dict[str, FeedForward]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, FeedForward)}
+
+
+def joined(model) -> list[str]:
+    """Names of the feed-forwards whose gate and up are one."""
+    found = []
+    for name, module in feed_forwards(model).items():
+        ways = [part for part in ("gate_up_proj", "gate_proj") if part in module]
+        assert len(ways) == 1 and ("up_proj" in module) == (ways == ["gate_proj"])
+        if ways == ["gate_up_proj"]:
+            found.append(name)
+    return sorted(found)
+
+
+def held(model) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def wide(request):
+    """Products of 128 are the fast ones, in the ways of a CPU and in those of a GPU."""
+    if request.param == "gpu":
+        request.getfixturevalue("as_gpu")
+    request.getfixturevalue("tuned")(product_rows=128)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    ("mode", "width"), [*((mode, 64) for mode in MODES), ("4 bit", 192)]
+)
+def test_a_joined_model_computes_the_same_to_the_last_digit(quantised, mode, width):
+    folder = quantised(width, mode)
+    ours, theirs = load(folder)[0], load_as_stored(folder)[0]
+    assert (joined(ours), joined(theirs)) == (NAMES, [])
+    for module in feed_forwards(ours).values():
+        assert isinstance(module.gate_up_proj, QuantizedLinear)
+        assert module.gate_up_proj.weight.shape[0] == 2 * width
+    np.testing.assert_array_equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("mode", ["4 bit", "mxfp4"])
+def test_a_joined_model_weighs_the_same(quantised, tuned, mode):
+    tuned(product_rows=128)
+    ours, theirs = load(quantised(64, mode))[0], load_as_stored(quantised(64, mode))[0]
+    assert joined(ours) == NAMES
+    assert held(ours) == held(theirs)
+    assert Loaded.of(ours) == Loaded.of(theirs)
+    assert weight_bytes(ours.config, Loaded.of(ours)) == held(ours)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "helps"),
+    [
+        (1, 64, False),
+        (64, 64, False),
+        (64, 96, True),
+        (128, 64, True),
+        (128, 96, False),
+        (128, 128, False),
+        (128, 192, True),
+        (128, 256, False),
+        (256, 64, False),
+        (256, 192, False),
+    ],
+)
+def test_joined_only_where_that_makes_a_multiple(quantised, tuned, rows, width, helps):
+    tuned(product_rows=rows)
+    assert joined(load(quantised(width))[0]) == (NAMES if helps else [])
+
+
+def test_dense_weights_stay_apart(tiny, tuned):
+    tuned(product_rows=128)
+    assert joined(load(tiny)[0]) == []
+
+
+def coded(layer: QuantizedLinear, code: tuple[int, int, str]) -> QuantizedLinear:
+    """A layer of the same shape in another code, of other weights."""
+    outputs, inputs = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
+    other = QuantizedLinear(inputs, outputs, False, *code)
+    weight = mx.random.normal((outputs, inputs), key=mx.random.key(1))
+    parts = mx.quantize(weight, *code)
+    for name, part in zip(("weight", "scales", "biases"), parts, strict=False):
+        other[name] = part
+    return other
+
+
+CODES = [(64, 8, "affine"), (32, 4, "affine"), (32, 4, "mxfp4")]
+
+
+@pytest.mark.parametrize("which", ["gate_proj", "up_proj"])
+@pytest.mark.parametrize("code", [*CODES, None], ids=str)
+def test_only_what_is_coded_alike_is_joined(quantised, tuned, which, code):
+    model, _ = load_as_stored(quantised(64))
+    odd = model.layers[1].mlp
+    layer = Linear(64, 64, bias=False) if code is None else coded(odd[which], code)
+    odd[which] = layer
+    before = logits(model)
+    tuned(product_rows=128)
+    join_products(model)
+    assert joined(model) == [name for name in NAMES if name != "layers.1.mlp"]
+    np.testing.assert_array_equal(logits(model), before)
+
+
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_an_adapted_layer_stays_apart(quantised, tuned, part):
+    model, _ = load_as_stored(quantised(64))
+    adapt(model, LoRA(keys=(f"mlp.{part}_proj",), num_layers=1))
+    adapted = model.layers[2].mlp[f"{part}_proj"]
+    adapted.lora_b = mx.random.normal(adapted.lora_b.shape, key=mx.random.key(2))
+    before = logits(model)
+    tuned(product_rows=128)
+    join_products(model)
+    assert joined(model) == [name for name in NAMES if name != "layers.2.mlp"]
+    assert isinstance(adapted, LoRALinear)
+    np.testing.assert_array_equal(logits(model), before)
+
+
+def test_a_joined_model_may_be_used_from_any_thread(quantised, tuned):
+    tuned(product_rows=128)
+    model, _ = load(quantised(64))
+    assert joined(model) == NAMES
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(logits, model).result()
+    np.testing.assert_array_equal(found, logits(model))
+
+
+def test_joining_twice_is_joining_once(quantised, tuned):
+    tuned(product_rows=128)
+    model, _ = load(quantised(64))
+    before = logits(model)
+    join_products(model)
+    np.testing.assert_array_equal(logits(model), before)
+
+
+def test_training_knows_layers_by_their_names_on_disk(quantised, tuned, tmp_path):
+    base, data = quantised(64), write_rows(tmp_path / "data", train=4, valid=2)
+    settings = TrainSettings(iters=1, batch_size=2, warmup_steps=0, val_batches=0)
+
+    def adapter(folder: Path) -> dict[str, mx.array]:
+        train(base, data, folder, lora=LoRA(rank=2), settings=settings)
+        arrays = mx.load(str(folder / "adapters.safetensors"))
+        assert isinstance(arrays, dict)
+        return arrays
+
+    wanted = adapter(tmp_path / "apart")
+    tuned(product_rows=128)
+    found = adapter(tmp_path / "wide")
+    assert "layers.0.mlp.gate_proj.lora_a" in found
+    assert {n: bits(a) for n, a in found.items()} == {
+        n: bits(a) for n, a in wanted.items()
+    }
+    model, _ = load(base, tmp_path / "wide")
+    assert joined(model) == []
+    stored, _ = load_as_stored(base, tmp_path / "apart")
+    np.testing.assert_array_equal(logits(model), logits(stored))
+    assert not np.array_equal(logits(model), logits(load(base)[0]))
