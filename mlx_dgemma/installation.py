@@ -152,11 +152,11 @@ def explain(error: ImportError) -> str | None:
             f"MLX for CUDA did not start ({failed[1]}): {invisible_gpu()}; without an "
             f"NVIDIA GPU install mlx-dgemma[cpu] in place of [{kit.extra}]"
         )
+    if "libmlx." in text:
+        return "MLX has no backend here; install mlx-dgemma[cpu], [cuda13] or [cuda12]"
     if found is None:
         return None
     file = found[1]
-    if file.startswith("libmlx."):
-        return "MLX has no backend here; install mlx-dgemma[cpu], [cuda13] or [cuda12]"
     if file.startswith("libcuda."):
         return (
             f"no NVIDIA driver here ({file} is missing), which MLX for CUDA needs: "

@@ -63,10 +63,10 @@ def chosen() -> Chosen:
 def choose(name: str | None = None, by: str = "the caller") -> Chosen:
     """Compute on the device of that name, "cpu", "metal" or "cuda", from now on.
 
-    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device; by is who asks, as
-    refusals and reasons name it. Arrays and models made before stay where they are:
-    choose before loading. Raises BackendError, in one line with the mend, when the name
-    is unknown or the device cannot be used here.
+    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device. `by` is who asks,
+    for refusals and reasons. Arrays and models made before stay where they are: choose
+    before loading. Raises BackendError, in one line with the mend, when the name is
+    unknown or the device cannot be used here.
     """
     global _chosen
     found = _asked_for(name, by) if name is not None else _found()

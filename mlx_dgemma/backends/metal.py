@@ -53,7 +53,7 @@ class Metal(Backend):
         return None
 
     def prepare(self) -> None:
-        """Not the wired limit: kernel panics were reported with it raised (mlx#3346)."""
+        """Not the wired limit: with it raised kernels panicked (mlx#3346)."""
         keep_float32()
 
     def limits(self) -> Limits:

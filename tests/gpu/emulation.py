@@ -4,6 +4,7 @@ A `Program` runs the very text that a GPU gets, each CUDA thread a thread of the
 `emulation.h` stands in for CUDA.
 """
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,15 @@ class Program:
         outputs = blank(**launch)
         words += [array.nbytes for array in outputs]
         command = [str(self.path), *map(str, words)]
+        # a sanitizer must be loaded first
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         done = subprocess.run(
-            command, input=data, stdout=subprocess.PIPE, check=True, timeout=SECONDS
+            command,
+            input=data,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=SECONDS,
+            env=environment,
         )
         found, start = [], 0
         for array in outputs:
