@@ -76,8 +76,13 @@ def _vision_shapes(vision: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     if vision["standardize"]:
         yield "std_bias", (hidden,)
         yield "std_scale", (hidden,)
+    maps = [f"self_attn.{p}_proj" for p in "qkvo"]
+    maps += [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     for i in range(vision["num_hidden_layers"]):
         layer = f"encoder.layers.{i}."
+        if vision["use_clipped_linears"]:
+            for limit in ("input_min", "input_max", "output_min", "output_max"):
+                yield from ((f"{layer}{name}.{limit}", ()) for name in maps)
         for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             yield f"{layer}{norm}_layernorm.weight", (hidden,)
         yield f"{layer}self_attn.q_proj.linear.weight", (queries, hidden)
@@ -124,6 +129,8 @@ RULES = [
     (r"layer_scalar", "uniform", 0.8, 1.2),
     (r"router\.(scale|per_expert_scale)|std_scale", "uniform", 0.5, 1.5),
     (r"std_bias", "uniform", -0.5, 0.5),
+    (r"(in|out)put_min", "uniform", -1.5, -0.8),
+    (r"(in|out)put_max", "uniform", 0.8, 1.5),
     (r"norm(_\d)?\.weight", "uniform", 0.7, 1.3),
     (r"router\.proj\.weight", "normal", 2.0, "unscaled"),
     (r"embed_tokens\.weight", "normal", 2.5, None),
@@ -150,7 +157,7 @@ def random_tensor(
         values *= rng.choice([-1.0, 1.0], shape)
     elif kind == "head":  # q·k of unit-RMS heads then has a deviation of about 1.5
         values *= (1.5 * shape[-1] ** -0.5) ** 0.5
-    return torch.from_numpy(values).to(dtype)
+    return torch.tensor(values).to(dtype)
 
 
 def write_weights(

@@ -100,6 +100,41 @@ class Oracle:
         return to_numpy(output.last_hidden_state), cache
 
     @torch.no_grad()
+    def encode_images(
+        self, tokens: np.ndarray, pixels: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, DynamicCache]:
+        """(1, T) ids with n images, as a first prompt.
+
+        pixels (n, P, 3 · patch²) and positions (n, P, 2), padded with -1, as the
+        processor leaves them. Returns the (m, D) soft tokens, the (1, T, D) last hidden
+        state and the cache. Masks are made as `generate` makes them: the encoder by
+        itself makes none for images.
+        """
+        encoder, ids = self.model.model.encoder, torch.tensor(tokens)
+        width = encoder.get_input_embeddings().weight
+        given = torch.tensor(pixels).to(self.device, width.dtype)
+        places = torch.tensor(positions, device=self.device)
+        text = self.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=text)
+        masks = encoder.create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=torch.empty((*ids.shape, 0), dtype=width.dtype),
+            attention_mask=None,
+            past_key_values=cache,
+            position_ids=torch.arange(ids.shape[1])[None],
+            mm_token_type_ids=(ids == self.config.image_token_id).int(),
+        )
+        soft = encoder.get_image_features(given, places, return_dict=True)
+        output = encoder(
+            input_ids=ids.to(self.device),
+            attention_mask=masks,
+            past_key_values=cache,
+            mm_encoder_outputs={"image": soft},
+        )
+        hidden = to_numpy(output.last_hidden_state)
+        return to_numpy(soft.pooler_output), hidden, cache
+
+    @torch.no_grad()
     def denoise(
         self,
         canvas: np.ndarray,

@@ -4,8 +4,8 @@
 integers. Masks are True where a query may look; none is returned where none is needed.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,21 @@ from .layers import Linear
 
 Tables = Parts  # cos and sin
 FEWEST = 4  # queries of a tile, however long the prefix
+Blocks = tuple[tuple[int, int], ...]  # columns of images: first, end
+# of a number of queries at the end of what they see
 MaskOf = Callable[[int, Span], mx.array | str | None]
+
+
+class Tile(NamedTuple):
+    """Queries begin … end-1 of those given, and the columns they may see.
+
+    image   the first column of the image they are of, which they see all of
+    """
+
+    begin: int
+    end: int
+    seen: Span
+    image: int | None = None
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
@@ -55,20 +69,36 @@ def rotate(x: mx.array, tables: Tables) -> mx.array:
 
 
 def causal_tiles(
-    new: int, span: Span, window: int | None, most: int
-) -> list[tuple[int, int, Span]]:
+    new: int, span: Span, window: int | None, most: int, blocks: Blocks = ()
+) -> list[Tile]:
     """Cut `new` queries at the end of `span` into tiles of at most `most`.
 
-    For each: its first query, its end, and the columns that its queries may see. So
-    no query is multiplied with keys behind its tile, or long out of its window.
+    So no query is multiplied with keys behind its tile, or long out of its window.
+    Images are tiles of their own: each of their queries sees the whole image, in front
+    of it what its window lets it see.
     """
-    tiles = []
-    for begin in range(0, new, most):
-        end = min(begin + most, new)
-        column = span.last - new + begin
-        first = span.first if window is None else max(span.first, column - window + 1)
-        tiles.append((begin, end, Span(first, span.last - new + end, span.starts)))
+    start, tiles = span.last - new, []
+    for first, end, image in _runs(start, span.last, blocks):
+        for column in range(first, end, most):
+            last = min(column + most, end)
+            least = span.first if window is None else column - window + 1
+            least = max(span.first, least if image is None else min(least, image))
+            seen = Span(least, last if image is None else end, span.starts)
+            tiles.append(Tile(column - start, last - start, seen, image))
     return tiles
+
+
+def _runs(
+    first: int, last: int, blocks: Blocks
+) -> Iterator[tuple[int, int, int | None]]:
+    """Columns first … last-1 as runs of text and of one image each."""
+    for begin, end in blocks:
+        if first < begin:
+            yield first, begin, None
+        yield begin, end, begin
+        first = end
+    if first < last:
+        yield first, last, None
 
 
 def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | None:
@@ -93,6 +123,22 @@ def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | No
         # A padding query must see something, or its softmax has nothing to sum.
         allowed = (allowed & inside[:, None]) | (key == query)
     return mx.array(allowed[:, None])
+
+
+def image_mask(
+    column: int, new: int, span: Span, window: int | None, image: int
+) -> mx.array | None:
+    """Who `new` queries of an image from `column` on see of `span`, which ends with it.
+
+    (1, 1, new, keys), or None where all see all: the image from its column `image` on,
+    in front of it everything or, in sliding layers, the last `window` columns with
+    themselves. As transformers' `blockwise_overlay` beside its causal mask.
+    """
+    if window is None or column + new - 1 - span.first < window:
+        return None
+    key: Any = np.arange(span.first, span.last)
+    query = np.arange(column, column + new)[:, None]
+    return mx.array(((query - key < window) | (key >= image))[None, None])
 
 
 def canvas_mask(
@@ -148,14 +194,15 @@ class Attention(nn.Module):
         cache: LayerCache,
         span: Span,
         mask_of: MaskOf,
+        blocks: Blocks = (),
     ) -> mx.array:
         """Causal attention of (B, T, D) to the prefix and itself; writes the cache.
 
         tables are of the T tokens, turns of all they see; span is what that is, they
-        included; mask_of gives the mask of a number of queries at the end of a span.
+        included; mask_of gives the mask of a tile; blocks are the images among them.
         """
         kept = cache.append(*self.keep(x, tables))
-        return self.look_back(x, kept, tables, turns, span, mask_of)
+        return self.look_back(x, kept, tables, turns, span, mask_of, blocks)
 
     def look_back(
         self,
@@ -165,6 +212,7 @@ class Attention(nn.Module):
         turns: Tables,
         span: Span,
         mask_of: MaskOf,
+        blocks: Blocks = (),
     ) -> mx.array:
         """`encode` where the cache is not ours to write: kept is of all in the span."""
         keys, values = self._keys_values(kept, turns)
@@ -174,10 +222,17 @@ class Attention(nn.Module):
             most = min(most, max(self.window // 2, 16))
         outputs: list[mx.array] = []
         device = backends.current()
-        for begin, end, seen in causal_tiles(x.shape[1], span, self.window, most):
+        new = x.shape[1]
+        for begin, end, seen, image in causal_tiles(
+            new, span, self.window, most, blocks
+        ):
             columns = slice(seen.first - span.first, seen.last - span.first)
             tile = _after(queries[:, :, begin:end], outputs)
-            mask = mask_of(end - begin, seen)
+            if image is None:
+                mask = mask_of(end - begin, seen)
+            else:
+                column = span.last - new + begin
+                mask = image_mask(column, end - begin, seen, self.window, image)
             outputs.append(
                 device.attend(tile, keys[:, :, columns], values[:, :, columns], mask)
             )

@@ -5,12 +5,12 @@ that sees the prefix and all of itself. Only the layer scalars differ per mode,
 and only denoising is self-conditioned. Knows nothing of sampling or text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache as memo
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,7 @@ from ..checkpoint.config import LayerConfig, ModelConfig
 from . import vocab
 from .attention import (
     Attention,
+    Blocks,
     MaskOf,
     Tables,
     canvas_mask,
@@ -28,6 +29,10 @@ from .attention import (
 )
 from .cache import Parts, PrefixCache, Span
 from .layers import Experts, FeedForward, Router, SelfConditioning
+from .vision import Image, placed
+
+if TYPE_CHECKING:
+    from .loading import Eyes
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class _Seen:
     tables: Tables  # of their own positions
     turns: Tables  # of all they see, where keys are turned late
     mask_of: MaskOf
+    blocks: Blocks
 
 
 def branch(layer: Layer) -> Layer:
@@ -127,6 +133,7 @@ class DiffusionGemma(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
         self.apart: Apart | None = None
+        self.eyes: Eyes | None = None  # None where a checkpoint reads text only
 
     @property
     def encoder_layers(self) -> list[Layer]:
@@ -142,28 +149,33 @@ class DiffusionGemma(nn.Module):
         """An empty prefix, for any number of rows."""
         return PrefixCache(self.config)
 
-    def encode(self, tokens: mx.array, cache: PrefixCache) -> None:
+    def encode(
+        self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image] = ()
+    ) -> None:
         """Append (B, T) token ids to the prefixes of B rows.
 
-        The only writer of the cache; any chunking gives the same prefix. The last
-        layer stops at its keys and values: nobody reads its output. Raises
-        ValueError, the cache untouched, for ids the model has no row for and for
-        another number of rows than the cache has.
+        The only writer of the cache; any chunking that leaves images whole gives the
+        same prefix. images, in order, stand in place of tokens of a single row. The
+        last layer stops at its keys and values: nobody reads its output. Raises
+        ValueError, the cache untouched, for ids the model has no row for, for another
+        number of rows than the cache has, and for images that do not fit.
         """
         if tokens.shape[1] == 0:
             return
-        h, seen = self._begin_encoding(tokens, cache)
+        h, seen = self._begin_encoding(tokens, cache, images)
         for index in range(len(self.encoder_layers) - 1):
             h = self._encode_layer(index, h, seen[self.config.layers[index]], cache)
         last, kind = self.encoder_layers[-1], self.config.layers[-1]
         x, entry = last.input_layernorm(h), cache.layers[-1]
         last.self_attn.write(x, seen[kind].tables, entry)
 
-    def encode_hidden(self, tokens: mx.array, cache: PrefixCache) -> mx.array:
+    def encode_hidden(
+        self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image] = ()
+    ) -> mx.array:
         """`encode`, returning the (B, T, D) normed hidden state of the last layer."""
         if tokens.shape[1] == 0:
             return mx.zeros((*tokens.shape, self.config.hidden_size), dtype=self.dtype)
-        h, seen = self._begin_encoding(tokens, cache)
+        h, seen = self._begin_encoding(tokens, cache, images)
         for index, kind in enumerate(self.config.layers):
             h = self._encode_layer(index, h, seen[kind], cache)
         return self.norm(h)
@@ -258,7 +270,7 @@ class DiffusionGemma(nn.Module):
         return vocab.head(self.embed_tokens, hidden, softcap)
 
     def _begin_encoding(
-        self, tokens: mx.array, cache: PrefixCache
+        self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image]
     ) -> tuple[mx.array, dict[LayerConfig, "_Seen"]]:
         """The embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
@@ -269,14 +281,18 @@ class DiffusionGemma(nn.Module):
                 f"ids run from {lowest} to {highest}; this model knows 0 to "
                 f"{self.config.vocab_size - 1}"
             )
-        embedded = self.embed(tokens)  # what can be refused, before the cache knows
+        # what can be refused, before the cache knows
+        embedded = placed(self.embed(tokens), images)
         cache.begin(rows, new)
         tables = self._tables(cache, cache.columns - new, new)
         turns = tables | {
             kind: entry.append(*tables[kind]) for kind, entry in cache.turns.items()
         }
-        masks = self._per_kind(self._masks)
-        return embedded, {k: _Seen(tables[k], turns[k], masks[k]) for k in tables}
+        masks, first = self._per_kind(self._masks), cache.columns - new
+        blocks = tuple((first + image.start, first + image.end) for image in images)
+        return embedded, {
+            k: _Seen(tables[k], turns[k], masks[k], blocks) for k in tables
+        }
 
     def _masks(self, index: int) -> MaskOf:
         """Masks of a layer's tiles; layers of a kind, and like tiles, share them."""
@@ -303,6 +319,7 @@ class DiffusionGemma(nn.Module):
             cache=entry,
             span=cache.span(entry, h.shape[1]),
             mask_of=seen.mask_of,
+            blocks=seen.blocks,
         )
         return layer(h, attend, layer.encoder_scalar)
 

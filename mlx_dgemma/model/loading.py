@@ -1,13 +1,25 @@
-"""From the files of a checkpoint to a model whose every weight is in memory."""
+"""From the files of a checkpoint to a model whose every weight is in memory.
+
+Only the vision tower waits until the first image: who reads text does not pay for it.
+"""
 
 from pathlib import Path
+from threading import Lock
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import backends
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
+from ..checkpoint.vision import (
+    ImageTokens,
+    read_image_tokens,
+    read_vision,
+    read_vision_weights,
+    vision_shapes,
+)
 from ..checkpoint.weights import read_layout
 from .language import DiffusionGemma
 from .layers import (
@@ -16,6 +28,7 @@ from .layers import (
     QuantizedExpertLinear,
     QuantizedLinear,
 )
+from .vision import Vision
 
 
 def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
@@ -40,7 +53,47 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     model.load_weights(weights, strict=True)
     mx.eval(model.parameters())
     model.eval()
+    if config.has_vision:
+        model.eyes = Eyes(folder, config)
     return model
+
+
+class Eyes:
+    """The vision tower of a checkpoint, read when it is first used; for any thread."""
+
+    def __init__(self, folder: Path, config: ModelConfig):
+        self._folder, self._config = folder, config
+        self._lock = Lock()
+        self._vision: Vision | None = None
+
+    @property
+    def tokens(self) -> ImageTokens:
+        """The ids that stand for images in a prompt."""
+        return read_image_tokens(self._config, str(self._folder / "config.json"))
+
+    def look(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
+        """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
+
+        Raises ConfigError or CheckpointError where the tower cannot be read.
+        """
+        soft = self._opened()(patches, positions)
+        mx.eval(soft)
+        return soft
+
+    def _opened(self) -> Vision:
+        with self._lock:
+            if self._vision is None:
+                where = str(self._folder / "config.json")
+                vision = read_vision(self._config, where)
+                width = self._config.hidden_size
+                weights = read_vision_weights(
+                    self._folder, vision_shapes(vision, width)
+                )
+                tower = Vision(vision, width)
+                tower.load_weights(weights, strict=True)
+                mx.eval(tower.parameters())
+                self._vision = tower
+            return self._vision
 
 
 def join_products(model: DiffusionGemma) -> None:

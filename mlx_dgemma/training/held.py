@@ -226,7 +226,7 @@ class Pass:
             window = self.config.sliding_window
             most = min(most, max(window // 2, 16))
         tiles = causal_tiles(self.new, Span(0, columns, (0,)), window, most)
-        cells = sum((end - start) * (s.last - s.first) for start, end, s in tiles)
+        cells = sum((t.end - t.begin) * (t.seen.last - t.seen.first) for t in tiles)
         return self.texts * heads * cells
 
     def _inputs(self) -> int:

@@ -13,6 +13,7 @@ from mlx_dgemma import backends, load
 from mlx_dgemma.checkpoint.config import Rope
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.attention import (
+    Tile,
     canvas_mask,
     causal_mask,
     causal_tiles,
@@ -129,7 +130,7 @@ def test_tiles_see_together_what_all_queries_see(window, most, new, before, star
     span = Span(first, last, tuple(min(start, before) for start in starts))
     seen = np.zeros((len(starts), new, last), bool)
     queries = []
-    for begin, end, tile in causal_tiles(new, span, window, most):
+    for begin, end, tile, _ in causal_tiles(new, span, window, most):
         assert 0 < end - begin <= most
         assert tile.starts == span.starts
         assert first <= tile.first and tile.last == before + end
@@ -201,7 +202,9 @@ def test_the_smallest_tiles_change_nothing(
     counts.clear()
     tuned(score_bytes=1 << 40)
     monkeypatch.setattr(
-        attention, "causal_tiles", lambda new, span, window, most: [(0, new, span)]
+        attention,
+        "causal_tiles",
+        lambda new, span, window, most, blocks: [Tile(0, new, span)],
     )
     whole = results()
     assert set(counts) == {50, *lengths}

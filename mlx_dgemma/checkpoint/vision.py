@@ -1,0 +1,177 @@
+"""The vision half of a checkpoint: what config.json says of it, names and shapes.
+
+Read when the first image comes: those who only read text need none of it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from .config import MAX_WIDTH, ModelConfig
+from .files import Keys
+from .weights import FLOATS, VISION, open_files
+
+ROOT = "model.encoder."
+LIMITS = ("input_min", "input_max", "output_min", "output_max")
+ACTIVATION = "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The tower that looks at patches.
+
+    patch        pixels of a patch's side; a patch is 3 · patch² numbers
+    pooling      patches of a side that become one soft token
+    positions    how far positions go along each axis
+    standardize  whether soft tokens are shifted and scaled at the end
+    clipped      whether what goes into and out of linear maps has limits
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    patch: int
+    pooling: int
+    positions: int
+    standardize: bool
+    clipped: bool
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Ids that stand for an image in a prompt: begin, one per soft token, end."""
+
+    image: int
+    begin: int
+    end: int
+
+
+def read_vision(config: ModelConfig, where: str) -> VisionConfig:
+    """`vision_config` of config.json. Raises ConfigError naming the key."""
+    top = Keys(config.raw, where)
+    keys = top.mapping("vision_config")
+    if keys is None:
+        raise top.refuse("vision_config", "is missing; this checkpoint reads text only")
+    keys.one_of("model_type", "gemma4_vision", ("gemma4_vision",))
+    keys.one_of("hidden_activation", ACTIVATION, (ACTIVATION,))
+    keys.one_of("attention_bias", False, (False,))
+    rope = keys.mapping("rope_parameters")
+    theta = 100.0
+    if rope is not None:
+        rope.one_of("rope_type", "axial", ("axial", "default"))
+        theta = rope.real("rope_theta", theta)
+    heads = keys.whole("num_attention_heads", 12, 1, MAX_WIDTH)
+    vision = VisionConfig(
+        hidden_size=keys.whole("hidden_size", 768, 1, MAX_WIDTH),
+        intermediate_size=keys.whole("intermediate_size", 3072, 1, MAX_WIDTH),
+        layers=keys.whole("num_hidden_layers", 16, 1, 1000),
+        heads=heads,
+        kv_heads=keys.whole("num_key_value_heads", heads, 1, MAX_WIDTH),
+        head_dim=keys.whole("head_dim", 64, 4, 4096),
+        rms_norm_eps=keys.real("rms_norm_eps", 1e-6),
+        rope_theta=keys.real("rope_theta", theta),
+        patch=keys.whole("patch_size", 16, 1, 1024),
+        pooling=keys.whole("pooling_kernel_size", 3, 1, 64),
+        positions=keys.whole("position_embedding_size", 10240, 1, MAX_WIDTH),
+        standardize=keys.one_of("standardize", False, (False, True)),
+        clipped=keys.one_of("use_clipped_linears", False, (False, True)),
+    )
+    if vision.head_dim % 4:
+        raise keys.refuse("head_dim", f"is {vision.head_dim}; must be a multiple of 4")
+    if vision.heads % vision.kv_heads:
+        raise keys.refuse(
+            "num_attention_heads",
+            f"is {vision.heads}, no multiple of num_key_value_heads {vision.kv_heads}",
+        )
+    return vision
+
+
+def read_image_tokens(config: ModelConfig, where: str) -> ImageTokens:
+    """The ids that stand for images. Raises ConfigError naming the key."""
+    top, most = Keys(config.raw, where), config.vocab_size - 1
+    return ImageTokens(
+        image=top.whole("image_token_id", 258_880, 0, most),
+        begin=top.whole("boi_token_id", 255_999, 0, most),
+        end=top.whole("eoi_token_id", 258_882, 0, most),
+    )
+
+
+def vision_shapes(vision: VisionConfig, width: int) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the tower and of its projection to `width`, and its shape.
+
+    Names are those on disk without `model.encoder.`.
+    """
+    hidden, inner = vision.hidden_size, vision.intermediate_size
+    queries, keys = vision.heads * vision.head_dim, vision.kv_heads * vision.head_dim
+    linear = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    layer: dict[str, tuple[int, ...]] = {}
+    for name, shape in linear.items():
+        layer[f"{name}.linear.weight"] = shape
+        if vision.clipped:
+            layer |= {f"{name}.{limit}": () for limit in LIMITS}
+    layer |= dict.fromkeys(
+        ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (vision.head_dim,)
+    )
+    for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+        layer[f"{norm}_layernorm.weight"] = (hidden,)
+    tower: dict[str, tuple[int, ...]] = {
+        "patch_embedder.input_proj.weight": (hidden, 3 * vision.patch**2),
+        "patch_embedder.position_embedding_table": (2, vision.positions, hidden),
+    }
+    if vision.standardize:
+        tower |= dict.fromkeys(("std_bias", "std_scale"), (hidden,))
+    for index in range(vision.layers):
+        tower |= {f"encoder.layers.{index}.{n}": s for n, s in layer.items()}
+    shapes = {f"vision_tower.{name}": shape for name, shape in tower.items()}
+    return shapes | {"embed_vision.embedding_projection.weight": (width, hidden)}
+
+
+def read_vision_weights(
+    folder: Path, shapes: dict[str, tuple[int, ...]]
+) -> list[tuple[str, mx.array]]:
+    """The tower's parameters, unevaluated.
+
+    Raises CheckpointError naming tensors that are missing, unexpected, of the wrong
+    shape, or quantised.
+    """
+    files = open_files(folder)
+    names = {n.removeprefix(ROOT) for n in files.tensors if n.startswith(VISION)}
+    if not names:
+        raise CheckpointError(
+            f"{folder}: holds no vision tensors, so it reads text only; convert it "
+            "again from the release"
+        )
+    if coded := sorted(name for name in names if name.endswith(".scales")):
+        raise CheckpointError(
+            f"{folder}: {ROOT}{coded[0]}: a quantised vision tower is not supported; "
+            "convert it again from the release"
+        )
+    for what, strange in (
+        ("missing", sorted(set(shapes) - names)),
+        ("unexpected", sorted(names - set(shapes))),
+    ):
+        if strange:
+            raise CheckpointError(f"{folder}: {what} tensors: {ROOT}{strange[0]}")
+    for name, shape in shapes.items():
+        info = files.tensors[ROOT + name]
+        if info.shape != shape or info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{info.file}: {ROOT}{name} has shape {list(info.shape)} and type "
+                f"{info.dtype}, but config.json needs floats of {list(shape)}"
+            )
+    return [(name, files.load(ROOT + name)) for name in shapes]

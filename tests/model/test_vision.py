@@ -1,0 +1,386 @@
+"""The vision tower against its formulas written plainly; images inside a prompt."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_config, write_tiny
+
+from mlx_dgemma import backends
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.vision import ROOT, read_vision, vision_shapes
+from mlx_dgemma.errors import CheckpointError, ConfigError
+from mlx_dgemma.model.attention import causal_mask, causal_tiles, image_mask
+from mlx_dgemma.model.cache import Span
+from mlx_dgemma.model.loading import load_model
+from mlx_dgemma.model.vision import Image, pool
+
+VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 2,
+    "position_embedding_size": 32,
+    "standardize": True,
+    "use_clipped_linears": True,
+}
+RNG = np.random.default_rng(4)
+KINDS = [(True, True), (False, False), (True, False), (False, True)]
+SEEN = np.stack(np.meshgrid(np.arange(9), np.arange(6)), axis=-1).reshape(-1, 2)
+PIXELS = RNG.random((54, 12)).astype(np.float32)
+
+
+def write(folder: Path, dtype: mx.Dtype = mx.float32, **changes) -> Path:
+    """A tiny checkpoint with a tower of random weights."""
+    write_tiny(folder)
+    raw = tiny_config() | {"vision_config": VISION | changes}
+    raw |= {"image_token_id": 9, "boi_token_id": 7, "eoi_token_id": 8}
+    (folder / "config.json").write_text(json.dumps(raw))
+    config = read_config(folder)
+    vision = read_vision(config, "config.json")
+    weights = {}
+    for name, shape in vision_shapes(vision, config.hidden_size).items():
+        values = RNG.normal(size=shape)
+        if name.endswith("_min"):
+            values = -1 - np.abs(values)
+        elif name.endswith("_max"):
+            values = 1 + np.abs(values)
+        elif "norm" in name or "scale" in name:
+            values = 1 + 0.3 * values
+        elif len(shape) == 2:
+            values /= shape[-1] ** 0.5
+        weights[ROOT + name] = mx.array(values.astype(np.float32)).astype(dtype)
+    file = str(folder / "model.safetensors")
+    mx.save_safetensors(file, weights | dict(mx.load(file)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """(standardize, clipped) -> a checkpoint folder."""
+    made = {}
+    for kind in KINDS:
+        changes = dict(zip(("standardize", "use_clipped_linears"), kind, strict=True))
+        made[kind] = write(tmp_path_factory.mktemp("tower") / "m", **changes)
+    return made
+
+
+def plain(folder: Path, pixels: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The tower in float64 numpy, head by head and square by square."""
+    weights = {
+        name.removeprefix(ROOT): np.array(array).astype(np.float64)
+        for name, array in mx.load(str(folder / "model.safetensors")).items()
+        if name.startswith(ROOT) and "language_model" not in name
+    }
+    tower = "vision_tower."
+
+    def norm(x: np.ndarray, name: str | None = None) -> np.ndarray:
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+        return y if name is None else y * weights[name]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        low, high = (weights.get(f"{name}.input_{e}") for e in ("min", "max"))
+        x = x if low is None else x.clip(low, high)
+        y = x @ weights[f"{name}.linear.weight"].T
+        low, high = (weights.get(f"{name}.output_{e}") for e in ("min", "max"))
+        return y if low is None else y.clip(low, high)
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        y = x.copy()
+        for axis, offset in ((0, 0), (1, 4)):  # head_dim 8: two pairs for each axis
+            for pair in range(2):
+                angle = positions[:, axis] * 100.0 ** (-2 * pair / 4)
+                a, b = offset + pair, offset + pair + 2
+                y[:, a] = x[:, a] * np.cos(angle) - x[:, b] * np.sin(angle)
+                y[:, b] = x[:, b] * np.cos(angle) + x[:, a] * np.sin(angle)
+        return y
+
+    def attend(x: np.ndarray, layer: str) -> np.ndarray:
+        heads = {}
+        for kind in "qkv":
+            y = linear(x, f"{layer}self_attn.{kind}_proj")
+            heads[kind] = np.split(y, y.shape[-1] // 8, axis=-1)
+        outputs = []
+        for head, query in enumerate(heads["q"]):
+            key, value = heads["k"][head // 2], heads["v"][head // 2]
+            query = turned(norm(query, f"{layer}self_attn.q_norm.weight"))
+            key = turned(norm(key, f"{layer}self_attn.k_norm.weight"))
+            scores = np.exp(query @ key.T)
+            outputs.append(scores / scores.sum(-1, keepdims=True) @ norm(value))
+        return linear(np.concatenate(outputs, -1), f"{layer}self_attn.o_proj")
+
+    def feed(x: np.ndarray, layer: str) -> np.ndarray:
+        gate = linear(x, f"{layer}mlp.gate_proj")
+        inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+        gated = gate / 2 * (1 + np.tanh(inner)) * linear(x, f"{layer}mlp.up_proj")
+        return linear(gated, f"{layer}mlp.down_proj")
+
+    table = weights[f"{tower}patch_embedder.position_embedding_table"]
+    x = (2 * pixels.astype(np.float64) - 1) @ weights[
+        f"{tower}patch_embedder.input_proj.weight"
+    ].T
+    x = x + table[0][positions[:, 0]] + table[1][positions[:, 1]]
+    for index in range(VISION["num_hidden_layers"]):
+        layer = f"{tower}encoder.layers.{index}."
+        for branch, before, after in (
+            (attend, "input", "post_attention"),
+            (feed, "pre_feedforward", "post_feedforward"),
+        ):
+            y = branch(norm(x, f"{layer}{before}_layernorm.weight"), layer)
+            x = x + norm(y, f"{layer}{after}_layernorm.weight")
+    squares: dict[tuple[int, int], list[np.ndarray]] = {}
+    for patch, (column, row) in zip(x, positions, strict=True):
+        squares.setdefault((row // 3, column // 3), []).append(patch)
+    y = np.stack([np.mean(squares[at], axis=0) for at in sorted(squares)])
+    y = y * VISION["hidden_size"] ** 0.5
+    if f"{tower}std_bias" in weights:
+        y = (y - weights[f"{tower}std_bias"]) * weights[f"{tower}std_scale"]
+    return norm(y) @ weights["embed_vision.embedding_projection.weight"].T
+
+
+def loaded(folder: Path):
+    return load_model(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tower_is_its_formulas(towers, kind):
+    model = loaded(towers[kind])
+    found = np.array(model.eyes.look(PIXELS, SEEN))
+    assert found.shape == (6, 64)
+    np.testing.assert_allclose(found, plain(towers[kind], PIXELS, SEEN), atol=2e-5)
+
+
+def test_tiles_of_patches_change_nothing(towers, tuned):
+    model = loaded(towers[KINDS[0]])
+    whole = np.array(model.eyes.look(PIXELS, SEEN))
+    tuned(score_bytes=1)
+    np.testing.assert_allclose(
+        np.array(model.eyes.look(PIXELS, SEEN)), whole, atol=1e-5
+    )
+
+
+def test_a_tower_in_16_bits_stays_in_them(tmp_path):
+    folder = write(tmp_path / "m", mx.bfloat16)
+    soft = loaded(folder).eyes.look(PIXELS, SEEN)
+    assert soft.dtype == mx.bfloat16
+    exact = plain_of(folder)
+    off = np.abs(np.array(soft.astype(mx.float32)) - exact)
+    assert off.max() < 0.1 * np.abs(exact).max()
+
+
+def plain_of(folder: Path) -> np.ndarray:
+    """`plain` of weights in 16 bits, widened."""
+    file = folder / "model.safetensors"
+    weights = {n: a.astype(mx.float32) for n, a in mx.load(str(file)).items()}
+    other = folder.with_name("wide")
+    shutil.copytree(folder, other)
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    return plain(other, PIXELS, SEEN)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 2), (2, 5)])
+def test_pooling_means_squares_row_by_row(size):
+    width, height = (3 * n for n in size)
+    x = RNG.normal(size=(height, width, 5)).astype(np.float32)
+    found = np.array(pool(mx.array(x.reshape(-1, 5)), width, height, 3))
+    wanted = [
+        x[r : r + 3, c : c + 3].mean(axis=(0, 1))
+        for r in range(0, height, 3)
+        for c in range(0, width, 3)
+    ]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
+    from mlx_dgemma.model import loading
+
+    read, times = loading.read_vision_weights, []
+    monkeypatch.setattr(
+        loading, "read_vision_weights", lambda *a: times.append(a) or read(*a)
+    )
+    model = loaded(towers[KINDS[0]])
+    model.encode(mx.array([[3, 4, 5]]), model.make_cache())
+    assert not times
+    found: list[np.ndarray] = []
+    looks = [
+        threading.Thread(
+            target=lambda: found.append(np.array(model.eyes.look(PIXELS, SEEN)))
+        )
+        for _ in range(4)
+    ]
+    for look in looks:
+        look.start()
+    for look in looks:
+        look.join()
+    assert len(times) == 1 and len(found) == 4
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_checkpoint_for_text_has_no_eyes(tiny):
+    assert loaded(tiny).eyes is None
+
+
+def test_image_tokens_are_those_of_the_config(towers):
+    tokens = loaded(towers[KINDS[0]]).eyes.tokens
+    assert (tokens.image, tokens.begin, tokens.end) == (9, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda w: w.pop(f"{ROOT}vision_tower.std_bias"),
+            "missing tensors: .*std_bias",
+        ),
+        (
+            lambda w: w.update({f"{ROOT}vision_tower.more": mx.zeros((1,))}),
+            "unexpected tensors: .*more",
+        ),
+        (
+            lambda w: w.update({f"{ROOT}vision_tower.std_bias": mx.zeros((3,))}),
+            r"std_bias has shape \[3\].*needs floats of \[24\]",
+        ),
+        (
+            lambda w: w.update(
+                {f"{ROOT}vision_tower.std_bias": mx.zeros(24, mx.int32)}
+            ),
+            "std_bias has .*int32",
+        ),
+        (
+            lambda w: w.update({f"{ROOT}vision_tower.x.scales": mx.zeros((1,))}),
+            "quantised vision tower is not supported",
+        ),
+        (
+            lambda w: [
+                w.pop(n) for n in list(w) if n.startswith((f"{ROOT}v", f"{ROOT}e"))
+            ],
+            "holds no vision tensors",
+        ),
+    ],
+)
+def test_a_broken_tower_stops_images_and_not_text(towers, tmp_path, change, told):
+    folder = tmp_path / "m"
+    shutil.copytree(towers[KINDS[0]], folder)
+    file = str(folder / "model.safetensors")
+    weights = dict(mx.load(file))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(file, weights)
+    model = loaded(folder)
+    model.encode(mx.array([[3, 4, 5]]), model.make_cache())
+    with pytest.raises(CheckpointError, match=told):
+        model.eyes.look(PIXELS, SEEN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"head_dim": 6}, "head_dim is 6; must be a multiple of 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4, no multiple"),
+        ({"model_type": "siglip"}, "model_type is 'siglip'"),
+        ({"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+        ({"pooling_kernel_size": 0}, "pooling_kernel_size is 0"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    ],
+)
+def test_a_vision_config_no_release_has_is_refused(tmp_path, changes, told):
+    write_tiny(tmp_path / "m")
+    raw = tiny_config() | {"vision_config": VISION | changes}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=told):
+        read_vision(read_config(tmp_path / "m"), "config.json")
+
+
+@given(
+    window=st.sampled_from([None, 2, 5]),
+    most=st.integers(1, 12),
+    before=st.integers(0, 9),
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6),
+    first_is_image=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_tiles_of_images_see_what_they_should(
+    window, most, before, lengths, first_is_image
+):
+    """Runs of text and of images in turn, cut into tiles: every query sees what is in
+    front of it within its window, and all of the image it is of."""
+    blocks, column = [], before
+    for index, length in enumerate(lengths):
+        if (index % 2 == 0) == first_is_image:
+            blocks.append((column, column + length))
+        column += length
+    new, last = sum(lengths), column
+    first = 0 if window is None else max(0, before - (window - 1))
+    span = Span(first, last, (0,))
+    seen, queries = np.zeros((new, last), bool), []
+    for begin, end, keys, image in causal_tiles(new, span, window, most, tuple(blocks)):
+        assert 0 < end - begin <= most
+        queries += range(begin, end)
+        if image is None:
+            mask = causal_mask(end - begin, keys, window)
+        else:
+            mask = image_mask(before + begin, end - begin, keys, window, image)
+        shape = (end - begin, keys.last - keys.first)
+        if isinstance(mask, str):
+            allowed = np.tril(np.ones(shape, bool), shape[1] - shape[0])
+        else:
+            allowed = np.ones(shape, bool) if mask is None else np.array(mask)[0, 0]
+        seen[begin:end, keys.first : keys.last] = allowed
+    assert queries == list(range(new))
+    block_of = {c: b for b, (f, e) in enumerate(blocks) for c in range(f, e)}
+    for query in range(new):
+        at = before + query
+        for key in range(last):
+            near = key <= at and (window is None or at - key < window)
+            same = at in block_of and block_of.get(key) == block_of[at]
+            assert seen[query, key] == (near or same)
+
+
+IMAGES = {
+    "behind the tokens": [Image(3, mx.zeros((2, 64)))],
+    "over one another": [Image(0, mx.zeros((2, 64))), Image(1, mx.zeros((1, 64)))],
+    "of another width": [Image(0, mx.zeros((1, 32)))],
+    "of nothing": [Image(1, mx.zeros((0, 64)))],
+}
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+def test_images_that_do_not_fit_leave_the_cache_alone(tiny_model, images):
+    model, _ = tiny_model
+    cache = model.make_cache()
+    with pytest.raises(ValueError, match="does not fit"):
+        model.encode(mx.array([[1, 2, 3, 4]]), cache, images)
+    assert cache.length == 0
+
+
+def test_an_image_stands_in_one_row_only(tiny_model):
+    model, _ = tiny_model
+    tokens = mx.zeros((2, 4), dtype=mx.int32)
+    with pytest.raises(ValueError, match="of 2 × 4 tokens"):
+        model.encode(tokens, model.make_cache(), [Image(0, mx.zeros((2, 64)))])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_embeddings_in_place_of_tokens_read_as_the_tokens(tiny_model, request, gpu):
+    """An image of one soft token, equal to an embedding, is that token."""
+    if gpu:
+        request.getfixturevalue("as_gpu")
+        assert backends.current().name == "metal"
+    model, _ = tiny_model
+    tokens = mx.array(RNG.integers(0, 32, (1, 20)).astype(np.int32))
+    wanted = np.array(model.encode_hidden(tokens, model.make_cache()))
+    other = mx.array(np.where(np.arange(20) % 7 == 3, 5, np.array(tokens)))
+    images = [Image(i, model.embed(tokens)[0, i : i + 1]) for i in (3, 10, 17)]
+    found = np.array(model.encode_hidden(other, model.make_cache(), images))
+    np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -1,0 +1,151 @@
+"""Images against transformers: soft tokens, the prefix they leave, logits behind them.
+
+transformers in float64 is the truth; our error may be at most 4 times its own in
+float32, as in test_model_parity.
+"""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_model_parity import assert_as_exact, ids
+
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.vision import (
+    read_vision,
+    read_vision_weights,
+    vision_shapes,
+)
+from mlx_dgemma.model.loading import load_model
+from mlx_dgemma.model.vision import Image, Vision
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+IMAGE, BEGIN, END = 9, 7, 8  # of the toy tokenizer
+POOLING, PATCH = 3, 16
+# (width, height) in soft tokens: small, wide, tall, large
+SIZES = [(1, 1), (2, 3), (9, 1), (1, 11), (6, 5)]
+RNG = np.random.default_rng(0)
+
+
+def picture(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (P, 768) and positions (P, 2) of an image of that many soft tokens."""
+    width, height = (POOLING * n for n in size)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    positions = np.stack([x, y], axis=-1).reshape(-1, 2)
+    pixels = RNG.random((len(positions), 3 * PATCH**2)).astype(np.float32)
+    return pixels, positions
+
+
+def padded(pictures) -> tuple[np.ndarray, np.ndarray]:
+    """All images as one batch, as the processor pads it, to a multiple of 9."""
+    most = max(len(pixels) for pixels, _ in pictures)
+    pixels = [np.pad(p, [(0, most - len(p)), (0, 0)]) for p, _ in pictures]
+    places = [
+        np.pad(q, [(0, most - len(q)), (0, 0)], constant_values=-1) for _, q in pictures
+    ]
+    return np.stack(pixels), np.stack(places)
+
+
+def prompt_with(sizes) -> tuple[np.ndarray, list[int]]:
+    """(1, T) ids, some text between images, and where each image's tokens begin."""
+    tokens, starts = list(RNG.integers(10, 32, 11)), []
+    for width, height in sizes:
+        tokens.append(BEGIN)
+        starts.append(len(tokens))
+        tokens += [IMAGE] * (width * height) + [END]
+        tokens += RNG.integers(10, 32, RNG.integers(0, 7)).tolist()
+    return np.array([[*tokens, 12]]), starts
+
+
+def ours(path):
+    config = read_config(path)
+    vision = read_vision(config, "config.json")
+    eyes, shapes = (
+        Vision(vision, config.hidden_size),
+        vision_shapes(vision, config.hidden_size),
+    )
+    eyes.load_weights(read_vision_weights(path, shapes), strict=True)
+    return load_model(path, config), eyes
+
+
+def chunks(length: int, size: int, images: list[Image]):
+    """Borders of chunks of `size` tokens that leave images whole."""
+    begin = 0
+    while begin < length:
+        end = min(begin + size, length)
+        end = next((i.end for i in images if i.start < end < i.end), end)
+        yield begin, end
+        begin = end
+
+
+CASES = [
+    {"layout": layout, "standardize": standardize, "clipped": clipped}
+    for layout, standardize, clipped in itertools.product(
+        ("release", "transformers"), (True, False), (True, False)
+    )
+]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+def test_prompts_with_images(tmp_path, case, count):
+    """Soft tokens, the encoder's output and logits; images longer than the window of 8;
+    whole, and in chunks of 1, 7 and 64 tokens."""
+    from make_tiny import make_checkpoint
+    from oracle import load_oracle
+
+    tower = {"standardize": case["standardize"], "num_hidden_layers": 2}
+    tower |= {"use_clipped_linears": case["clipped"], "num_key_value_heads": 1}
+    path = make_checkpoint(
+        tmp_path / "m", seed=count, layout=case["layout"], vision=tower
+    )
+    sizes = [SIZES[(count + 2 * i) % len(SIZES)] for i in range(count)]
+    tokens, starts = prompt_with(sizes)
+    pictures = [picture(size) for size in sizes]
+    canvas = RNG.integers(10, 32, (1, 32))
+    truth, theirs = load_oracle(path, "float64"), load_oracle(path, "float32")
+    exact = truth.encode_images(tokens, *padded(pictures))
+    reference = theirs.encode_images(tokens, *padded(pictures))
+    model, eyes = ours(path)
+    soft = [eyes(*one) for one in pictures]
+    assert_as_exact("soft tokens", mx.concatenate(soft), reference[0], exact[0])
+    images = [Image(start, one) for start, one in zip(starts, soft, strict=True)]
+    assert max(image.end - image.start for image in images) >= 6
+    wanted = truth.denoise(canvas, exact[2]), theirs.denoise(canvas, reference[2])
+    hidden = model.encode_hidden(ids(tokens), model.make_cache(), images)
+    assert_as_exact("hidden", hidden, reference[1], exact[1])
+    for size in (tokens.shape[1], 1, 7, 64):
+        cache = model.make_cache()
+        for begin, end in chunks(tokens.shape[1], size, images):
+            inside = [
+                Image(image.start - begin, image.features)
+                for image in images
+                if begin <= image.start < end
+            ]
+            model.encode(ids(tokens[:, begin:end]), cache, inside)
+        logits = model.denoise(ids(canvas), cache)
+        assert_as_exact(f"{size} at a time", logits, wanted[1], wanted[0])
+
+
+def test_an_image_is_seen_whole_by_all_of_itself(tmp_path):
+    """Its first token changes with its last pixel: in layers of either kind."""
+    from make_tiny import make_checkpoint
+
+    path = make_checkpoint(tmp_path / "m", text={"sliding_window": 4})
+    model, eyes = ours(path)
+    tokens, (start,) = prompt_with([(4, 3)])
+    pixels, positions = picture((4, 3))
+    other = pixels.copy()
+    other[-1] = 1 - other[-1]
+    hidden = [
+        np.array(
+            model.encode_hidden(
+                ids(tokens), model.make_cache(), [Image(start, eyes(p, positions))]
+            )
+        )[0]
+        for p in (pixels, other)
+    ]
+    changed = np.abs(hidden[0] - hidden[1]).max(axis=-1) > 1e-6
+    assert not changed[:start].any() and changed[start:].all()
