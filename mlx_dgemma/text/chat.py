@@ -12,6 +12,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import SettingsError, TokenizerError
+from .pictures import is_picture, picture_sources, source_of, without_sources
+from .tools import declared, linked
 from .vocabularies import one_line
 
 if TYPE_CHECKING:
@@ -103,29 +105,64 @@ def encode_prompt(
     *,
     system: str | None = None,
     thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Ids of a prompt.
+    """Ids of a prompt of text alone.
 
     prompt      text (one user message, or raw text behind BOS where the tokenizer
                 has no chat template), token ids taken as they are, or messages
                 {"role", "content"} with text content
     system      a system message in front of a text or of messages without one
     thinking    whether the template asks the model to think first
+    tools       what the model may call, as OpenAI's JSON; see `text.tools`
 
-    Raises SettingsError naming the argument or the message.
+    Raises SettingsError naming the argument, the message or the tool.
     """
+    ids, _ = _encode(tokenizer, prompt, system, thinking, tools, pictures=False)
+    return ids
+
+
+def encode_messages(
+    tokenizer: "Tokenizer",
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[list[int], list[Any]]:
+    """Ids of a prompt that may hold pictures, and the pictures' sources in order.
+
+    Arguments as of `encode_prompt`; content may hold image parts too, see
+    `text.pictures`. Each puts the template's image token into the ids once, for
+    `pictures.expand` to make room.
+    """
+    return _encode(tokenizer, prompt, system, thinking, tools, pictures=True)
+
+
+def _encode(
+    tokenizer: "Tokenizer",
+    prompt: Prompt,
+    system: str | None,
+    thinking: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    pictures: bool,
+) -> tuple[list[int], list[Any]]:
     if system is not None and not isinstance(system, str):
         raise SettingsError(f"system must be text, not {type(system).__name__}")
+    functions = [] if tools is None else declared(tools)
     if isinstance(prompt, str) and tokenizer.chat_template is None:
-        _refuse_both(system, thinking, "the tokenizer has no chat template")
-        return _with_bos(tokenizer, tokenizer.encode(prompt))
+        why = "the tokenizer has no chat template"
+        _refuse(why, system=system, thinking=thinking, tools=functions)
+        return _with_bos(tokenizer, tokenizer.encode(prompt)), []
     if isinstance(prompt, str):
         messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
     elif _is_ids(prompt):
-        _refuse_both(system, thinking, "the prompt is token ids")
-        return [_id(value, i) for i, value in enumerate(prompt)]
+        why = "the prompt is token ids"
+        _refuse(why, system=system, thinking=thinking, tools=functions)
+        return [_id(value, i) for i, value in enumerate(prompt)], []
     else:
-        messages = [_message(m, i) for i, m in enumerate(prompt)]
+        messages = linked([_message(m, i, pictures) for i, m in enumerate(prompt)])
     if system is not None:
         roles = [message["role"] for message in messages]
         if "system" in roles:
@@ -134,9 +171,14 @@ def encode_prompt(
                 "message; leave one out"
             )
         messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(messages, enable_thinking=thinking)
+    text = tokenizer.apply_chat_template(
+        [without_sources(message) for message in messages],
+        tools=functions or None,
+        enable_thinking=thinking,
+    )
     assert isinstance(text, str)
-    return tokenizer.encode(text)  # the template writes BOS itself
+    # the template writes BOS itself
+    return tokenizer.encode(text), picture_sources(messages)
 
 
 def _with_bos(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
@@ -148,12 +190,11 @@ def _with_bos(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
     return ids
 
 
-def _refuse_both(system: str | None, thinking: bool, why: str) -> None:
+def _refuse(why: str, **given: Any) -> None:
     """Refuse what only a chat template can express."""
-    if system is not None:
-        raise SettingsError(f"system cannot be used: {why}")
-    if thinking:
-        raise SettingsError(f"thinking cannot be used: {why}")
+    for name, value in given.items():
+        if value is not None and value is not False and value != []:
+            raise SettingsError(f"{name} cannot be used: {why}")
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -176,8 +217,8 @@ def _id(value: Any, index: int) -> int:
     return int(value)
 
 
-def _message(message: Any, index: int) -> dict[str, Any]:
-    """A message whose shape is known, its text parts left as they are."""
+def _message(message: Any, index: int, pictures: bool) -> dict[str, Any]:
+    """A message whose shape is known, its content left as it is."""
 
     def refuse(why: str) -> NoReturn:
         raise SettingsError(f"message {index}: {why}")
@@ -194,8 +235,15 @@ def _message(message: Any, index: int) -> dict[str, Any]:
         refuse(f"content is {type(content).__name__}; it must be text or text parts")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if pictures and is_picture(part):
+            try:
+                source_of(part)
+            except SettingsError as error:
+                refuse(str(error))
+            continue
         if isinstance(kind, str) and kind != "text":
-            refuse(f"holds a part of type {kind!r}; this version reads text only")
+            reads = "text and pictures" if pictures else "text"
+            refuse(f"holds a part of type {kind!r}; this version reads {reads} only")
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             refuse('a content part must be {"type": "text", "text": ...}')
     return dict(message)

@@ -1,3 +1,5 @@
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def loaded(folders) -> dict[str, Tokenizer]:
     return {name: Tokenizer.from_dir(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def clock():
+    """Fails when its block takes longer than so many seconds."""
+
+    @contextmanager
+    def within(seconds: float):
+        started = time.perf_counter()
+        yield
+        assert time.perf_counter() - started < seconds
+
+    return within

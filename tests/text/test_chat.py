@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import byte_level
+from toy_tokenizers import MARKED, byte_level
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
-from mlx_dgemma.text.chat import encode_prompt
+from mlx_dgemma.text.chat import encode_messages, encode_prompt
+from mlx_dgemma.text.pictures import expand, picture_sources
 from mlx_dgemma.text.tokenizer import Tokenizer
 
 BOS = 2
@@ -28,6 +29,7 @@ TEMPLATE = """\
 """
 USER = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "be kind"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "does f"}}
 
 
 def make(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
@@ -163,6 +165,13 @@ def test_every_text_arrives_whole(plain, text):
         ("hi", {"system": 3}, "system must be text, not int"),
         ([1], {"system": "x"}, "system cannot be used: the prompt is token ids"),
         ([1], {"thinking": True}, "thinking cannot be used: the prompt is token ids"),
+        ([1], {"tools": [TOOL]}, "tools cannot be used: the prompt is token ids"),
+        ("hi", {"tools": [{}]}, 'tool 0: it must be {"type": "function"'),
+        (
+            [USER, {"role": "tool", "content": "1"}],
+            {},
+            "message 1: no call of a tool stands before it",
+        ),
         ("a\ud800", {}, "text holds a lone surrogate at character"),
         ([{**USER, "at": Path()}], {}, "message 0 holds a PosixPath; only text,"),
         ([{**USER, "at": [{1}]}], {}, "message 0 holds a set; only text,"),
@@ -172,7 +181,9 @@ def test_a_bad_prompt_is_refused(tokenizer, prompt, options, why):
     assert why in refusal(SettingsError, encode_prompt, tokenizer, prompt, **options)
 
 
-@pytest.mark.parametrize("option", [{"system": "x"}, {"thinking": True}])
+@pytest.mark.parametrize(
+    "option", [{"system": "x"}, {"thinking": True}, {"tools": [TOOL]}]
+)
 def test_without_template_only_plain_text_is_possible(plain, option):
     message = refusal(SettingsError, encode_prompt, plain, "hi", **option)
     assert message == (
@@ -195,6 +206,129 @@ def test_apply_chat_template_can_tokenize(tokenizer):
     assert ids == tokenizer.encode(text)
     bare = tokenizer.apply_chat_template([USER], add_generation_prompt=False)
     assert bare == "<bos><|turn>user\nhi<turn|>"
+
+
+@pytest.mark.parametrize("prompt", ["hi", [USER]])
+def test_tools_reach_the_template(tmp_path, prompt):
+    tokenizer = make(tmp_path, "{{ tools | tojson }}|")
+    shown_tools = shown(tokenizer, encode_prompt(tokenizer, prompt, tools=[TOOL]))
+    assert shown_tools == json.dumps([TOOL]) + "|"
+    for none in (None, []):
+        assert shown(tokenizer, encode_prompt(tokenizer, prompt, tools=none)) == "null|"
+
+
+def test_messages_of_tools_are_completed(tmp_path):
+    tokenizer = make(tmp_path, "{{ messages[1:] | tojson }}")
+    call = {"id": "x", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answer = {"role": "tool", "content": "2", "tool_call_id": "x"}
+    ids = encode_prompt(tokenizer, [USER, asked, answer])
+    read = {"id": "x", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert json.loads(shown(tokenizer, ids)) == [
+        {"role": "assistant", "tool_calls": [read]},
+        {**answer, "name": "f"},
+    ]
+    assert call["function"]["arguments"] == '{"a": 1}'
+
+
+# Pictures
+
+SPELLED = """\
+{%- for part in messages[-1].content -%}
+{{ '<|image|>' if part.type == 'image' else part.text }}
+{%- endfor -%}|{{ messages | tojson }}"""
+URL = {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}
+WHAT = {"type": "text", "text": "what?"}
+
+
+def image(source):
+    return {"type": "image", "image": source}
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("seeing")
+    make(folder, SPELLED)
+    byte_level(MARKED).save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_dir(folder)
+
+
+def test_pictures_are_one_token_each_and_their_sources(seeing):
+    data = object()
+    messages = [
+        {"role": "user", "content": [image("a.png"), WHAT]},
+        {"role": "user", "content": "and"},
+        {"role": "user", "content": (URL, WHAT, image(data))},
+    ]
+    ids, sources = encode_messages(seeing, messages, system="be kind")
+    assert sources == ["a.png", "data:,", data]
+    assert picture_sources(messages) == sources
+    text, _, rendered = shown(seeing, ids).partition("|[")
+    assert text == "<|image|>what?<|image|>"
+    assert ids.count(seeing.token_id("<|image|>")) == 2
+    bare = {"type": "image"}
+    assert [m["content"] for m in json.loads("[" + rendered)] == [
+        *("be kind", [bare, WHAT], "and", [bare, WHAT, bare]),
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["hi", [USER], [5, 6]])
+def test_without_pictures_both_encode_alike(tokenizer, prompt):
+    ids, sources = encode_messages(tokenizer, prompt)
+    assert (ids, sources) == (encode_prompt(tokenizer, prompt), [])
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"type": "image"}, 'message 0: an image part must be {"type", "image":'),
+        (image(""), 'message 0: an image part must be {"type", "image":'),
+        ({"type": "image_url"}, "message 0: an image_url part must be"),
+        (URL | {"image_url": "data:,"}, "message 0: an image_url part must be"),
+        (URL | {"image_url": {"url": ""}}, "message 0: an image_url part must be"),
+        (URL | {"image_url": {"url": b"x"}}, "message 0: an image_url part must be"),
+        ({"type": "video"}, "a part of type 'video'; this version reads text and pict"),
+        ({"type": ["image"]}, "message 0: a content part must be"),
+        ("image", "message 0: a content part must be"),
+    ],
+)
+def test_a_bad_picture_is_refused(seeing, part, why):
+    messages = [{"role": "user", "content": [WHAT, part]}]
+    assert why in refusal(SettingsError, encode_messages, seeing, messages)
+
+
+@pytest.mark.parametrize("part", [image("a.png"), URL])
+def test_text_prompts_hold_no_pictures(seeing, part):
+    messages = [{"role": "user", "content": [WHAT, part]}]
+    message = refusal(SettingsError, encode_prompt, seeing, messages)
+    assert message.endswith("this version reads text only")
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "expected"),
+    [
+        ([1, 2], [], [1, 2]),
+        ([], [], []),
+        ([7], [1], [8, 7, 9]),
+        ([1, 7, 2, 7, 7], [2, 1, 3], [1, 8, 7, 7, 9, 2, 8, 7, 9, 8, 7, 7, 7, 9]),
+        ((8, 7, 9), (1,), [8, 8, 7, 9, 9]),
+    ],
+)
+def test_pictures_get_their_room(ids, counts, expected):
+    assert expand(ids, 7, 8, 9, counts) == expected
+
+
+@pytest.mark.parametrize("counts", [[], [4], [4, 4, 4]])
+def test_no_text_can_spell_a_picture(seeing, counts):
+    token = seeing.token_id("<|image|>")
+    content = [image("a.png"), {"type": "text", "text": "<|image|>"}]
+    ids, _ = encode_messages(seeing, [{"role": "user", "content": content}])
+    # one shown in front of the bar, one spelled; the rest is the echo behind it
+    ids = ids[: ids.index(seeing.encode("|")[0])]
+    assert refusal(SettingsError, expand, ids, token, 8, 9, counts) == (
+        f"the prompt holds 2 image tokens and {len(counts)} pictures; each picture "
+        "needs one, and no text may spell one"
+    )
 
 
 # Where templates come from

@@ -15,6 +15,9 @@ from tokenizers import (
 from tokenizers.trainers import BpeTrainer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>"]
+MARKED = [*SPECIAL, "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"]
+MARKED += ['<|"|>', "<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>"]
+MARKED += ["<|think|>", "<|image|>", "<|image>", "<image|>"]
 LINES = [
     "the quick brown fox jumps over the lazy dog",
     "hello hello world, a world of words and more words",
@@ -23,11 +26,11 @@ LINES = [
 ] * 4
 
 
-def special_tokens() -> list[AddedToken]:
-    return [AddedToken(t, special=True, normalized=False) for t in SPECIAL]
+def special_tokens(pieces: list[str]) -> list[AddedToken]:
+    return [AddedToken(t, special=True, normalized=False) for t in pieces]
 
 
-def byte_level() -> Tokenizer:
+def byte_level(special: list[str] = SPECIAL) -> Tokenizer:
     """Byte-level BPE, trained."""
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +38,7 @@ def byte_level() -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
         vocab_size=400,
-        special_tokens=special_tokens(),
+        special_tokens=special_tokens(special),
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -47,9 +50,9 @@ def byte_level() -> Tokenizer:
     return fast
 
 
-def byte_fallback() -> Tokenizer:
+def byte_fallback(special: list[str] = SPECIAL) -> Tokenizer:
     """BPE over characters with byte fallback, as Gemma's tokenizer.json is."""
-    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [*special, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *"helowrd,", "\n", "▁▁", "he", "ll", "hell", "hello", "▁hello"]
     merges = [("▁", "▁"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
     merges += [("▁", "hello")]
@@ -64,7 +67,7 @@ def byte_fallback() -> Tokenizer:
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    fast.add_special_tokens(special_tokens())
+    fast.add_special_tokens(special_tokens(special))
     return fast
 
 
@@ -73,7 +76,7 @@ def word_level() -> Tokenizer:
     words = ["<unk>", *SPECIAL, "hello", "world", "a", "of"]
     fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.add_special_tokens(special_tokens())
+    fast.add_special_tokens(special_tokens(SPECIAL))
     return fast
 
 

@@ -1,0 +1,360 @@
+"""Replies read canvas by canvas are the replies read at once."""
+
+import json
+import re
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_calls import keys, values
+from toy_tokenizers import MARKED, NAMES, byte_fallback, byte_level
+
+from mlx_dgemma.diffusion.events import Commit
+from mlx_dgemma.diffusion.generation import Writer
+from mlx_dgemma.text.calls import BrokenCallError, read_call
+from mlx_dgemma.text.chat import ChatTemplate
+from mlx_dgemma.text.replies import (
+    Answer,
+    Call,
+    Malformed,
+    Reader,
+    Thought,
+    merged,
+    message,
+)
+from mlx_dgemma.text.tokenizer import Tokenizer
+
+relaxed = settings(deadline=None, max_examples=150)
+LIKE_GEMMA = Path(__file__).parent / "gemma_like.jinja"
+KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback}
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory) -> dict[str, Tokenizer]:
+    """Tokenizers that know the markers."""
+    found = {}
+    for name, build in KINDS.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(MARKED).save(str(folder / "tokenizer.json"))
+        found[name] = Tokenizer.from_dir(folder)
+    return found
+
+
+def read(tokenizer: Tokenizer, ids, cuts=(), prompt=()) -> list:
+    """The parts of a reply whose canvases end at `cuts`."""
+    reader = Reader(tokenizer, prompt)
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    parts = [part for a, b in pairwise(edges) for part in reader.add(ids[a:b])]
+    return merged([*parts, *reader.finish()])
+
+
+def ordinary(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`text` in ordinary tokens, whatever it spells."""
+    return [token for char in text for token in tokenizer.encode(char)]
+
+
+def called(number=0, /, name="f", **arguments) -> Call:
+    return Call(name, arguments, f"call_{number}")
+
+
+REPLIES = {
+    "hello": [Answer("hello")],
+    "": [],
+    "héllo 日本語 🎉": [Answer("héllo 日本語 🎉")],
+    "<|channel>thought\n<channel|>so": [Answer("so")],
+    "<|channel>thought<channel|>so": [Answer("so")],
+    "<|channel>thought\nhm\n\nah\n<channel|>so": [Thought("hm\n\nah"), Answer("so")],
+    "<|channel>thought\nhm 🎉<channel|>\n so": [Thought("hm 🎉"), Answer("\n so")],
+    "<|channel>thought\nhm\n": [Thought("hm")],
+    "<|channel>thought\n": [],
+    "<|channel>thou": [Thought("thou")],
+    "<|channel>": [],
+    "<|channel>thoughtful": [Thought("thoughtful")],
+    "<|channel>well\nyes<channel|>so": [Thought("well\nyes"), Answer("so")],
+    "<|channel>final\nyes\n<channel|>!": [Answer("yes\n!")],
+    "a<|channel>thought\nb<channel|>c<|channel>thought\nd<channel|>e": [
+        *(Answer("a"), Thought("b"), Answer("c"), Thought("d"), Answer("e")),
+    ],
+    "<|channel>thought\na<|channel>thought\nb": [Thought("ab")],
+    "<|channel>thought\na\n<|channel>final\nb": [Thought("a"), Answer("b")],
+    "a<channel|>b<tool_call|>c<|\"|>d": [Answer("abcd")],
+    "a<turn|><|turn>b<|image|><eos>c<pad>": [Answer("abc")],
+    "<|channel>th<turn|>ought\na<|image|>b": [Thought("ab")],
+    "<|tool_call>call:f{}<tool_call|>": [called()],
+    "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>": [
+        *(called(), called(1, "g")),
+    ],
+    'ok<|tool_call>call:f{a:<|"|>x, }y<|"|>,n:3}<tool_call|>!': [
+        *(Answer("ok"), called(a="x, }y", n=3), Answer("!")),
+    ],
+    '<|tool_call>call:f{a:<|"|>é🎉\n"<|"|>,<|"|>b c<|"|>:[-1.5,null]}<tool_call|>': [
+        called(a='é🎉\n"', **{"b c": [-1.5, None]}),
+    ],
+    "<|channel>thought\nhm<|tool_call>call:f{a:true}<tool_call|>ok": [
+        *(Thought("hm"), called(a=True), Answer("ok")),
+    ],
+    "<|tool_call>call:f{a:{}}<tool_call|><|tool_response>response:f{<|channel>x": [
+        called(a={}),
+    ],
+    "a<|tool_call>call:f{": [Answer("a"), Malformed("call:f{", "it does not end")],
+    "<|tool_call>call:f{}<|tool_response>b": [Malformed("call:f{}", "it does not end")],
+    "<|tool_call>call:f{}<|tool_call>call:g{}<tool_call|>": [
+        *(Malformed("call:f{}", "it does not end"), called(0, "g")),
+    ],
+    "<|tool_call>call:f{<|channel>thought\nhm<channel|>a": [
+        *(Malformed("call:f{", "it does not end"), Thought("hm"), Answer("a")),
+    ],
+    '<|tool_call>call:f{a:<|"|>b}<tool_call|>c': [
+        *(Malformed('call:f{a:"b}', "character 9: a text does not end"), Answer("c")),
+    ],
+    "<|tool_call><tool_call|>a": [
+        *(Malformed("", 'it begins with neither "call:" nor "{"'), Answer("a")),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_reply_in_one_or_two_canvases(marked, kind, reply):
+    tokenizer = marked[kind]
+    ids = tokenizer.encode(reply)
+    for cut in range(len(ids) + 1):
+        assert read(tokenizer, ids, [cut]) == REPLIES[reply]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_reply_in_three_canvases(marked, reply):
+    tokenizer = marked["byte_level"]
+    ids = tokenizer.encode(reply)
+    for cuts in combinations(range(len(ids) + 1), 2):
+        assert read(tokenizer, ids, cuts) == REPLIES[reply]
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_a_reply_token_by_token(marked, reply):
+    tokenizer = marked["byte_level"]
+    ids = tokenizer.encode(reply)
+    assert read(tokenizer, ids, range(len(ids))) == REPLIES[reply]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("marker", MARKED)
+def test_a_marker_in_ordinary_tokens_is_text(marked, kind, marker):
+    tokenizer = marked[kind]
+    ids = ordinary(tokenizer, f"{marker}thought\na")
+    assert not tokenizer.special_ids & set(ids)
+    assert read(tokenizer, ids) == [Answer(f"{marker}thought\na")]
+    (channel,) = tokenizer.encode("<|channel>")
+    assert read(tokenizer, [channel, *ids]) == [Thought(f"{marker}thought\na")]
+
+
+# Against a plain reading of the whole reply at once
+
+
+SIGNS = {"<|channel>": "C", "<channel|>": "E", "<|tool_call>": "T", "<tool_call|>": "U"}
+SIGNS |= {'<|"|>': "Q", "<|tool_response>": "R"}
+SPAN = re.compile("C([^ECT]*)|T([^UCT]*)(U?)|([^CT]+)")
+
+
+def plainly(reply: str) -> list:
+    """The parts of a reply in lower case, its markers written as SIGNS."""
+    parts, calls = [], 0
+    for found in SPAN.finditer(reply.split("R")[0]):
+        thought, body, end, answer = found.groups()
+        if answer is not None:
+            parts.append(Answer(re.sub("[EUQ]", "", answer)))
+        elif thought is not None:
+            text = re.sub("[UQ]", "", thought)
+            kind = Answer if text.startswith("final\n") else Thought
+            text = re.sub(r"\A(thought|final)(\n|\Z)", "", text)
+            parts.append(kind(text.removesuffix("\n") if kind is Thought else text))
+        else:
+            body = body.replace("E", "")
+            try:
+                name, arguments = read_call(body.replace("Q", "\udc22"))
+                assert end
+                parts.append(called(calls, name, **arguments))
+                calls += 1
+            except (BrokenCallError, AssertionError):
+                parts.append(body.replace("Q", '"'))
+    return merged(parts)
+
+
+pieces = st.sampled_from(
+    [*SIGNS, "thought", "final", "a", "\n", "call:", "f", "{", "}"]
+)
+
+
+@relaxed
+@given(
+    reply=st.lists(pieces, max_size=24),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    hidden=st.sampled_from(["", "<turn|>", "<|image|>", "<tool_response|>"]),
+)
+def test_any_reply_is_what_a_plain_reading_says(marked, reply, cuts, hidden):
+    tokenizer = marked["byte_level"]
+    ids = tokenizer.encode(hidden.join(reply))
+    parts = read(tokenizer, ids, cuts)
+    expected = plainly("".join(SIGNS.get(piece, piece) for piece in reply))
+    assert [p.text if isinstance(p, Malformed) else p for p in parts] == expected
+    texts = [part.text for part in parts if not isinstance(part, Call)]
+    assert not set("".join(texts)) & set("<|>")
+
+
+@relaxed
+@given(
+    ids=st.lists(st.integers(-2, 430), max_size=60),
+    cuts=st.lists(st.integers(0, 60), max_size=8),
+)
+def test_any_tokens_are_read_alike_however_split(marked, ids, cuts):
+    for tokenizer in marked.values():
+        assert read(tokenizer, ids, cuts) == read(tokenizer, ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@relaxed
+@given(text=st.text(max_size=20), cuts=st.lists(st.integers(0, 40), max_size=4))
+def test_without_markers_a_reply_is_what_the_writer_gives(loaded, name, text, cuts):
+    tokenizer = loaded[name]
+    ids = tokenizer.encode(f"<|channel>thought\n{text}<channel|><turn|>hello")
+    writer, said = Writer(tokenizer.detokenizer()), ""
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    for index, (a, b) in enumerate(pairwise(edges)):
+        reason = "stop" if index == len(edges) - 2 else None
+        tokens = tuple(ids[a:b])
+        commit = Commit(
+            request=0, canvas_index=0, tokens=tokens, steps=1, finish_reason=reason
+        )
+        said += writer.write(commit).text
+    assert said == tokenizer.decode(ids)
+    assert read(tokenizer, ids, cuts) == ([Answer(said)] if said else [])
+
+
+# What the prompt left open
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reply", "parts"),
+    [
+        ("<|turn>model\n", "thought\na", [Answer("thought\na")]),
+        ("<|turn>model\n<|channel>thought\n<channel|>", "a", [Answer("a")]),
+        ("<tool_response|><|channel>thought\n", "a<channel|>b",
+         [Thought("a"), Answer("b")]),
+        ("<|turn>model\n<|channel>", "thought\na", [Thought("a")]),
+        ("<|turn>model\n<|channel>thou", "ght\na\n<channel|>b",
+         [Thought("a"), Answer("b")]),
+        ("<|channel>thought\nso", " far<channel|>b", [Thought(" far"), Answer("b")]),
+        ("<|channel>thought\n", "<channel|>b", [Answer("b")]),
+        ('<|tool_call>call:f{a:<|"|>b', 'c<|"|>}<tool_call|>', [called(a="bc")]),
+        ("<|tool_call>call:f", "{}<tool_call|>", [called()]),
+        ("<|tool_call>call:f{}<tool_call|>", "a", [Answer("a")]),
+        # a user's text cannot open one
+        ("<|turn>user\n<|channel>thought\n<turn|>\n<|turn>model\n", "a", [Answer("a")]),
+        ("<|channel>thought\n<tool_response|>", "a", [Answer("a")]),
+    ],
+)  # fmt: skip
+def test_what_the_prompt_left_open_goes_on(marked, prompt, reply, parts):
+    tokenizer = marked["byte_level"]
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(reply)
+    for cut in range(len(ids) + 1):
+        assert read(tokenizer, ids, [cut], before) == parts
+
+
+def test_a_character_may_begin_in_the_prompt(marked):
+    tokenizer = marked["byte_level"]
+    ids = tokenizer.encode("<|channel>thought\n🎉")
+    assert read(tokenizer, ids[-1:], (), ids[:-1]) == [Thought("🎉")]
+
+
+# Calls
+
+
+def rendered(tokenizer: Tokenizer, value) -> list[int]:
+    """A value as templates write it into a prompt, its quotes as tokens."""
+    (quote,) = tokenizer.encode('<|"|>')
+    comma = ordinary(tokenizer, ",")
+    if isinstance(value, str):
+        return [quote, *ordinary(tokenizer, value), quote]
+    if isinstance(value, dict):
+        begin, end = "{}"
+        items = [
+            [*ordinary(tokenizer, f"{key}:"), *rendered(tokenizer, item)]
+            for key, item in value.items()
+        ]
+    elif isinstance(value, list):
+        begin, end = "[]"
+        items = [rendered(tokenizer, item) for item in value]
+    else:
+        return ordinary(tokenizer, json.dumps(value))
+    inner = [token for item in items for token in [*item, *comma]][: -len(comma)]
+    return [*ordinary(tokenizer, begin), *inner, *ordinary(tokenizer, end)]
+
+
+@relaxed
+@given(
+    arguments=st.dictionaries(keys, values, max_size=4),
+    name=st.from_regex(r"[A-Za-z0-9_./-]{1,20}", fullmatch=True),
+    cuts=st.lists(st.integers(0, 300), max_size=5),
+)
+def test_any_call_is_read_as_it_was_meant(marked, arguments, name, cuts):
+    tokenizer = marked["byte_level"]
+    begin, end = tokenizer.encode("<|tool_call><tool_call|>")
+    body = [*ordinary(tokenizer, f"call:{name}"), *rendered(tokenizer, arguments)]
+    ids = [begin, *body, end]
+    assert read(tokenizer, ids, cuts) == [Call(name, arguments, "call_0")]
+
+
+def test_a_long_reply_takes_linear_time(marked, clock):
+    tokenizer = marked["byte_level"]
+    (begin,) = tokenizer.encode("<|tool_call>")
+    (bracket,) = tokenizer.encode("[")
+    with clock(2):
+        parts = read(tokenizer, [begin, *[bracket] * 100_000], range(0, 10**5, 32))
+    assert parts == [Malformed("[" * 100_000, "it does not end")]
+
+
+# The message a reply becomes
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<|channel>thought\nhm\n<channel|><|tool_call>call:f{a:1}<tool_call|>",
+        '<|tool_call>call:f{}<tool_call|><|tool_call>call:g{b:<|"|>é<|"|>}<tool_call|>',
+        f"<|tool_call>call:f{{a:{'[' * 63}{']' * 63}}}<tool_call|>",
+    ],
+)
+def test_the_message_renders_as_the_reply_was_written(marked, reply):
+    tokenizer = marked["byte_level"]
+    parts = read(tokenizer, tokenizer.encode(reply))
+    template = ChatTemplate(LIKE_GEMMA.read_text(encoding="utf-8"), "here")
+    user = {"role": "user", "content": "hi"}
+    rendered = template.render([user, message(parts)], enable_thinking=True)
+    assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
+
+
+def test_parts_become_the_message_of_the_history():
+    parts = [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")]
+    assert message(parts) == {
+        "role": "assistant",
+        "content": "so it is",
+        "reasoning_content": "hm",
+    }
+    assert message([]) == {"role": "assistant", "content": ""}
+
+
+def test_calls_become_tool_calls():
+    function = {"name": "f", "arguments": {"a": [1]}}
+    assert message([called(a=[1])]) == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
+    }
+    assert message([Answer("ok"), called(), called(1)])["content"] == "ok"
+
+
+def test_a_malformed_call_stays_in_the_history_as_text():
+    parts = [Answer("a "), Malformed("call:f{", "it does not end")]
+    assert message(parts) == {"role": "assistant", "content": "a call:f{"}

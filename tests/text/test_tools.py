@@ -1,0 +1,244 @@
+"""Tools and their answers: what is taken, what is completed, what is refused."""
+
+import copy
+import json
+import time
+from types import MappingProxyType
+
+import pytest
+
+from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.text.tools import MAX_CHARS, declared, linked
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "Where", "enum": ["Oslo", "Rome"]},
+        "days": {"type": ["array", "null"], "items": {"type": "integer"}},
+        "unit": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "at": {
+            "type": "object",
+            "properties": {"hour": {"type": "number", "minimum": 0.5}},
+            "required": ["hour"],
+        },
+    },
+    "required": ["city"],
+    "additionalProperties": False,
+}
+USER = {"role": "user", "content": "hi"}
+
+
+def tool(name="f", **function):
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def call(name="f", arguments=None, **keys):
+    return {
+        "type": "function",
+        "function": {"name": name, "arguments": arguments or {}},
+        **keys,
+    }
+
+
+def asked(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
+def answer(**keys):
+    return {"role": "tool", "content": "1", **keys}
+
+
+def refusal(function, value) -> str:
+    with pytest.raises(SettingsError) as caught:
+        function(value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def test_a_good_tool_is_taken_as_it_is():
+    tools = [tool("weather", description="Tells it", parameters=SCHEMA, strict=True)]
+    before = copy.deepcopy(tools)
+    assert declared(tools) == before
+    assert tools == before
+    assert declared([]) == []
+
+
+def test_what_a_template_needs_is_filled_in():
+    full = tool("f", description="")
+    for bare in (tool("f"), tool("f", description=None), tool("f", parameters={})):
+        assert declared([bare]) == [full]
+
+
+@pytest.mark.parametrize("name", ["a", "http.post", "server/tool-1", "_", "9" * 128])
+def test_names_of_tools(name):
+    assert declared([tool(name)])[0]["function"]["name"] == name
+
+
+def test_tools_may_be_any_mapping():
+    proxy = MappingProxyType({"name": "f"})
+    frozen = MappingProxyType({"type": "function", "function": proxy})
+    assert declared((frozen,)) == [tool("f", description="")]
+
+
+@pytest.mark.parametrize(
+    ("tools", "why"),
+    [
+        ("f", "tools is str; it must be a list"),
+        ({}, "tools is dict; it must be a list"),
+        ([tool("a")] * 129, "129 tools are too many; at most 128"),
+        ([3], 'tool 0: it must be {"type": "function", "function": {…}}'),
+        ([{}], "tool 0: it must be"),
+        ([tool("a"), {"type": "web_search"}], "tool 1: it must be"),
+        ([{"type": "function", "name": "f"}], "tool 0: it must be"),
+        ([{"type": "function", "function": "f"}], "tool 0: it must be"),
+        ([tool(None)], "tool 0: name is None; letters, digits and"),
+        ([tool("")], "tool 0: name is ''"),
+        ([tool("a b")], "tool 0: name is 'a b'"),
+        ([tool("f{}<tool|>")], "tool 0: name is 'f{}<tool|>'"),
+        ([tool("é")], "tool 0: name is 'é'"),
+        ([tool("f\n")], "tool 0: name is 'f\\n'"),
+        ([tool("a" * 129)], "tool 0: name is 'aaa"),
+        ([tool("a"), tool("b"), tool("a")], "tool 2: there are two called 'a'"),
+        ([tool(description=3)], "tool 0: description is int; it must be text"),
+        ([tool(parameters=[1])], "tool 0: parameters must be a JSON schema with"),
+        ([tool(parameters={"type": "array"})], "tool 0: parameters must be a JSON"),
+        ([tool(parameters={"properties": {}})], "tool 0: parameters must be a JSON"),
+        (
+            [tool(parameters={"type": "object", "properties": []})],
+            "tool 0: parameters.properties must be an object",
+        ),
+        (
+            [tool(parameters={"type": "object", "properties": {"a": "string"}})],
+            "tool 0: parameters.a must be an object",
+        ),
+        (
+            [tool(parameters=SCHEMA | {"required": "city"})],
+            "tool 0: parameters.required must be a list of names",
+        ),
+        (
+            [tool(parameters=SCHEMA | {"required": ["city", "zip"]})],
+            "tool 0: parameters.required names 'zip', not a property",
+        ),
+        (
+            [tool(parameters=nested(1) | {"items": {"required": [1]}})],
+            "tool 0: parameters.items.required must be a list of names",
+        ),
+        ([tool(parameters=nested(32))], "tool 0: nested deeper than 64"),
+        ([tool(parameters=nested(50_000))], "tool 0: nested deeper than 64"),
+        ([tool(default={1, 2})], "tool 0: {1, 2} is not JSON"),
+        ([tool(default=float("nan"))], "tool 0: nan is not JSON"),
+        ([tool(default={3: 1})], "tool 0: the key 3 is not text"),
+        (
+            [tool(str(i), description="x" * 2**15) for i in range(8)],
+            f"characters; at most {MAX_CHARS}",
+        ),
+    ],
+)
+def test_a_bad_tool_is_refused(tools, why):
+    started = time.perf_counter()
+    assert why in refusal(declared, tools)
+    assert time.perf_counter() - started < 0.2
+
+
+def test_a_tool_that_holds_itself_is_refused():
+    schema: dict = {"type": "object", "properties": {}}
+    schema["properties"]["a"] = schema
+    assert refusal(declared, [tool(parameters=schema)]) == (
+        "tool 0: nested deeper than 64"
+    )
+
+
+# Answers of tools
+
+
+def test_messages_without_tools_pass():
+    messages = [USER, {"role": "assistant", "content": "ho", "tool_calls": None}]
+    assert linked(messages) == messages
+
+
+def test_an_answer_is_named_by_its_call():
+    messages = [USER, asked(call("f", id="x"), call("g", id="y"))]
+    answers = [answer(tool_call_id="y"), answer(tool_call_id="x")]
+    found = linked([*messages, *answers])
+    assert [message["name"] for message in found[2:]] == ["g", "f"]
+    assert "name" not in answers[0]
+
+
+@pytest.mark.parametrize(
+    ("calls", "keys"),
+    [
+        ([call(id="x")], {"tool_call_id": "x"}),
+        ([call(id="x")], {"tool_call_id": "x", "name": "f"}),
+        ([call(id="x")], {"name": "f"}),
+        ([call()], {"name": "f"}),
+        ([call()], {"name": "f", "tool_call_id": "unknown"}),
+    ],
+)
+def test_an_answer_may_be_named(calls, keys):
+    assert linked([USER, asked(*calls), answer(**keys)])[2]["name"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [("{}", {}), ("", {}), ('{"a": [1, "é"]}', {"a": [1, "é"]})],
+)
+def test_arguments_in_a_text_are_read(text, arguments):
+    message = asked({"id": "x", "function": {"name": "f", "arguments": text}})
+    (found,) = linked([message])
+    assert found["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+    assert message["tool_calls"][0]["function"]["arguments"] == text
+
+
+def test_what_can_be_read_can_be_said_again():
+    deep = json.loads("[" * 63 + "]" * 63)
+    (found,) = linked([asked(call(arguments={"a": deep}))])
+    assert found["tool_calls"][0]["function"]["arguments"] == {"a": deep}
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([answer(name="f")], "message 0: no call of a tool stands before it"),
+        ([USER, answer(name="f")], "message 1: no call of a tool stands before it"),
+        (
+            [asked(call(id="x")), USER, answer(tool_call_id="x")],
+            "message 2: no call of a tool stands before it",
+        ),
+        ([asked(call(id="x")), answer()], "message 1: name is None; give the tool's"),
+        ([asked(call(id="x")), answer(name="a b")], "message 1: name is 'a b'"),
+        (
+            [asked(call(id="x")), answer(tool_call_id="y")],
+            "message 1: tool_call_id is 'y'; no call before it has it",
+        ),
+        (
+            [asked(call(id="x")), answer(tool_call_id=["x"])],
+            "message 1: tool_call_id is ['x']; no call before it has it",
+        ),
+        (
+            [asked(call(id="x")), answer(tool_call_id="x", name="g")],
+            "message 1: name is 'g', but its call is of 'f'",
+        ),
+        ([asked(call(), 3)], "message 0: tool_calls must be a list of"),
+        ([asked({"name": "f"})], "message 0: tool_calls must be a list of"),
+        ([asked(call(id=3))], "message 0: tool_calls must be a list of"),
+        ([asked() | {"tool_calls": "f"}], "message 0: tool_calls must be a list of"),
+        ([asked(call(arguments="[1]"))], "message 0: the arguments of a call are not"),
+        ([asked(call(arguments="{"))], "message 0: the arguments of a call are not"),
+        ([asked(call(arguments="[" * 10**5))], "message 0: the arguments of a call"),
+        ([asked(call(arguments='{"a": NaN}'))], "message 0: nan is not JSON"),
+        ([asked(call(arguments={"a": {1}}))], "message 0: {1} is not JSON"),
+        (
+            [asked(call(arguments=json.dumps(nested(32))))],
+            "message 0: nested deeper than 64",
+        ),
+    ],
+)
+def test_bad_messages_of_tools_are_refused(messages, why):
+    assert why in refusal(linked, messages)
