@@ -10,6 +10,7 @@
     ├── DataError          a row of training or evaluation data is broken
     ├── TrainingError      a fine-tuning that was refused or cannot go on
     ├── AdapterError       an adapter is broken, or does not fit the model
+    ├── MediaError         a picture or a video is refused, broken or of no known kind
     └── HubError           a model could not be found or fetched
 
 Each message is one line: what is wrong, where, and how to mend it. Commands print
@@ -55,6 +56,10 @@ class TrainingError(DGemmaError):
 
 class AdapterError(DGemmaError):
     """An adapter is broken, or does not fit the model."""
+
+
+class MediaError(DGemmaError):
+    """A picture or a video is refused, broken or of no known kind."""
 
 
 class HubError(DGemmaError):

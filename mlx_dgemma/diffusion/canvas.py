@@ -10,6 +10,7 @@ from ..model.cache import PrefixCache
 from ..model.language import View
 from . import sampler
 from .events import Step
+from .prefix import Prefix
 from .settings import Settings
 from .step import Dials, Manner, Outcome, Pins, State
 
@@ -58,6 +59,7 @@ class Canvas:
     chunk: int  # tokens encoded at a time
     state: State  # of a batch …
     row: int = 0  # … in which this is its row
+    lent: Prefix | None = None  # whose cache `prefix` is, if it outlives the request
     index: int = 0
     step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases
@@ -80,8 +82,14 @@ class Canvas:
         s = self.settings
         # positions freeze at other times in other canvases
         alone = self.request if s.freeze else None
-        manner = Manner(s.sampler, s.signal_top_k, s.freeze)
+        banned = tuple(sorted(s.eos)) if self.endless else ()
+        manner = Manner(s.sampler, s.signal_top_k, s.freeze, banned)
         return Lane(self.state.canvas.shape[1], manner, alone)
+
+    @property
+    def endless(self) -> int:
+        """How many of its first positions must not become an eos."""
+        return max(0, self.settings.min_tokens - self.committed)
 
     @property
     def wants_ahead(self) -> bool:
@@ -148,6 +156,7 @@ def dials(canvases: list[Canvas]) -> Dials:
             c.settings.stability,
             c.settings.confidence,
             c.settings.min_probability,
+            c.endless,
         )
         for c in canvases
     ]

@@ -16,9 +16,12 @@ from .. import backends
 from ..errors import SettingsError
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma, View
+from ..model.vision import Image
 from . import sampler, shortcuts
 from .canvas import Canvas, Lane, Taken, dials, joined, pins
 from .events import Commit, Event, Prefilled, Step
+from .places import Place, keys_of
+from .prefix import Prefix, cuts
 from .settings import Settings
 from .step import State, Stepper
 
@@ -54,37 +57,72 @@ class Engine:
         settings: Settings,
         seed: int,
         prefill_step_size: int = PREFILL_STEP,
+        *,
+        prefix: Prefix | None = None,
+        places: Sequence[Place] = (),
     ) -> Prefilled:
         """Encode a prompt and start its first canvas; returns its event.
 
-        Raises SettingsError for ids outside the vocabulary.
+        prefix: of what it holds the prompt's beginning is not encoded again. The
+        request writes to it until it ends or is cancelled. places: pictures that stand
+        in the prompt instead of its ids there, in order.
+
+        Raises SettingsError for ids outside the vocabulary, and for a prefix that is
+        another model's or another running request's.
         """
         check_ids(prompt, settings, self.model.config.vocab_size)
+        if prefix is not None:
+            prefix.check_free()
+            if prefix.model is not self.model:
+                raise SettingsError("this prefix is another model's; make a new one")
         started = time.perf_counter()
-        prefix = self.model.make_cache()
-        prefix.reserve(len(prompt) + settings.canvas_length)
+        cache = self.model.make_cache() if prefix is None else prefix.cache
+        cache.reserve(len(prompt) + settings.canvas_length)
         canvas = Canvas(
             request=next(self._numbers),
             settings=settings,
             seed=seed,
-            prefix=prefix,
+            prefix=cache,
+            lent=prefix,
             chunk=prefill_step_size,
             state=self._first(settings, seed, 0, 0),
         )
-        self._encode(canvas, prompt)
-        self.running.append(canvas)
+        spans, reused = [place.span for place in places], 0
+        ends = cuts(prompt, settings.eos, prefill_step_size, spans)
+
+        def encode(start: int, end: int) -> None:
+            images = self._images(places, start, end)
+            self._append(canvas, prompt[start:end], images)
+
+        if prefix is None:
+            for start, end in itertools.pairwise([0, *ends]):
+                encode(start, end)
+        else:
+            reused = prefix.fill(keys_of(prompt, places), ends, encode)
+        self.running.append(canvas)  # from now on `cancel` gives the prefix back
+        if prefix is not None:
+            prefix.busy = True
         return Prefilled(
             request=canvas.request,
             seed=seed,
             prompt_tokens=len(prompt),
             seconds=time.perf_counter() - started,
+            reused=reused,
         )
 
     def cancel(self, request: int) -> None:
         """Forget a request. What it committed stays with whoever received it."""
+        for canvas in self.running:
+            if canvas.request == request and canvas.lent is not None:
+                canvas.lent.busy = False
+                canvas.lent.settle()
         self.running = [c for c in self.running if c.request != request]
-        if not self.running:
-            self._views.clear()  # they hold prefixes
+        # views hold prefixes, which may be wanted for writing now
+        self._views = {
+            lane: (seen, view)
+            for lane, (seen, view) in self._views.items()
+            if all(number != request for number, _ in seen)
+        }
 
     def tick(self) -> list[Event]:
         """One denoising step for every running canvas; what came of it."""
@@ -119,10 +157,32 @@ class Engine:
         return state
 
     def _encode(self, canvas: Canvas, tokens: Sequence[int]) -> None:
-        for start in range(0, len(tokens), canvas.chunk):
-            part = tokens[start : start + canvas.chunk]
-            self.model.encode(mx.array([part], dtype=mx.int32), canvas.prefix)
-            canvas.prefix.evaluate()
+        start = 0
+        for end in cuts(tokens, canvas.settings.eos, canvas.chunk):
+            self._append(canvas, tokens[start:end])
+            start = end
+
+    def _append(
+        self, canvas: Canvas, tokens: Sequence[int], images: Sequence[Image] = ()
+    ) -> None:
+        ids = mx.array([tokens], dtype=mx.int32)
+        self.model.encode(ids, canvas.prefix, images)
+        canvas.prefix.evaluate()
+
+    def _images(self, places: Sequence[Place], start: int, end: int) -> list[Image]:
+        """Pictures among the tokens start … end-1, looked at now."""
+        inside = [place for place in places if start <= place.start < end]
+        if not inside:
+            return []
+        if (eyes := self.model.eyes) is None:
+            raise SettingsError("pictures were given; this checkpoint reads text only")
+        return [
+            Image(
+                place.start - start,
+                eyes.look(place.picture.patches, place.picture.positions),
+            )
+            for place in inside
+        ]
 
     def _advance(self, lane: list[Canvas]) -> list[tuple[Canvas, Step]]:
         """Take a step of canvases of a lane, starting the next if it is wanted."""

@@ -6,9 +6,12 @@ Arrays are evaluated: any thread may read them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from ..text.replies import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,12 @@ class Prefilled:
     seed: int
     prompt_tokens: int
     seconds: float
+    reused: int = 0  # tokens of the prompt that were encoded before
+
+    @property
+    def encoded(self) -> int:
+        """Tokens of the prompt that had to be encoded."""
+        return self.prompt_tokens - self.reused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,7 @@ class Commit:
     steps: int  # denoising steps this canvas took
     finish_reason: Literal["stop", "length"] | None  # None: another canvas follows
     text: str = ""  # what these tokens add to the answer; filled by the text layer
+    parts: tuple["Part", ...] = ()  # the same with thoughts and calls, likewise
 
 
 Event = Prefilled | Step | Commit

@@ -2,20 +2,21 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from ..checkpoint import hub
 from ..checkpoint.config import read_config
-from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..model.loading import join_products, load_model
-from ..text.chat import Prompt, encode_prompt
-from ..text.tokenizer import Detokenizer, Tokenizer
+from ..text.chat import Prompt
+from ..text.replies import Reader
+from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event
+from .prompt import Ready, make_ready
 from .settings import Settings, whole
+from .writer import Writer, stops
 
 
 class Changes(TypedDict, total=False):
@@ -36,6 +37,7 @@ class Changes(TypedDict, total=False):
     trim_eos: bool | None
     freeze: bool | None
     signal_top_k: int | None
+    min_tokens: int | None
 
 
 def load(
@@ -80,8 +82,10 @@ def stream_generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
+    images: Sequence[Any] = (),
     system: str | None = None,
     thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
@@ -89,42 +93,52 @@ def stream_generate(
 ) -> Iterator[Event]:
     """Denoise the answer to `prompt`, yielding Prefilled, Step and Commit events.
 
-    prompt              text, token ids, or a list of chat messages
-    system, thinking    for a text prompt: a system turn; whether the model thinks
+    prompt              text, token ids, or a list of chat messages, whose content may
+                        have parts {"type": "image", "image": source}
+    images              pictures in front of a text prompt: paths, bytes of files,
+                        data: URLs or Pillow's images
+    system, thinking    a system turn; whether the model thinks first
+    tools               what the model may call, as OpenAI's JSON
     stop                a string, or several, that end the text and are left out
     seed                same seed, same machine, same text; chosen when None and
                         reported by the Prefilled event
     prefill_step_size   prompt tokens encoded at a time
     changes             sampler settings; what is not given, the checkpoint says
 
-    A Commit's `text` is what it adds to the answer. Closing the iterator ends the
-    request. Raises SettingsError, at once, for an unknown or impossible setting.
+    A Commit's `text` is what it adds to the answer, its `parts` are that with thoughts
+    and calls of tools apart. Closing the iterator ends the request. Raises, at once,
+    SettingsError for an unknown or impossible setting, MediaError for a picture.
     """
     settings = model.config.settings.but(**changes)
-    stop = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stop, Sequence) or not all(
-        isinstance(s, str) and s for s in stop
-    ):
-        raise SettingsError(f"stop is {stop!r}; it must be strings that are not empty")
+    several = stops(stop)
     whole("prefill_step_size", prefill_step_size, 1)
     if seed is None:
         seed = secrets.randbelow(2**32)
     whole("seed", seed, 0)
-    ids = encode_prompt(tokenizer, prompt, system=system, thinking=thinking)
-    check_ids(ids, settings, model.config.vocab_size)
-    writer = Writer(tokenizer.detokenizer(), stop)
-    return _stream(Engine(model), writer, ids, settings, seed, prefill_step_size)
+    ready = make_ready(
+        model,
+        tokenizer,
+        prompt,
+        images=images,
+        system=system,
+        thinking=thinking,
+        tools=tools,
+    )
+    check_ids(ready.ids, settings, model.config.vocab_size)
+    writer = Writer(Reader(tokenizer, ready.ids), several)
+    return _stream(Engine(model), writer, ready, settings, seed, prefill_step_size)
 
 
 def _stream(
     engine: Engine,
-    writer: "Writer",
-    ids: Sequence[int],
+    writer: Writer,
+    ready: Ready,
     settings: Settings,
     seed: int,
     prefill_step_size: int,
 ) -> Iterator[Event]:
-    yield engine.admit(ids, settings, seed, prefill_step_size)
+    given = ready.ids, settings, seed, prefill_step_size
+    yield engine.admit(*given, places=ready.places)
     for event in engine.run():
         if not isinstance(event, Commit):
             yield event
@@ -140,8 +154,10 @@ def generate(
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
+    images: Sequence[Any] = (),
     system: str | None = None,
     thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
@@ -152,52 +168,13 @@ def generate(
         model,
         tokenizer,
         prompt,
+        images=images,
         system=system,
         thinking=thinking,
+        tools=tools,
         stop=stop,
         seed=seed,
         prefill_step_size=prefill_step_size,
         **changes,
     )
     return "".join(event.text for event in events if isinstance(event, Commit))
-
-
-class Writer:
-    """Puts text into commits, and ends it at the first stop string.
-
-    Text that may be the beginning of a stop string is held back until the next
-    commit decides.
-    """
-
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()):
-        self._detokenizer = detokenizer
-        self._stop = stop
-        self._held = ""
-
-    def write(self, commit: Commit) -> Commit:
-        """The commit with its text, cut and finished where a stop string begins."""
-        text = self._held
-        begins = []  # where the text of each token begins
-        for token in commit.tokens:
-            begins.append(len(text))
-            text += self._detokenizer.add([token])
-        if commit.finish_reason is not None:
-            text += self._detokenizer.finish()
-        found = [at for s in self._stop if (at := text.find(s)) >= 0]
-        if found:
-            end = min(found)
-            tokens = commit.tokens[: sum(begin < end for begin in begins)]
-            return replace(commit, tokens=tokens, text=text[:end], finish_reason="stop")
-        keep = len(text)
-        if commit.finish_reason is None:
-            keep -= max((_overlap(text, s) for s in self._stop), default=0)
-        self._held = text[keep:]
-        return replace(commit, text=text[:keep])
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

@@ -31,6 +31,8 @@ class Settings:
     confidence      nats; mean entropy below which a stable canvas is finished
     eos             ids that end the text
     pinned          position in the answer -> token id that is given, never renoised
+    min_tokens      tokens of text before which none may be an eos: 1 rules out the
+                    empty answers that terse prompts are known to get
 
     What follows can change the text. It is off unless asked for; README tells its
     measured quality.
@@ -57,6 +59,7 @@ class Settings:
     confidence: float = 0.005
     eos: frozenset[int] = frozenset({1, 106, 50})
     pinned: Mapping[int, int] = field(default_factory=dict)
+    min_tokens: int = 0
     sampler: str = SAMPLERS[0]
     min_probability: float = 0.9
     trim_eos: bool = False
@@ -83,12 +86,19 @@ class Settings:
         _real("confidence", self.confidence)
         _real("min_probability", self.min_probability)
         whole("signal_top_k", self.signal_top_k, 0, MAX_TOKEN)
+        whole("min_tokens", self.min_tokens, 0, MAX_TOKEN)
+        if self.min_tokens > self.max_tokens:
+            raise SettingsError(
+                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
+            )
         if self.sampler not in SAMPLERS:
             raise SettingsError(
                 f"sampler is {self.sampler!r}; supported: {', '.join(SAMPLERS)}"
             )
         if self.pinned and (self.freeze or self.trim_eos):
             raise SettingsError("freeze and trim_eos do not go with pinned tokens")
+        if self.freeze and self.min_tokens:
+            raise SettingsError("freeze does not go with min_tokens")
         if self.freeze and self.sampler != SAMPLERS[0]:
             raise SettingsError(f"freeze needs the sampler {SAMPLERS[0]!r}")
         if self.t_min > self.t_max:

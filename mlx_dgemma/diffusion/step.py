@@ -17,7 +17,7 @@ import numpy as np
 
 from ..model.cache import Parts
 from ..model.language import DiffusionGemma, View
-from ..model.vocab import Reading
+from ..model.vocab import Banned, Reading
 from . import sampler
 from .settings import SAMPLERS
 
@@ -87,7 +87,8 @@ class Dials:
     """What the host tells each of B canvases for one step."""
 
     keys: mx.array  # (B, 2, 2) uint32: random keys to propose and to renoise with
-    # (B, 5): temperature, entropy bound, stability, confidence, least probability
+    # (B, 6): temperature, entropy bound, stability, confidence, least probability, how
+    # many of the first positions must not become what is banned
     numbers: mx.array
 
 
@@ -116,6 +117,7 @@ class Manner:
     sampler: str = SAMPLERS[0]
     top_k: int = 0  # tokens of a signal, 0 for all
     keep: bool = False  # hand out what each layer would keep of the canvas
+    banned: tuple[int, ...] = ()  # tokens that a canvas must not begin with
 
     @property
     def compilable(self) -> bool:
@@ -155,7 +157,7 @@ class Stepper:
         uniforms, noise = self.draw(dials.keys, state.canvas.shape[1])
         kept: list[Parts] | None = [] if self.manner.keep else None
         hidden = self.model.denoise_hidden(state.canvas, view, state.signal, kept)
-        reading = self.read(hidden, dials.numbers[:, 0], uniforms, pins)
+        reading = self.read(hidden, dials.numbers, uniforms, pins)
         decide = DECISIONS[self.manner.sampler]
         after, found = decide(state, reading, dials.numbers, noise, pins)
         return after.arrays, found.arrays, kept or []
@@ -170,7 +172,7 @@ class Stepper:
     def read(
         self,
         hidden: mx.array,
-        temperatures: mx.array,
+        numbers: mx.array,
         uniforms: mx.array,
         pins: Pins | None,
     ) -> Reading:
@@ -180,9 +182,13 @@ class Stepper:
         """
         B, L, D = hidden.shape
         flat = hidden.reshape(B * L, D)
-        warmth = mx.broadcast_to(temperatures[:, None], (B, L)).flatten()
+        warmth = mx.broadcast_to(numbers[:, :1], (B, L)).flatten()
+        top_k, banned = self.manner.top_k, None
+        if self.manner.banned:
+            first = mx.arange(L) < numbers[:, 5:]
+            banned = Banned(self.manner.banned, first.flatten())
         if pins is None:
-            found = self.model.read(flat, warmth, uniforms.flatten(), self.manner.top_k)
+            found = self.model.read(flat, warmth, uniforms.flatten(), top_k, banned)
             return _shaped(found, B, L)
         tokens = mx.maximum(pins.tokens, 0).flatten()
         nothing = mx.zeros((B * L,))
@@ -196,8 +202,9 @@ class Stepper:
         if pins.free.size == 0:
             return _shaped(certain, B, L)
         free = pins.free
+        some = None if banned is None else banned.some(free)
         found = self.model.read(
-            flat[free], warmth[free], uniforms.flatten()[free], self.manner.top_k
+            flat[free], warmth[free], uniforms.flatten()[free], top_k, some
         )
         return _shaped(_placed(certain, found, free), B, L)
 

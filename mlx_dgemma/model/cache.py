@@ -5,6 +5,9 @@ keep that, which halves them; how its keys were turned is kept once for all of t
 
 Rows of a batch end together: a shorter prefix has padding columns in front. So
 an append is one slice for all rows, and a canvas always follows directly.
+
+Full layers can be rewound to any column. Sliding layers forget what has left their
+window, so what they showed at a few columns, the marks, is copied and put back.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from ..checkpoint.config import ModelConfig
 
 Parts = tuple[mx.array, ...]
 SMALLEST = 256  # columns of the smallest buffer
+MARKS = 4  # most marks: of the 26B release, each takes 0.2 GB
 
 
 def bucket(columns: int) -> int:
@@ -95,7 +99,14 @@ class LayerCache:
     def rewind(self, column: int) -> None:
         self.last = column
         if column == 0:
-            self.buffers = ()
+            self.first, self.buffers = 0, ()
+
+    def restore(self, column: int, window: Parts) -> None:
+        """Go back to a column of which only what was seen there is left."""
+        width = window[0].shape[2]
+        self.first, self.last = column - width, column
+        room = bucket(width)
+        self.buffers = tuple(_write(None, part, 0, room) for part in window)
 
     @property
     def earliest(self) -> int:
@@ -136,6 +147,33 @@ def _write(buffer: mx.array | None, new: mx.array, start: int, room: int) -> mx.
     return buffer
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What sliding layers showed at a column: with it one can go back there."""
+
+    column: int
+    windows: dict[int, Parts]  # by number of the layer
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for parts in self.windows.values() for part in parts)
+
+
+def least_useful(marks: Sequence[Mark]) -> Mark:
+    """Which mark to forget: never the last.
+
+    To lose one costs encoding what lies between it and the one before it again, and
+    the nearer to the end, the likelier one goes back there.
+    """
+    before = [0, *(mark.column for mark in marks)]
+    end = marks[-1].column
+    _, index = min(
+        ((mark.column - before[i]) / (end - mark.column), i)
+        for i, mark in enumerate(marks[:-1])
+    )
+    return marks[index]
+
+
 class PrefixCache:
     """The prefixes of B rows through all layers.
 
@@ -156,6 +194,7 @@ class PrefixCache:
         }
         self.columns = 0
         self.starts: tuple[int, ...] = (0,)
+        self.marks: list[Mark] = []  # in order of columns
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -169,8 +208,8 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, room included."""
-        return sum(layer.nbytes for layer in self._entries)
+        """Bytes held, room and marks included."""
+        return sum(part.nbytes for part in [*self._entries, *self.marks])
 
     @property
     def _entries(self) -> list[LayerCache]:
@@ -195,22 +234,85 @@ class PrefixCache:
         first = layer.visible_from(self.columns - new)
         return Span(first, self.columns, self.starts)
 
+    def mark(self) -> None:
+        """Make sure that one can come back to this length; copies the windows.
+
+        Of more than MARKS lengths the least useful is forgotten.
+        """
+        if not self.columns or self._mark_at(self.columns):
+            return
+        self.marks.append(self.here())
+        if len(self.marks) > MARKS:
+            self.marks.remove(least_useful(self.marks))
+
+    def here(self) -> Mark:
+        """What sliding layers show now, as copies."""
+        windows = {
+            index: tuple(map(mx.contiguous, layer.read()))
+            for index, layer in enumerate(self.layers)
+            if layer.keep is not None
+        }
+        mx.eval(windows)  # unevaluated, they would hold the buffers
+        return Mark(self.columns, windows)
+
+    def reaches(self, length: int) -> bool:
+        """Whether one can rewind to that many tokens of the longest prefix."""
+        column = min(self.starts) + length
+        inside = self._earliest <= column <= self.columns
+        nothing = length == 0 and max(self.starts) == 0
+        return inside or nothing or self._mark_at(column) is not None
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens of each row's longest prefix.
 
         Raises ValueError when the length is not in the past, or so early that the
-        sliding layers no longer hold their window.
+        sliding layers no longer hold their window and no mark is there.
         """
         column = min(self.starts) + length
-        earliest = max(layer.earliest for layer in self.layers)
-        if not max(earliest, max(self.starts)) <= column <= self.columns:
+        if not self.reaches(length):
+            marked = [f", {mark.column - min(self.starts)}" for mark in self.marks]
             raise ValueError(
                 f"cannot rewind to {length} tokens: possible from "
-                f"{max(earliest, max(self.starts)) - min(self.starts)} to {self.length}"
+                f"{self._earliest - min(self.starts)} to {self.length}{''.join(marked)}"
             )
-        for entry in self._entries:
+        mark, restored = self._mark_at(column), False
+        for index, layer in enumerate(self.layers):
+            if mark is not None and column < layer.earliest:
+                layer.restore(column, mark.windows[index])
+                restored = True
+            else:
+                layer.rewind(column)
+        for entry in self.turns.values():
             entry.rewind(column)
         self.columns = column
+        self.marks = [mark for mark in self.marks if mark.column <= column]
+        if restored:
+            self.evaluate()  # another thread may be the next to use it
+
+    @property
+    def _earliest(self) -> int:
+        """The earliest column that can be rewound to without a mark."""
+        return max(*(layer.earliest for layer in self.layers), *self.starts)
+
+    def _mark_at(self, column: int) -> Mark | None:
+        return next((mark for mark in self.marks if mark.column == column), None)
+
+    @property
+    def history(self) -> list[Parts]:
+        """What full layers keep of all columns, and how keys are turned there."""
+        return [entry.read() for entry in self._entries if entry.keep is None]
+
+    def resume(self, history: Sequence[Parts], marks: Sequence[Mark]) -> None:
+        """Become, if empty, the one-row cache this was of; it ends at the last mark."""
+        full = [entry for entry in self._entries if entry.keep is None]
+        for entry, parts in zip(full, history, strict=True):
+            entry.append(*parts)
+        end = marks[-1]
+        self.begin(1, end.column)
+        for index, window in end.windows.items():
+            self.layers[index].restore(end.column, window)
+        self.evaluate()
+        self.marks = list(marks[:MARKS])
 
     def evaluate(self) -> None:
         """Compute what was appended, so that its inputs can be freed."""

@@ -247,6 +247,7 @@ class DiffusionGemma(nn.Module):
         temperatures: mx.array,
         uniforms: mx.array,
         top_k: int = 0,
+        banned: vocab.Banned | None = None,
     ) -> vocab.Reading:
         """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms.
 
@@ -254,7 +255,7 @@ class DiffusionGemma(nn.Module):
         """
         softcap = self.config.final_logit_softcapping
         given = self.embed_tokens, hidden, temperatures, uniforms, softcap
-        return vocab.read(*given, top_k)
+        return vocab.read(*given, top_k, banned)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, T) ids -> (B, T, D), times sqrt(D)."""

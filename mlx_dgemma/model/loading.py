@@ -62,14 +62,14 @@ class Eyes:
     """The vision tower of a checkpoint, read when it is first used; for any thread."""
 
     def __init__(self, folder: Path, config: ModelConfig):
-        self._folder, self._config = folder, config
+        self.folder, self._config = folder, config
         self._lock = Lock()
         self._vision: Vision | None = None
 
     @property
     def tokens(self) -> ImageTokens:
         """The ids that stand for images in a prompt."""
-        return read_image_tokens(self._config, str(self._folder / "config.json"))
+        return read_image_tokens(self._config, str(self.folder / "config.json"))
 
     def look(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
         """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
@@ -83,12 +83,10 @@ class Eyes:
     def _opened(self) -> Vision:
         with self._lock:
             if self._vision is None:
-                where = str(self._folder / "config.json")
+                where = str(self.folder / "config.json")
                 vision = read_vision(self._config, where)
                 width = self._config.hidden_size
-                weights = read_vision_weights(
-                    self._folder, vision_shapes(vision, width)
-                )
+                weights = read_vision_weights(self.folder, vision_shapes(vision, width))
                 tower = Vision(vision, width)
                 tower.load_weights(weights, strict=True)
                 mx.eval(tower.parameters())

@@ -17,6 +17,7 @@ from .layers import dequantize
 
 Embedding = nn.Embedding | nn.QuantizedEmbedding
 BLOCK = 64  # tokens whose probabilities are summed before one of them is sampled
+LOWEST = -1e30  # of a forbidden token; what is infinite would make its share NaN
 TAIL = 2**-9  # weight that may be left out of a signal: bfloat16 rounds by as much
 
 
@@ -77,6 +78,27 @@ class Reading:
         return [self.argmax, self.peak, self.entropy, self.sample, self.signal]
 
 
+@dataclass(frozen=True)
+class Banned:
+    """Tokens that some of N positions must not become."""
+
+    ids: tuple[int, ...]
+    at: mx.array  # (N,) bool
+
+    def some(self, rows: slice | mx.array) -> "Banned":
+        """Of some of the positions only."""
+        return Banned(self.ids, self.at[rows])
+
+    def forbid(self, values: mx.array, ids: mx.array, first: int = 0) -> mx.array:
+        """(N, C) values, the lowest where the token is banned.
+
+        ids (C,) or (N, C), counted from the token `first` on.
+        """
+        hit = mx.any(ids[..., None] + first == mx.array(self.ids), axis=-1)
+        lowest = max(LOWEST, mx.finfo(values.dtype).min)
+        return mx.where(self.at[:, None] & hit, lowest, values)
+
+
 def read(
     embedding: Embedding,
     hidden: mx.array,
@@ -84,6 +106,7 @@ def read(
     uniforms: mx.array,
     softcap: float,
     top_k: int = 0,
+    banned: Banned | None = None,
 ) -> Reading:
     """Argmax, entropy, a sample and the soft embedding of each position at once.
 
@@ -91,7 +114,8 @@ def read(
     the vocabulary pass by; e is relative to the highest logit so far, as in online
     softmax (arXiv 1805.02867). E is read, and dequantised, once for both of its
     products and each tile of positions. top_k: see `_sparse_soft`; 0 sums the signal
-    over all tokens.
+    over all tokens. banned: tokens that have no part in anything, as if their logits
+    were infinitely low.
     """
     most, readings = backends.current().choices.vocabulary_rows, []
     for start in range(0, len(hidden), most):
@@ -99,7 +123,8 @@ def read(
         # one tile's chunks at a time
         after = [reading.signal for reading in readings[-1:]]
         tile = mx.depends([hidden[rows]], after)[0] if after else hidden[rows]
-        given = temperatures[rows], uniforms[rows], softcap, top_k
+        some = None if banned is None else banned.some(rows)
+        given = temperatures[rows], uniforms[rows], softcap, top_k, some
         readings.append(_read(embedding, tile, *given))
     if len(readings) == 1:
         return readings[0]
@@ -114,6 +139,7 @@ def _read(
     uniforms: mx.array,
     softcap: float,
     top_k: int,
+    banned: Banned | None,
 ) -> Reading:
     """`read` of one tile of positions."""
     ask = _Asked(
@@ -121,6 +147,7 @@ def _read(
         hidden.astype(backends.current().product_dtype(hidden.dtype)),
         (softcap / temperatures)[:, None],
         softcap,
+        banned,
     )
     swept = _sweep(ask, soft=top_k == 0)
     cumulative = mx.cumsum(swept.sums, axis=-1)
@@ -152,6 +179,7 @@ class _Asked:
     queries: mx.array
     scale: mx.array
     softcap: float
+    banned: Banned | None
 
     def processed(self, logits: mx.array) -> mx.array:
         """Raw logits -> float32, soft-capped and over the temperature."""
@@ -161,8 +189,18 @@ class _Asked:
     def of(self, positions: mx.array) -> "_Asked":
         """Some of the positions only."""
         return replace(
-            self, queries=self.queries[positions], scale=self.scale[positions]
+            self,
+            queries=self.queries[positions],
+            scale=self.scale[positions],
+            banned=None if self.banned is None else self.banned.some(positions),
         )
+
+    def banned_in(self, rows: slice) -> Banned | None:
+        """What is banned, if any of it is a token of these rows."""
+        if self.banned is None:
+            return None
+        inside = any(rows.start <= token < rows.stop for token in self.banned.ids)
+        return self.banned if inside else None
 
 
 @dataclass(frozen=True)
@@ -190,13 +228,18 @@ def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
         table = _rows(ask.embedding, rows, queries.dtype)
         # chunk after chunk: the graph alone would let all of them live at once
         (queries,) = mx.depends([queries], [signal, *(parts[-1] if parts else ())])
-        logits = queries @ table.T
+        logits, ban = queries @ table.T, ask.banned_in(rows)
+        if ban is not None:
+            logits = ban.forbid(logits, mx.arange(logits.shape[1]), start)
         # the cap rises with the logits, so the largest is so before it as well
         best = mx.argmax(logits, axis=-1, keepdims=True)
         value = ask.processed(mx.take_along_axis(logits, best, axis=-1))
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
-        x = ask.processed(logits) - highest
+        x = ask.processed(logits)
+        if ban is not None:  # the cap has lifted what was forbidden
+            x = ban.forbid(x, mx.arange(x.shape[1]), start)
+        x = x - highest
         e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
         if soft:
@@ -222,7 +265,10 @@ def _tokens_of(
     ids = (blocks[..., None] * BLOCK + mx.arange(BLOCK)).flatten(1)
     known = mx.minimum(ids, last)
     rows = ask.embedding(known).astype(ask.queries.dtype)
-    x = ask.processed((rows @ ask.queries[..., None])[..., 0]) - highest
+    x = ask.processed((rows @ ask.queries[..., None])[..., 0])
+    if ask.banned is not None:
+        x = ask.banned.forbid(x, known)
+    x = x - highest
     return known, mx.where(ids == known, backends.current().exp(x), 0), rows
 
 

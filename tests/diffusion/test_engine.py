@@ -229,7 +229,9 @@ def test_the_last_canvas_is_not_encoded(tiny_model, monkeypatch):
     monkeypatch.setattr(
         DiffusionGemma,
         "encode",
-        lambda self, ids, cache: sizes.append(ids.shape[1]) or encode(self, ids, cache),
+        lambda self, ids, *given: (
+            sizes.append(ids.shape[1]) or encode(self, ids, *given)
+        ),
     )
     settings = LOOSE.but(eos=frozenset({999}))
     run(model, PROMPT, settings, 0)
@@ -246,16 +248,16 @@ def test_a_commit_writes_the_prefix_in_place(
 ):
     """Nobody holds the prefix then: its buffers, here 10 MB, are not copied."""
     model, _ = tiny_model
-    reserve, encode, growths = PrefixCache.reserve, Engine._encode, []
+    reserve, append, growths = PrefixCache.reserve, Engine._append, []
 
-    def measured(self, canvas, tokens):
+    def measured(self, *given):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        encode(self, canvas, tokens)
+        append(self, *given)
         growths.append(mx.get_peak_memory() - before)
 
     monkeypatch.setattr(PrefixCache, "reserve", lambda self, _: reserve(self, 65_536))
-    monkeypatch.setattr(Engine, "_encode", measured)
+    monkeypatch.setattr(Engine, "_append", measured)
     engine = Engine(model, compiled=compiled, ahead=ahead)
     settings = LOOSE.but(eos=frozenset({999}), confidence=0.0, steps=3)
     engine.admit(PROMPT, settings, 0)

@@ -4,9 +4,10 @@ import pytest
 from tiny import VOCABULARY
 
 from mlx_dgemma import Commit, Prefilled, Step, generate, stream_generate
-from mlx_dgemma.diffusion.generation import Writer
 from mlx_dgemma.diffusion.report import Report
+from mlx_dgemma.diffusion.writer import Writer
 from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.text.replies import Answer
 
 LOOSE = {
     "max_tokens": 64,
@@ -137,10 +138,10 @@ def test_no_draft_contains_text_of_a_held_back_stop_string():
 
     class Echo:
         def add(self, tokens):
-            return "".join(map(chr, tokens))
+            return [Answer("".join(map(chr, tokens)))]
 
         def finish(self):
-            return ""
+            return []
 
     def commit(text, reason=None):
         return Commit(

@@ -279,3 +279,43 @@ def test_dense_and_slow_functions_agree_with_a_reading():
     np.testing.assert_array_equal(
         np.array(reading.argmax), np.array(mx.argmax(logits, axis=-1))[0]
     )
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_banned_tokens_have_no_part_in_anything(tuned, quantised, top_k):
+    """As of a vocabulary without them, at the positions they are banned from."""
+    tuned(vocabulary_rows=7)
+    rng = np.random.default_rng(8)
+    V, D, N, ids = 300, 64, 20, (3, 130, 299)
+    matrix = rng.normal(size=(V, D)).astype(np.float32) * 0.3
+    matrix[list(ids)] *= 3  # likely ones, one in each chunk
+    at = rng.random(N) < 0.5
+    hidden = rng.normal(size=(N, D)).astype(np.float32)
+    uniforms = rng.random(N).astype(np.float32)
+    temperatures = np.full(N, 0.7, np.float32)
+    embedding = dense(matrix)
+    if quantised:
+        embedding = nn.QuantizedEmbedding.from_embedding(embedding, 64, 8)
+        matrix = np.array(vocab._rows(embedding, slice(0, V), mx.float32))
+    banned = vocab.Banned(ids, mx.array(at))
+    given = mx.array(hidden), mx.array(temperatures), mx.array(uniforms), 30.0, top_k
+    reading = vocab.read(embedding, *given, banned)
+    free = np.setdiff1d(np.arange(V), ids)
+    for some, kept in ((at, free), (~at, np.arange(V))):
+        part = matrix[kept]
+        exact = Exact.of(part, hidden[some], temperatures[some])
+        np.testing.assert_array_equal(
+            np.array(reading.argmax)[some], kept[exact.p.argmax(axis=-1)]
+        )
+        np.testing.assert_allclose(
+            np.array(reading.entropy)[some], exact.entropy, atol=2e-4
+        )
+        atol = 0.05 if top_k else 2e-4
+        np.testing.assert_allclose(
+            np.array(reading.signal)[some], exact.signal, atol=atol
+        )
+    assert not np.isin(np.array(reading.sample)[at], ids).any()
+    assert np.isin(np.array(reading.argmax)[~at], ids).any()
+    for array in reading.arrays:
+        assert np.isfinite(np.array(array)).all()

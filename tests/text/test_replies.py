@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from test_calls import keys, values
 from toy_tokenizers import MARKED, NAMES, byte_fallback, byte_level
 
-from mlx_dgemma.diffusion.events import Commit
-from mlx_dgemma.diffusion.generation import Writer
 from mlx_dgemma.text.calls import BrokenCallError, read_call
 from mlx_dgemma.text.chat import ChatTemplate
 from mlx_dgemma.text.replies import (
@@ -216,19 +214,10 @@ def test_any_tokens_are_read_alike_however_split(marked, ids, cuts):
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
 @given(text=st.text(max_size=20), cuts=st.lists(st.integers(0, 40), max_size=4))
-def test_without_markers_a_reply_is_what_the_writer_gives(loaded, name, text, cuts):
+def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, cuts):
     tokenizer = loaded[name]
     ids = tokenizer.encode(f"<|channel>thought\n{text}<channel|><turn|>hello")
-    writer, said = Writer(tokenizer.detokenizer()), ""
-    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
-    for index, (a, b) in enumerate(pairwise(edges)):
-        reason = "stop" if index == len(edges) - 2 else None
-        tokens = tuple(ids[a:b])
-        commit = Commit(
-            request=0, canvas_index=0, tokens=tokens, steps=1, finish_reason=reason
-        )
-        said += writer.write(commit).text
-    assert said == tokenizer.decode(ids)
+    said = tokenizer.decode(ids)
     assert read(tokenizer, ids, cuts) == ([Answer(said)] if said else [])
 
 

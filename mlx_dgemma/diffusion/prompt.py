@@ -1,0 +1,86 @@
+"""A prompt ready to be encoded: ids, and the pictures that stand among them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingsError
+from ..model.language import DiffusionGemma
+from ..text.chat import Prompt, encode_messages
+from ..text.pictures import expand
+from ..text.tokenizer import Tokenizer
+from .places import Place
+
+if TYPE_CHECKING:
+    from ..media.images import Picture
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Token ids, one for each soft token of a picture too, and the pictures' places."""
+
+    ids: list[int]
+    places: tuple[Place, ...] = ()
+
+
+def make_ready(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    images: Sequence[Any] = (),
+    system: str | None = None,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Ready:
+    """A prompt as the engine takes it; arguments as of `stream_generate`.
+
+    Raises SettingsError for what cannot be a prompt, MediaError for a picture that
+    cannot be read.
+    """
+    if images:
+        prompt = _illustrated(prompt, images)
+    ids, sources = encode_messages(
+        tokenizer, prompt, system=system, thinking=thinking, tools=tools
+    )
+    if model.eyes is None:
+        if not sources:
+            return Ready(ids)
+        raise SettingsError(
+            "the prompt holds pictures, and this checkpoint reads text only; convert "
+            "one with its vision tower"
+        )
+    tokens, pictures = model.eyes.tokens, list["Picture"]()
+    if sources:
+        pictures = look_up(model, sources)
+    counts = [picture.soft_tokens for picture in pictures]
+    ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
+    places, start = [], 0
+    for picture in pictures:
+        start = ids.index(tokens.image, start)
+        places.append(Place(start, picture))
+        start = places[-1].end
+    return Ready(ids, tuple(places))
+
+
+def _illustrated(prompt: Prompt, images: Sequence[Any]) -> Prompt:
+    """A text behind its pictures, which is how the model was taught."""
+    if not isinstance(prompt, str):
+        raise SettingsError(
+            "images go with a text prompt; put them into the messages otherwise"
+        )
+    parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":
+    """The pictures of these sources; a source may be one already.
+
+    Raises MediaError, one line that counts pictures from 1.
+    """
+    from ..media.images import Budget, Picture, read_pictures  # pillow, where needed
+
+    assert model.eyes is not None
+    unread = [source for source in sources if not isinstance(source, Picture)]
+    read = iter(read_pictures(unread, Budget.of(model.eyes.folder)) if unread else [])
+    return [s if isinstance(s, Picture) else next(read) for s in sources]
