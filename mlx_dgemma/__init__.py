@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.conversion import convert
+    from .diffusion.conversation import Conversation
     from .diffusion.events import Commit, Event, Prefilled, Step
     from .diffusion.generation import generate, load, stream_generate
     from .diffusion.settings import Settings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "Commit": "diffusion.events",
+    "Conversation": "diffusion.conversation",
     "DGemmaError": "errors",
     "Event": "diffusion.events",
     "LoRA": "training.lora",
@@ -44,6 +46,7 @@ _HOME = {
 }
 __all__ = [
     "Commit",
+    "Conversation",
     "DGemmaError",
     "Event",
     "LoRA",

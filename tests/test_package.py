@@ -14,7 +14,7 @@ import mlx_dgemma
 
 PACKAGE = Path(mlx_dgemma.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ["benchmark", "convert", "evaluate", "fuse", "generate", "lora"]
+COMMANDS = ["benchmark", "chat", "convert", "evaluate", "fuse", "generate", "lora"]
 HEAVY = ["mlx", "mlx_lm", "numpy", "rich", "tokenizers", "transformers", "jinja2"]
 HEAVY += ["matplotlib", "yaml"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

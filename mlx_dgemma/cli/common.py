@@ -62,7 +62,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         except (DGemmaError, ImportError, MemoryError, OSError, RuntimeError) as error:
             if debug:
                 raise
-            fail(_explain(error))
+            fail(explain(error))
 
 
 def _choose_backend() -> None:
@@ -74,7 +74,7 @@ def _choose_backend() -> None:
     backends.choose(name, "--backend")
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """What to tell a person of an error."""
     match error:
         case DGemmaError():
@@ -93,8 +93,13 @@ def _explain(error: BaseException) -> str:
 
 def fail(message: str) -> None:
     """Print one line and leave with exit code 1."""
-    click.echo("error: " + _one_line(message), err=True)
+    complain(message)
     sys.exit(FAILED)
+
+
+def complain(message: str) -> None:
+    """Print one line."""
+    click.echo("error: " + one_line(message), err=True)
 
 
 def harmless(text: str) -> str:
@@ -125,12 +130,13 @@ def _picture(character: str) -> str:
     return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """The message, harmless and without a line break."""
     return " ".join(harmless(message).split())
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    click.echo("warning: " + _one_line(str(message)), err=True)
+    click.echo("warning: " + one_line(str(message)), err=True)
 
 
 def _drop_output() -> None:

@@ -29,20 +29,33 @@ WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
 class View(Protocol):
-    """Takes the events of one request, in order."""
+    """Takes the events of one request, in order; or its steps, and what to say."""
+
+    def wait(self, text: str) -> None:
+        """What goes on before there is anything else to show."""
+        ...
 
     def show(self, event: Event) -> None: ...
+
+    def say(self, text: str, *, dim: bool = False) -> None:
+        """Text that is final; a line of it is dim, for a person to see, or is not."""
+        ...
 
 
 @contextmanager
 def screen(tokenizer: "Tokenizer", show: bool) -> Iterator[View]:
     """The view for this terminal; live only if asked for and stderr can be drawn on."""
-    drawable = is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") != "dumb"
-    view = _Live(tokenizer) if show and drawable else _Plain()
+    live = show and is_terminal(sys.stderr) and not is_dumb()
+    view = _Live(tokenizer) if live else _Plain()
     try:
         yield view
     finally:
         view.close()
+
+
+def is_dumb() -> bool:
+    """Whether this terminal knows no codes; one of no name knows none."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 class _Plain:
@@ -52,13 +65,29 @@ class _Plain:
         self.terminal = is_terminal(sys.stdout)
         self.open_line = False
 
+    def wait(self, text: str) -> None:
+        pass
+
     def show(self, event: Event) -> None:
         if isinstance(event, Commit):
-            self.write(event.text)
+            self.say(event.text)
+
+    def say(self, text: str, *, dim: bool = False) -> None:
+        self.write(self.dressed(text, dim))
+
+    def dressed(self, text: str, dim: bool) -> str:
+        """The text as it may be sent: a file gets it as it is."""
+        if not self.terminal:
+            return text
+        text = harmless(text)
+        if dim and not is_dumb():
+            # each line by itself: what is drawn between two of them is not dim
+            lines = (line and click.style(line, dim=True) for line in text.split("\n"))
+            text = "\n".join(lines)
+        return text
 
     def write(self, text: str) -> None:
         if text:
-            text = harmless(text) if self.terminal else text
             # bytes: the same ones whatever the locale, and colour codes of the model's
             click.echo(text.encode("utf-8", "replace"), nl=False)
             self.open_line = not text.endswith("\n")
@@ -77,25 +106,36 @@ class _Live(_Plain):
         self.surface = Surface()
         self.lines = ""  # committed lines that the next frame moves above the canvas
         self.line = ""  # the last line of committed text, not ended yet
+        self.dim = False  # that line
         self.drawn = 0.0
+
+    def wait(self, text: str) -> None:
+        from rich.text import Text
+
+        width = self.surface.size()[0] - 1
+        self.surface.draw([Text(text[:width], style="dim")])
 
     def show(self, event: Event) -> None:
         if isinstance(event, Commit):
-            if not self.terminal:
-                super().show(event)
-            # a line is written once it is whole, so that drawing cannot eat it
-            whole, newline, self.line = (self.line + event.text).rpartition("\n")
-            self.lines += whole + newline
+            self.say(event.text)
         elif isinstance(event, Step):
             now = time.monotonic()
             if now - self.drawn >= SECONDS_PER_FRAME:
                 self.drawn = now
                 self._draw(event)
 
+    def say(self, text: str, *, dim: bool = False) -> None:
+        if not self.terminal:
+            super().say(text, dim=dim)
+        # a line is written once it is whole, so that drawing cannot eat it
+        whole, newline, self.line = (self.line + text).rpartition("\n")
+        self.lines += self.dressed(whole + newline, dim)
+        self.dim = dim
+
     def close(self) -> None:
         self.surface.erase()
         if self.terminal:
-            self.write(self.lines + self.line)
+            self.write(self.lines + self.dressed(self.line, self.dim))
         super().close()
 
     def _draw(self, step: Step) -> None:

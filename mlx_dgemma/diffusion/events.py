@@ -63,6 +63,7 @@ class Commit:
     finish_reason: Literal["stop", "length"] | None  # None: another canvas follows
     text: str = ""  # what these tokens add to the answer; filled by the text layer
     parts: tuple["Part", ...] = ()  # the same with thoughts and calls, likewise
+    held: str = ""  # text that waits for the next commit: it may begin a stop string
 
 
 Event = Prefilled | Step | Commit

@@ -83,6 +83,7 @@ def stream_generate(
     prompt: Prompt,
     *,
     images: Sequence[Any] = (),
+    videos: Sequence[str | Path] = (),
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -95,8 +96,9 @@ def stream_generate(
 
     prompt              text, token ids, or a list of chat messages, whose content may
                         have parts {"type": "image", "image": source}
-    images              pictures in front of a text prompt: paths, bytes of files,
-                        data: URLs or Pillow's images
+    images, videos      in front of a text prompt: pictures as paths, bytes of files,
+                        data: URLs or Pillow's images; videos as paths, of which the
+                        model sees a frame a second (extra "video")
     system, thinking    a system turn; whether the model thinks first
     tools               what the model may call, as OpenAI's JSON
     stop                a string, or several, that end the text and are left out
@@ -120,6 +122,7 @@ def stream_generate(
         tokenizer,
         prompt,
         images=images,
+        videos=videos,
         system=system,
         thinking=thinking,
         tools=tools,
@@ -155,6 +158,7 @@ def generate(
     prompt: Prompt,
     *,
     images: Sequence[Any] = (),
+    videos: Sequence[str | Path] = (),
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -169,6 +173,7 @@ def generate(
         tokenizer,
         prompt,
         images=images,
+        videos=videos,
         system=system,
         thinking=thinking,
         tools=tools,

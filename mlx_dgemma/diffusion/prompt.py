@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
@@ -29,6 +30,7 @@ def make_ready(
     prompt: Prompt,
     *,
     images: Sequence[Any] = (),
+    videos: Sequence[str | Path] = (),
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -38,8 +40,8 @@ def make_ready(
     Raises SettingsError for what cannot be a prompt, MediaError for a picture that
     cannot be read.
     """
-    if images:
-        prompt = _illustrated(prompt, images)
+    if images or videos:
+        prompt = _illustrated(prompt, images, videos)
     ids, sources = encode_messages(
         tokenizer, prompt, system=system, thinking=thinking, tools=tools
     )
@@ -63,14 +65,34 @@ def make_ready(
     return Ready(ids, tuple(places))
 
 
-def _illustrated(prompt: Prompt, images: Sequence[Any]) -> Prompt:
+def _illustrated(
+    prompt: Prompt, images: Sequence[Any], videos: Sequence[str | Path]
+) -> Prompt:
     """A text behind its pictures, which is how the model was taught."""
     if not isinstance(prompt, str):
         raise SettingsError(
             "images go with a text prompt; put them into the messages otherwise"
         )
     parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]
+    for video in videos:
+        parts += frame_parts(video)
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def frame_parts(video: str | Path) -> list[dict[str, Any]]:
+    """A video as parts of a message: each frame behind its minute and second.
+
+    As transformers' processor writes it. Raises MediaError.
+    """
+    from ..media.videos import read_frames  # PyAV, where needed
+
+    parts: list[dict[str, Any]] = []
+    for seconds, picture in read_frames(video):
+        minute, second = divmod(int(seconds), 60)
+        clock = f"{' ' * bool(parts)}{minute:02}:{second:02} "
+        parts.append({"type": "text", "text": clock})
+        parts.append({"type": "image", "image": picture})
+    return parts
 
 
 def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":

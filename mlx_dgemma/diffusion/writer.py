@@ -54,7 +54,12 @@ class Writer:
             if commit.finish_reason is None:
                 keep -= max((_overlap(text, s) for s in self._stop), default=0)
             ready, self._held = _split(parts, keep)
-        return replace(commit, text=_text(ready), parts=tuple(merged(ready)))
+        return replace(
+            commit,
+            text=_text(ready),
+            parts=tuple(merged(ready)),
+            held=_text(self._held),
+        )
 
     def rest(self) -> list[Part]:
         """What is held back, if no commit will come that says more."""

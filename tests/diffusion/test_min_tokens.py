@@ -51,9 +51,23 @@ def test_only_the_first_positions_are_forbidden(ends_at_once):
     drafts = np.array([np.array(e.draft) for e in steps if isinstance(e, Step)])
     canvases = np.array([np.array(e.canvas) for e in steps if isinstance(e, Step)])
     assert not np.isin(drafts[:, :2], list(eos)).any()
-    assert np.isin(drafts[:, 2:], list(eos)).any()
+    assert np.isin(drafts[:, 2], list(eos)).any()
     accepted = np.array([np.array(e.accepted) for e in steps if isinstance(e, Step)])
     assert not (np.isin(canvases[:, :2], list(eos)) & accepted[:, :2]).any()
+
+
+def test_what_is_left_of_them_is_forbidden_in_the_next_canvas(ends_at_once):
+    model, eos = ends_at_once
+    steps = run(model, eos=eos, steps=4, max_tokens=32, min_tokens=17)[0]
+    found = np.array(
+        [
+            np.array(e.draft)
+            for e in steps
+            if isinstance(e, Step) and e.canvas_index == 1
+        ]
+    )
+    ends = np.isin(found, list(eos))
+    assert not ends[:, :1].any() and ends[:, 1:16].any()
 
 
 def test_the_signal_of_the_next_step_is_without_them(ends_at_once, monkeypatch):

@@ -149,3 +149,66 @@ def test_an_image_is_seen_whole_by_all_of_itself(tmp_path):
     ]
     changed = np.abs(hidden[0] - hidden[1]).max(axis=-1) > 1e-6
     assert not changed[:start].any() and changed[start:].all()
+
+
+def drawn(width: int, height: int, mode: str):
+    from PIL import Image as Pictures
+
+    channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+    pixels = RNG.integers(0, 256, (height, width, channels)).astype(np.uint8)
+    return Pictures.fromarray(pixels.squeeze(), mode)
+
+
+PICTURES = {
+    "small": [(40, 30, "RGB")],
+    "large": [(1900, 1300, "RGB")],
+    "wide": [(2000, 9, "RGB")],
+    "tall": [(7, 900, "RGB")],
+    "transparent": [(300, 200, "RGBA")],
+    "grey and others": [(300, 200, "L"), (64, 640, "RGB"), (500, 501, "RGBA")],
+}
+
+
+@pytest.mark.parametrize("budget", [70, 280])
+@pytest.mark.parametrize("sizes", PICTURES.values(), ids=PICTURES)
+def test_files_to_logits(tmp_path, sizes, budget):
+    """transformers' processor and model beside all of ours, from pixels on."""
+    from make_tiny import make_checkpoint
+    from oracle import load_oracle
+    from transformers.models.gemma4.image_processing_pil_gemma4 import (
+        Gemma4ImageProcessorPil,
+    )
+
+    from mlx_dgemma.diffusion.places import Place
+    from mlx_dgemma.media.images import Budget, read_picture
+
+    path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})
+    pictures = [drawn(*size) for size in sizes]
+    processor = Gemma4ImageProcessorPil(max_soft_tokens=budget)
+    made = processor(pictures, return_tensors="np")
+    given = np.asarray(made["pixel_values"]), np.asarray(made["image_position_ids"])
+    tokens, places = list(RNG.integers(10, 32, 11)), []
+    for image in pictures:
+        read = read_picture(image, Budget(budget))
+        tokens.append(BEGIN)
+        places.append(Place(len(tokens), read))
+        tokens += [IMAGE] * read.soft_tokens + [END]
+    prompt, canvas = np.array([tokens]), RNG.integers(10, 32, (1, 32))
+    truth, theirs = load_oracle(path, "float64"), load_oracle(path, "float32")
+    exact = truth.encode_images(prompt, *given)
+    reference = theirs.encode_images(prompt, *given)
+    model, _ = ours(path)
+    images = [
+        Image(p.start, model.eyes.look(p.picture.patches, p.picture.positions))
+        for p in places
+    ]
+    soft = mx.concatenate([image.features for image in images])
+    assert_as_exact("soft tokens", soft, reference[0], exact[0])
+    cache = model.make_cache()
+    model.encode(ids(prompt), cache, images)
+    assert_as_exact(
+        "logits",
+        model.denoise(ids(canvas), cache),
+        theirs.denoise(canvas, reference[2]),
+        truth.denoise(canvas, exact[2]),
+    )

@@ -67,10 +67,10 @@ def witness(monkeypatch):
         seen.ticks.append(tick(engine))
         return seen.ticks[-1]
 
-    def encoding(model, tokens, cache):
+    def encoding(model, tokens, cache, images=()):
         seen.encoded.append(tokens.shape)
         seen.behind.append(cache.columns)
-        return encode(model, tokens, cache)
+        return encode(model, tokens, cache, images)
 
     monkeypatch.setattr(Engine, "admit", admitting)
     monkeypatch.setattr(Engine, "tick", ticking)

@@ -1,0 +1,106 @@
+"""What conversations encode, turn by turn, and whether they say the same without reuse.
+
+    python tests/bench/turns.py [--model sudoku4] [--conversations 20] [--turns 6]
+
+Every conversation asks for a puzzle in each turn; before some turns a message of the
+past is edited, or a turn is taken back. Each turn is asked again by `stream_generate`
+with the same messages and seed, which encodes all of them. Every number of every step
+is compared, not only the text. Prints Markdown; exit code 1 when anything differs.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "convert"))
+from sudoku import held_out  # noqa: E402
+
+from mlx_dgemma import Prefilled, Step, load, stream_generate  # noqa: E402
+from mlx_dgemma.diffusion.conversation import Conversation  # noqa: E402
+
+LEGEND = """\
+Each cell: tokens of the prompt = tokens reused + tokens encoded.
+e: a message was edited before that turn. r: a turn was taken back.
+"""
+
+
+def numbers(events) -> list:
+    """All that the steps found and the commits say."""
+    return [
+        [e.draft.tolist(), e.canvas.tolist(), np.array(e.entropy).tolist()]
+        if isinstance(e, Step)
+        else [e.tokens, e.text]
+        for e in events
+        if not isinstance(e, Prefilled)
+    ]
+
+
+def change_the_past(talk: Conversation, chance: random.Random) -> str:
+    """Edit, take back or leave alone; which of them it was."""
+    if len(talk.messages) < 4 or chance.random() > 0.4:
+        return ""
+    if chance.random() < 0.5:
+        talk.rewind()
+        return " r"
+    index = chance.randrange(len(talk.messages) - 1)
+    talk.edit(index, talk.messages[index]["content"][::-1])
+    return " e"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="sudoku4")
+    parser.add_argument("--conversations", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--prefill-step-size", type=int, default=256)
+    given = parser.parse_args()
+    model, tokenizer = load(given.model)
+    size, chance = given.prefill_step_size, random.Random(0)
+    puzzles = [puzzle for puzzle, _ in held_out(given.conversations * given.turns)]
+    print(LEGEND)
+    head = [f"turn {turn + 1}" for turn in range(given.turns)]
+    print("|", " | ".join(["", *head, "same numbers"]), "|")
+    print("|---" * (given.turns + 2) + "|")
+    totals = np.zeros((given.turns, 3), int)
+    seconds, same_turns = [0.0, 0.0], 0
+    for number in range(given.conversations):
+        talk = Conversation(model, tokenizer, prefill_step_size=size)
+        cells, same = [], 0
+        for turn in range(given.turns):
+            how = change_the_past(talk, chance)
+            content, seed = puzzles.pop(), 100 * number + turn
+            said = [*talk.messages, {"role": "user", "content": content}]
+            events = list(talk.ask(content, seed=seed))
+            wanted = list(
+                stream_generate(
+                    model, tokenizer, said, seed=seed, prefill_step_size=size
+                )
+            )
+            same += numbers(events) == numbers(wanted)
+            first, other = events[0], wanted[0]
+            assert isinstance(first, Prefilled) and isinstance(other, Prefilled)
+            counts = first.prompt_tokens, first.reused, first.encoded
+            totals[turn] += counts
+            seconds[0] += first.seconds
+            seconds[1] += other.seconds
+            cells.append("{} = {} + {}".format(*counts) + how)
+        same_turns += same
+        print("|", " | ".join([str(number), *cells, f"{same} of {given.turns}"]), "|")
+    mean = totals / given.conversations
+    cells = ["{:.0f} = {:.0f} + {:.0f}".format(*row) for row in mean]
+    whole = given.conversations * given.turns
+    print("|", " | ".join(["mean", *cells, f"{same_turns} of {whole}"]), "|")
+    prompts, reused, encoded = totals.sum(axis=0)
+    print(
+        f"\n{prompts} tokens of prompts, {reused} of them reused, {encoded} encoded in "
+        f"{seconds[0]:.2f} s; all of them in {seconds[1]:.2f} s."
+    )
+    sys.exit(same_turns < whole)
+
+
+if __name__ == "__main__":
+    main()
