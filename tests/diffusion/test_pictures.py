@@ -138,3 +138,26 @@ def test_a_checkpoint_for_text_refuses_pictures(tiny_model):
         generate(*tiny_model, "a", images=[drawn(9, 9)])
     with pytest.raises(SettingsError, match="reads text only"):
         Conversation(*tiny_model).ask([picture(drawn(9, 9))])
+
+
+def test_a_video_is_its_frames_each_behind_its_time(eyed, monkeypatch):
+    """As transformers' processor words it: minute and second, then the picture."""
+    from mlx_dgemma.diffusion import prompt
+    from mlx_dgemma.media import videos
+    from mlx_dgemma.media.images import Budget, read_picture
+
+    frames = [
+        (seconds, read_picture(drawn(40, 30, seed), Budget(70, 4)))
+        for seed, seconds in enumerate((0.0, 1.2, 61.9))
+    ]
+    monkeypatch.setattr(videos, "read_frames", lambda path: frames)
+    parts = prompt.frame_parts("a.mp4")
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    assert texts == ["00:00 ", " 00:01 ", " 01:01 "]
+    shown = [part["image"] for part in parts if part["type"] == "image"]
+    assert shown == [picture for _, picture in frames]
+    model, tokenizer = eyed
+    monkeypatch.setattr(prompt, "frame_parts", lambda path: parts[1::2])
+    ready = make_ready(model, tokenizer, "abc", videos=["a.mp4"])
+    assert [place.picture for place in ready.places] == shown
+    assert tokenizer.decode(ready.ids[ready.places[-1].end + 1 :]).endswith("abc")
