@@ -56,3 +56,16 @@ def drawn(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def asked(*parts) -> list[dict]:
+    """One message of these parts."""
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def picture(source) -> dict:
+    return {"type": "image", "image": source}

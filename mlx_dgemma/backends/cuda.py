@@ -8,37 +8,22 @@ Not measured on a GPU yet: `tests/gpu/run.py` does that.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import installation
+from . import gpu
 from .interface import Backend, Choices, Limits, keep_float32, whole
 
 CAPABILITY = (7, 5)  # Turing, the oldest that MLX is compiled for
 PTX_CACHE = "MLX_PTX_CACHE_DIR"
-CHOICES = Choices(
-    compiles=True,
-    runs_ahead=True,
-    product_dtype=None,
-    dequantizes=False,
-    product_rows=128,
-    fused_attention=False,
-    score_bytes=512 << 20,
-    vocabulary_chunk=32768,
-    vocabulary_rows=1024,
-)
-WHY = {
-    "compiles": "fuses small kernels and spares the host",
-    "runs_ahead": "the GPU works while the host reads the last step's flags",
-    "product_dtype": "its tensor cores multiply 16 bits",
-    "dequantizes": "its quantised products are fast",
+CHOICES = replace(gpu.CHOICES, product_rows=128)
+WHY = gpu.WHY | {
     "product_rows": "its fast quantised kernel takes multiples of 128 only",
     "fused_attention": "it has no fused kernel for heads wider than 128",
-    "score_bytes": "bounds memory behind long prefixes",
-    "vocabulary_chunk": "few and large products, bounded memory",
-    "vocabulary_rows": "few and large products, bounded memory",
     "experts": "one row per pair, sorted, runs grouped on tensor cores",
 }
 

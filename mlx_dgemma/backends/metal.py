@@ -5,29 +5,12 @@ Read from MLX's source and its release notes; nothing here was measured on a Mac
 
 import mlx.core as mx
 
+from . import gpu
 from .interface import Backend, Choices, Limits, Mask, keep_float32, whole
 
-CHOICES = Choices(
-    compiles=True,
-    runs_ahead=True,
-    product_dtype=None,
-    dequantizes=False,
-    product_rows=1,
-    fused_attention=False,
-    score_bytes=512 << 20,
-    vocabulary_chunk=32768,
-    vocabulary_rows=1024,
-)
-WHY = {
-    "compiles": "fuses small kernels and spares the host",
-    "runs_ahead": "the GPU works while the host reads the last step's flags",
-    "product_dtype": "its kernels multiply 16 bits",
-    "dequantizes": "its quantised products are fast",
+WHY = gpu.WHY | {
     "product_rows": "its quantised products take any width",
     "fused_attention": "MLX itself prefers the unfused form at these head widths",
-    "score_bytes": "bounds memory behind long prefixes",
-    "vocabulary_chunk": "few and large products, bounded memory",
-    "vocabulary_rows": "few and large products, bounded memory",
     "experts": "one row per pair, sorted, is what its gather kernels want",
 }
 
@@ -39,7 +22,7 @@ class Metal(Backend):
     kind = mx.DeviceType.gpu
     why = WHY
 
-    def __init__(self, choices: Choices = CHOICES):
+    def __init__(self, choices: Choices = gpu.CHOICES):
         super().__init__(choices)
 
     def missing(self) -> str | None:

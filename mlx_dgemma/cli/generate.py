@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from typing import Any
 
 import click
 
@@ -25,10 +26,16 @@ from .options import settings_options
     "--prompt", "-p", required=True, help="The prompt, taken as it is; - reads stdin."
 )
 @click.option(
-    "--image", multiple=True, help="A picture in front of the prompt; repeatable."
+    "--image",
+    "images",
+    multiple=True,
+    help="A picture in front of the prompt; repeatable.",
 )
 @click.option(
-    "--video", multiple=True, help="A video in front of it, as a frame a second."
+    "--video",
+    "videos",
+    multiple=True,
+    help="A video in front of it, as a frame a second.",
 )
 @click.option("--system", help="A system turn before the prompt.")
 @click.option(
@@ -59,18 +66,11 @@ from .options import settings_options
 def main(
     model: str,
     prompt: str,
-    image: tuple[str, ...],
-    video: tuple[str, ...],
-    system: str | None,
-    thinking: bool,
-    seed: int | None,
-    stop: tuple[str, ...],
-    prefill_step_size: int,
     show: bool,
     adapter_path: str | None,
     revision: str | None,
     debug: bool,
-    **changes,
+    **given: Any,
 ) -> None:
     """Answer a prompt: text on stdout, numbers on stderr.
 
@@ -84,14 +84,7 @@ def main(
             show=show,
             adapter_path=adapter_path,
             revision=revision,
-            images=image,
-            videos=video,
-            system=system,
-            thinking=thinking,
-            stop=stop,
-            seed=seed,
-            prefill_step_size=prefill_step_size,
-            **changes,
+            **given,
         )
     if interrupted:
         sys.exit(INTERRUPTED)
@@ -124,7 +117,7 @@ def answer(
     show: bool,
     adapter_path: str | None,
     revision: str | None,
-    **given,
+    **given: Any,
 ) -> bool:
     """Load, generate, print; returns whether Ctrl-C ended it."""
     from ..diffusion.events import Commit, Step

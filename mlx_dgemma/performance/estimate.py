@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..backends.metal import CHOICES
+from ..backends.gpu import CHOICES
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..diffusion.engine import PREFILL_STEP

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from eyed import drawn, write_eyed
+from eyed import asked, drawn, picture, text, write_eyed
 
 from mlx_dgemma import Commit, generate, load, stream_generate
 from mlx_dgemma.diffusion.conversation import Conversation
@@ -19,18 +19,6 @@ SEE = {"max_tokens": 16, "steps": 4}
 @pytest.fixture(scope="module")
 def eyed(tmp_path_factory):
     return load(write_eyed(tmp_path_factory.mktemp("eyed") / "m"))
-
-
-def asked(*parts) -> list[dict]:
-    return [{"role": "user", "content": list(parts)}]
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
-def picture(source) -> dict:
-    return {"type": "image", "image": source}
 
 
 def test_what_is_seen_changes_the_answer(eyed):

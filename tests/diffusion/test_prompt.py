@@ -1,7 +1,7 @@
 """Messages with pictures to what the engine takes."""
 
 import pytest
-from eyed import drawn, write_eyed
+from eyed import asked, drawn, picture, text, write_eyed
 
 from mlx_dgemma import load
 from mlx_dgemma.diffusion.places import keys_of
@@ -14,18 +14,6 @@ IMAGE, BEGIN, END = 9, 7, 8
 @pytest.fixture(scope="module")
 def eyed(tmp_path_factory):
     return load(write_eyed(tmp_path_factory.mktemp("eyed") / "m"))
-
-
-def asked(*parts) -> list[dict]:
-    return [{"role": "user", "content": list(parts)}]
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
-def picture(source) -> dict:
-    return {"type": "image", "image": source}
 
 
 def test_a_picture_takes_a_token_for_each_of_its_squares(eyed):
