@@ -56,6 +56,12 @@ def replace(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def drop_partials(folder: Path) -> None:
+    """Remove what a run that was killed had half written."""
+    for partial in folder.glob(".partial-*"):
+        partial.unlink(missing_ok=True)
+
+
 def config_of(lora: LoRA | None, num_layers: int) -> dict[str, Any]:
     """What adapter_config.json says of the layers; None for all weights."""
     if lora is None:

@@ -114,6 +114,8 @@ class Trainer:
                 )
         self.weights.restore(arrays)
         self.done = int(metadata["iteration"])
+        if self.rank == 0:
+            adapters.drop_partials(self.plan.folder)
 
     def run(self) -> Iterator[Event]:
         """Train to the last iteration; yields Trained, Validated and Saved events.

@@ -354,6 +354,7 @@ def _machinery(s: Sizes) -> Iterator[Probe]:
             lambda: np.repeat(n.view(np.uint32)[:, :1] & 255, 3, axis=1),
         ),
         "depends": (lambda: mx.depends([x], [mx.zeros_like(x)])[0], lambda: n),
+        "contiguous": (lambda: mx.contiguous(x.T), lambda: n.T),
         "compile": (
             lambda: mx.compile(lambda a: mx.tanh(a) * mx.arange(s.D) + 1)(x),
             lambda: np.tanh(n) * np.arange(s.D) + 1,

@@ -176,6 +176,17 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tiny, data, tmp_path
     assert [r["denoising"] for r in logs[0]] == [r["denoising"] for r in logs[1]]
 
 
+def test_what_a_killed_run_had_half_written_is_gone(tiny, data, tmp_path):
+    out = tmp_path / "a"
+    more = ["--iters", "2", "--save-every", "2"]
+    assert run(command(tiny, data, out, *more)).returncode == 0
+    partial = out / ".partial-0000002_adapters.safetensors"
+    partial.write_bytes(b"half")
+    more[1] = "4"
+    assert run(command(tiny, data, out, *more, "--resume")).returncode == 0
+    assert not partial.exists()
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_weights(tiny, data, tmp_path):
     more = ["--iters", "16", "--save-every", "2", "--steps-per-eval", "1000"]
     ended = run(command(tiny, data, tmp_path / "whole", *more))
