@@ -1,4 +1,4 @@
-"""Writing a folder so that its final name never holds half of it.
+"""Writing a folder or a file so that its final name never holds half of it.
 
 A hidden sibling is filled, made durable and renamed. What a killed process left is
 recognised by that process's id and removed by the next one.
@@ -7,11 +7,13 @@ recognised by that process's id and removed by the next one.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from ..errors import ConversionError
 
@@ -150,3 +152,23 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_arrays(
+    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file that appears under its name when it is whole and durable."""
+    metadata = {"format": "mlx", **(metadata or {})}
+    replace(path, lambda p: mx.save_safetensors(str(p), dict(arrays), metadata))
+
+
+def replace(path: Path, write: Any) -> None:
+    """`write` a hidden sibling of `path`, make it durable and give it the name."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

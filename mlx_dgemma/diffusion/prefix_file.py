@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..checkpoint.safetensors import TensorInfo, read_header
+from ..checkpoint.staging import replace
 from ..errors import CheckpointError
 from ..model.cache import Mark, Parts, PrefixCache
 from ..model.language import DiffusionGemma
@@ -32,8 +33,6 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
 
     Raises CheckpointError when there is nothing to write, or it cannot be written.
     """
-    from ..training.adapters import replace  # loads what chats do without
-
     path = Path(path).expanduser()
     prefix.check_free()
     if not prefix.settle():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.files import Keys, read_json
 from ..checkpoint.safetensors import read_header
+from ..checkpoint.staging import replace, save_arrays
 from ..checkpoint.weights import FLOATS
 from ..errors import AdapterError, ConfigError, SettingsError
 from ..model.language import DiffusionGemma
@@ -34,26 +34,6 @@ def save(folder: Path, weights: Mapping[str, mx.array], config: dict[str, Any]) 
     text = json.dumps(config, indent=4, sort_keys=True) + "\n"
     replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     save_arrays(folder / WEIGHTS, weights)
-
-
-def save_arrays(
-    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file that appears under its name when it is whole and durable."""
-    metadata = {"format": "mlx", **(metadata or {})}
-    replace(path, lambda p: mx.save_safetensors(str(p), dict(arrays), metadata))
-
-
-def replace(path: Path, write: Any) -> None:
-    """`write` a hidden sibling of `path`, make it durable and give it the name."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def drop_partials(folder: Path) -> None:
