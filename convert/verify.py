@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.quantize import read_quantization
 from mlx_dgemma.diffusion import sampler
-from mlx_dgemma.diffusion.settings import Settings
 from mlx_dgemma.errors import DGemmaError
 from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.model.loading import load_model
+from mlx_dgemma.settings import Settings
 
 # largest |Δ| allowed, as a share of the largest value: what float32 sums in another
 # order leave after a few dozen layers
@@ -125,7 +125,7 @@ class Verifier:
         Every step starts from transformers' canvas and logits, so that rounding does
         not add up; the decisions are ours.
         """
-        settings = self.ours.config.settings.but(steps=TRAJECTORY_STEPS)
+        settings = self.ours.settings.replace(steps=TRAJECTORY_STEPS)
         theirs = self.oracle.generate(
             self.tokens(length)[0].tolist(),
             int(self.random.integers(2**31)),

@@ -12,7 +12,7 @@ PUZZLES = ["4000\n0310\n0430\n0000", "1030\n0010\n3000\n0020", "0020\n0200\n0014
 model, tokenizer = load("sudoku4")
 engine = Engine(model)
 for seed, puzzle in enumerate(PUZZLES):
-    engine.admit(encode_prompt(tokenizer, puzzle), model.config.settings, seed)
+    engine.admit(encode_prompt(tokenizer, puzzle), model.settings, seed)
 
 ticks = 0
 while engine.running:

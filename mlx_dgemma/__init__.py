@@ -13,16 +13,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint.conversion import convert
+    from .adapters.fuse import fuse
+    from .adapters.lora import LoRA
+    from .checkpoint.convert import convert
     from .diffusion.conversation import Conversation
     from .diffusion.events import Commit, Event, Prefilled, Step
-    from .diffusion.generation import generate, load, stream_generate
-    from .diffusion.settings import Settings
+    from .diffusion.generation import generate, stream_generate
     from .errors import DGemmaError
     from .evaluation.evaluate import evaluate
+    from .loading import load
+    from .settings import Settings
     from .training.finetune import train
-    from .training.fuse import fuse
-    from .training.lora import LoRA
     from .training.settings import TrainSettings
 
 __version__ = "0.1.0"
@@ -31,14 +32,14 @@ _HOME = {
     "Conversation": "diffusion.conversation",
     "DGemmaError": "errors",
     "Event": "diffusion.events",
-    "LoRA": "training.lora",
+    "LoRA": "adapters.lora",
     "Prefilled": "diffusion.events",
-    "Settings": "diffusion.settings",
+    "Settings": "settings",
     "Step": "diffusion.events",
     "TrainSettings": "training.settings",
-    "convert": "checkpoint.conversion",
+    "convert": "checkpoint.convert",
     "evaluate": "evaluation.evaluate",
-    "fuse": "training.fuse",
+    "fuse": "adapters.fuse",
     "generate": "diffusion.generation",
     "load": "diffusion.generation",
     "stream_generate": "diffusion.generation",

@@ -19,7 +19,7 @@ from mlx_dgemma import load
 from mlx_dgemma.checkpoint.hub import ASSETS
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
-from mlx_dgemma.diffusion.step import Dials, State, Stepper
+from mlx_dgemma.diffusion.step import State, StepInputs, Stepper
 
 GOLDEN = Path(__file__).parent / "golden"
 PROVENANCE = json.loads((GOLDEN / "PROVENANCE.json").read_text())
@@ -45,7 +45,7 @@ def settings_of(model, name: str):
     }
     if "eos_token_id" in changes:
         changes["eos"] = frozenset(changes.pop("eos_token_id"))
-    return model.config.settings.but(**changes)
+    return model.settings.replace(**changes)
 
 
 def test_files_are_those_that_were_recorded():
@@ -77,7 +77,7 @@ def test_each_step_decides_as_transformers_did(model, name, bucketed, monkeypatc
             np.testing.assert_allclose(
                 np.array(logits)[0], record["logits"][step], atol=5e-4
             )
-            dials = Dials(
+            dials = StepInputs(
                 mx.zeros((1, 2, 2), dtype=mx.uint32),
                 mx.array(
                     [[settings.temperature(number), settings.entropy_bound, 1, 0]]

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json, read strictly into frozen records.
+"""config.json, read strictly into frozen records.
 
 Two layouts of the text configuration exist and mean the same: the release names
 the full-attention layers' shape by `global_head_dim` and
@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..diffusion.settings import MAX_CANVAS_LENGTH, Settings
-from ..errors import ConfigError
-from .files import Keys, read_json
+from ..files.json import Keys, read_json
+from ..settings import MAX_CANVAS_LENGTH
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING_PATTERN = 6  # without layer_types, every sixth layer is full
 MAX_WIDTH = 2**20
 MAX_VOCABULARY = 2**24
-SAMPLERS = ("EntropyBoundSamplerConfig",)
 # Keys that other tools write and that change nothing this package computes.
 HARMLESS = frozenset(
     "architectures torch_dtype dtype transformers_version initializer_range "
@@ -30,12 +28,6 @@ HARMLESS = frozenset(
     "label2id text_config generation_config image_token_id boi_token_id "
     "eoi_token_id eoa_token_id boa_token_id audio_token_id video_token_id "
     "enable_moe_block attention_k_eq_v".split()
-)
-# The same of generation_config.json: caches and output formats of transformers.
-HARMLESS_FOR_SAMPLING = frozenset(
-    "bos_token_id pad_token_id transformers_version max_length "
-    "return_dict_in_generate cache_implementation cache_config disable_compile "
-    "_from_model_config _commit_hash".split()
 )
 
 
@@ -88,12 +80,11 @@ class ModelConfig:
     attention_bias: bool
     canvas_length: int
     has_vision: bool
-    settings: Settings  # what the checkpoint wants to be sampled with
     raw: dict[str, Any]
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """What a checkpoint folder declares: the model, and how to sample it.
+    """The model that a checkpoint folder declares.
 
     Raises ConfigError, one line naming file and key. Warns once, naming them, of
     keys it does not know.
@@ -113,36 +104,30 @@ def read_config(folder: Path) -> ModelConfig:
     if text is None:
         raise top.refuse("text_config", "is missing")
     layers, window = _layers(text)
-    canvas_length = top.whole("canvas_length", 256, 1, MAX_CANVAS_LENGTH)
-    vocab_size = text.whole("vocab_size", None, 2, MAX_VOCABULARY)
-    eos = top.ids("eos_token_id", vocab_size) or text.ids("eos_token_id", vocab_size)
+    canvas_length = top.integer("canvas_length", 256, 1, MAX_CANVAS_LENGTH)
+    vocab_size = text.integer("vocab_size", None, 2, MAX_VOCABULARY)
     config = ModelConfig(
         vocab_size=vocab_size,
-        hidden_size=text.whole("hidden_size", None, 1, MAX_WIDTH),
-        intermediate_size=text.whole("intermediate_size", None, 1, MAX_WIDTH),
-        moe_intermediate_size=text.whole("moe_intermediate_size", None, 1, MAX_WIDTH),
-        num_experts=text.whole("num_experts", None, 1, MAX_WIDTH),
-        top_k_experts=text.whole("top_k_experts", None, 1, MAX_WIDTH),
-        num_attention_heads=text.whole("num_attention_heads", None, 1, MAX_WIDTH),
+        hidden_size=text.integer("hidden_size", None, 1, MAX_WIDTH),
+        intermediate_size=text.integer("intermediate_size", None, 1, MAX_WIDTH),
+        moe_intermediate_size=text.integer("moe_intermediate_size", None, 1, MAX_WIDTH),
+        num_experts=text.integer("num_experts", None, 1, MAX_WIDTH),
+        top_k_experts=text.integer("top_k_experts", None, 1, MAX_WIDTH),
+        num_attention_heads=text.integer("num_attention_heads", None, 1, MAX_WIDTH),
         layers=layers,
         sliding_window=window,
-        rms_norm_eps=text.real("rms_norm_eps", 1e-6),
-        final_logit_softcapping=text.real("final_logit_softcapping", 30.0),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
+        final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
         attention_bias=text.one_of("attention_bias", False, (False, True)),
         canvas_length=canvas_length,
         has_vision=top.mapping("vision_config") is not None,
-        settings=_read_settings(
-            _sampling_keys(folder, top),
-            Settings(canvas_length=canvas_length, eos=frozenset(eos or (1,))),
-            vocab_size,
-        ),
         raw=raw,
     )
     _check_text(text, config)
     unknown = top.unknown(HARMLESS) + [
         f"text_config.{key}" for key in text.unknown(HARMLESS)
     ]
-    _warn_of_unknown(str(path), unknown)
+    warn_of_unknown(str(path), unknown)
     return config
 
 
@@ -169,14 +154,14 @@ def _check_text(text: Keys, config: ModelConfig) -> None:
 
 
 def _layers(text: Keys) -> tuple[tuple[LayerConfig, ...], int]:
-    count = text.whole("num_hidden_layers", None, 1, 1000)
+    count = text.integer("num_hidden_layers", None, 1, 1000)
     kinds = _layer_kinds(text, count)
-    head_dim = text.whole("head_dim", 256, 2, 4096)
-    kv_heads = text.whole("num_key_value_heads", None, 1, MAX_WIDTH)
-    full_dim = text.whole("global_head_dim", 512, 2, 4096)
-    full_heads = text.whole("num_global_key_value_heads", kv_heads, 1, MAX_WIDTH)
+    head_dim = text.integer("head_dim", 256, 2, 4096)
+    kv_heads = text.integer("num_key_value_heads", None, 1, MAX_WIDTH)
+    full_dim = text.integer("global_head_dim", 512, 2, 4096)
+    full_heads = text.integer("num_global_key_value_heads", kv_heads, 1, MAX_WIDTH)
     # HF keeps the last window - 1 positions; a window of 1 would keep them all.
-    window = text.whole("sliding_window", None, 2, 2**31 - 1)
+    window = text.integer("sliding_window", None, 2, 2**31 - 1)
     overrides = _per_layer(text, count)
     layers = []
     for index, kind in enumerate(kinds):
@@ -237,10 +222,10 @@ def _per_layer(
         layer = keys.mapping(name)
         if layer is None:
             continue
-        dim = layer.whole("head_dim", None, 2, 4096) if "head_dim" in layer else None
+        dim = layer.integer("head_dim", None, 2, 4096) if "head_dim" in layer else None
         heads = None
         if "num_key_value_heads" in layer:
-            heads = layer.whole("num_key_value_heads", None, 1, MAX_WIDTH)
+            heads = layer.integer("num_key_value_heads", None, 1, MAX_WIDTH)
         if strange := layer.unknown():
             raise layer.refuse(strange[0], "is not supported per layer")
         overrides[numbers[name]] = (dim, heads)
@@ -260,9 +245,9 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
             return Rope(theta=10_000.0, rotated=head_dim // 2)
         return Rope(theta=1_000_000.0, rotated=int(0.25 * head_dim // 2))
     rope_type = keys.one_of("rope_type", "default", ("default", "proportional"))
-    theta = keys.real("rope_theta", None)
-    part = keys.real("partial_rotary_factor", 1.0)
-    factor = keys.real("factor", 1.0) if rope_type == "proportional" else 1.0
+    theta = keys.number("rope_theta", None)
+    part = keys.number("partial_rotary_factor", 1.0)
+    factor = keys.number("factor", 1.0) if rope_type == "proportional" else 1.0
     if part > 1 or (rope_type == "default" and part != 1):
         raise keys.refuse("partial_rotary_factor", f"is {part} for {rope_type!r} rope")
     if strange := keys.unknown():
@@ -270,47 +255,7 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
     return Rope(theta=theta, rotated=int(part * head_dim // 2), factor=factor)
 
 
-def _sampling_keys(folder: Path, top: Keys) -> Keys | None:
-    """generation_config.json, or the copy of it that mlx-vlm puts into config.json."""
-    inside = top.mapping("generation_config")
-    path = folder / "generation_config.json"
-    return Keys(read_json(path), str(path)) if path.exists() else inside
-
-
-def _read_settings(keys: Keys | None, defaults: Settings, vocab_size: int) -> Settings:
-    """What the checkpoint says of sampling, `defaults` where it is silent."""
-    if keys is None:
-        return defaults
-    sampler = keys.mapping("sampler_config")
-    bound = defaults.entropy_bound
-    if sampler is not None:
-        sampler.one_of("_cls_name", "EntropyBoundSamplerConfig", SAMPLERS)
-        bound = sampler.real("entropy_bound", bound)
-        if strange := sampler.unknown():
-            raise sampler.refuse(strange[0], "is no setting of this sampler")
-    eos = keys.ids("eos_token_id", vocab_size)
-    try:
-        settings = defaults.but(
-            max_tokens=keys.whole("max_new_tokens", defaults.max_tokens, 1, 2**31 - 1),
-            steps=keys.whole("max_denoising_steps", defaults.steps, 1, 1_000_000),
-            entropy_bound=bound,
-            t_max=keys.real("t_max", defaults.t_max),
-            t_min=keys.real("t_min", defaults.t_min, zero=True),
-            stability=keys.whole(
-                "stability_threshold", defaults.stability, 0, 1_000_000
-            ),
-            confidence=keys.real(
-                "confidence_threshold", defaults.confidence, zero=True
-            ),
-            eos=frozenset(eos) if eos else None,
-        )
-    except ValueError as error:
-        raise ConfigError(f"{keys.where}: {error}") from None
-    _warn_of_unknown(keys.where, keys.unknown(HARMLESS_FOR_SAMPLING))
-    return settings
-
-
-def _warn_of_unknown(where: str, keys: list[str]) -> None:
+def warn_of_unknown(where: str, keys: list[str]) -> None:
     if keys:
         warnings.warn(
             f"{where}: ignoring unknown keys {', '.join(keys)}",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..files.safetensors import Pending
 from .config import ModelConfig
 from .quantize import (
     RECIPES,
@@ -13,7 +14,6 @@ from .quantize import (
     quantizable,
     read_quantization,
 )
-from .safetensors import Pending
 from .weights import VISION, Layout, disk_name, expected_shapes, layer_path
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -26,7 +26,7 @@ Change = Callable[[Blocks], Iterator[mx.array]]
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """Every tensor to be written, and what the configuration will say of them."""
 
     tensors: dict[str, Pending] = field(default_factory=dict)
@@ -69,10 +69,10 @@ class Planner:
         self.base, self.recipe = base, RECIPES[recipe]
         self.dtype = None if dtype is None else DTYPES[dtype]
         self.keep, self.changes = keep, changes or {}
-        self.out = Plan()
+        self.out = ConversionPlan()
         self.overrides: dict[str, Quantization] = {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> ConversionPlan:
         for parameter, shape in expected_shapes(self.config).items():
             stored, chosen = self._stored(parameter), self._chosen(parameter, shape)
             if chosen is None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ConversionError
-from .files import Keys
+from ..files.json import Keys
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..files.json import Keys
 from .config import MAX_WIDTH, ModelConfig
-from .files import Keys
 from .weights import FLOATS, VISION, open_files
 
 ROOT = "model.encoder."
@@ -66,20 +66,20 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
     theta = 100.0
     if rope is not None:
         rope.one_of("rope_type", "axial", ("axial", "default"))
-        theta = rope.real("rope_theta", theta)
-    heads = keys.whole("num_attention_heads", 12, 1, MAX_WIDTH)
+        theta = rope.number("rope_theta", theta)
+    heads = keys.integer("num_attention_heads", 12, 1, MAX_WIDTH)
     vision = VisionConfig(
-        hidden_size=keys.whole("hidden_size", 768, 1, MAX_WIDTH),
-        intermediate_size=keys.whole("intermediate_size", 3072, 1, MAX_WIDTH),
-        layers=keys.whole("num_hidden_layers", 16, 1, 1000),
+        hidden_size=keys.integer("hidden_size", 768, 1, MAX_WIDTH),
+        intermediate_size=keys.integer("intermediate_size", 3072, 1, MAX_WIDTH),
+        layers=keys.integer("num_hidden_layers", 16, 1, 1000),
         heads=heads,
-        kv_heads=keys.whole("num_key_value_heads", heads, 1, MAX_WIDTH),
-        head_dim=keys.whole("head_dim", 64, 4, 4096),
-        rms_norm_eps=keys.real("rms_norm_eps", 1e-6),
-        rope_theta=keys.real("rope_theta", theta),
-        patch=keys.whole("patch_size", 16, 1, 1024),
-        pooling=keys.whole("pooling_kernel_size", 3, 1, 64),
-        positions=keys.whole("position_embedding_size", 10240, 1, MAX_WIDTH),
+        kv_heads=keys.integer("num_key_value_heads", heads, 1, MAX_WIDTH),
+        head_dim=keys.integer("head_dim", 64, 4, 4096),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rope_theta=keys.number("rope_theta", theta),
+        patch=keys.integer("patch_size", 16, 1, 1024),
+        pooling=keys.integer("pooling_kernel_size", 3, 1, 64),
+        positions=keys.integer("position_embedding_size", 10240, 1, MAX_WIDTH),
         standardize=keys.one_of("standardize", False, (False, True)),
         clipped=keys.one_of("use_clipped_linears", False, (False, True)),
     )
@@ -97,9 +97,9 @@ def read_image_tokens(config: ModelConfig, where: str) -> ImageTokens:
     """The ids that stand for images. Raises ConfigError naming the key."""
     top, most = Keys(config.raw, where), config.vocab_size - 1
     return ImageTokens(
-        image=top.whole("image_token_id", 258_880, 0, most),
-        begin=top.whole("boi_token_id", 255_999, 0, most),
-        end=top.whole("eoi_token_id", 258_882, 0, most),
+        image=top.integer("image_token_id", 258_880, 0, most),
+        begin=top.integer("boi_token_id", 255_999, 0, most),
+        end=top.integer("eoi_token_id", 258_882, 0, most),
     )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..files.json import read_json
+from ..files.safetensors import TensorInfo, read_header
 from .config import ModelConfig
-from .files import read_json
 from .quantize import Quantization, quantizable, read_quantization
-from .safetensors import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

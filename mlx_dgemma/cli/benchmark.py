@@ -10,7 +10,7 @@ from .common import backend_option, debug_option, one_line_errors, version_optio
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
-    from ..performance.measure import Job
+    from ..performance.measure import Workload
 
 SHAPES = ("26b", "tiny")
 CHIP = "a Mac, as 'M4 Max 64GB'; 'all' lists every chip"
@@ -222,13 +222,13 @@ def _measure(options: Options) -> dict[str, Any]:
     return found
 
 
-def _subject(options: Options) -> tuple["DiffusionGemma", str, "Job"]:
+def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
     """The model, what to call it, and the job."""
-    from ..checkpoint.conversion import DTYPES
+    from ..checkpoint.convert import DTYPES
     from ..checkpoint.quantize import Quantization
-    from ..diffusion.generation import load
+    from ..loading import load
     from ..performance import synthetic
-    from ..performance.measure import Job, random_prompts
+    from ..performance.measure import Workload, random_prompts
     from ..text.chat import encode_prompt
 
     prompts = None
@@ -254,7 +254,7 @@ def _subject(options: Options) -> tuple["DiffusionGemma", str, "Job"]:
         if quantization is not None:
             name += f", {quantization.bits} bit {quantization.mode}"
             name += f", {options.quant_predicate}"
-    job = Job(
+    job = Workload(
         prompts or random_prompts(model, options.batch_size, options.prompt_tokens),
         canvases=options.canvases,
         steps=options.steps,

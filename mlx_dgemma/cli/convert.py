@@ -19,7 +19,7 @@ from .common import (
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from ..checkpoint.conversion import Converted, Progress
+    from ..checkpoint.convert import Converted, Progress
 
 SECONDS_BETWEEN_LINES = 5.0
 NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
@@ -87,7 +87,7 @@ def main(
     nothing at --mlx-path.
     """
     with one_line_errors(debug):
-        from ..checkpoint.conversion import convert
+        from ..checkpoint.convert import convert
 
         with show_progress() as progress:
             converted = convert(

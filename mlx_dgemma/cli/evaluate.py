@@ -161,9 +161,9 @@ def _measure(
     options: Options, rows: list["Row"], caps: list[int | None]
 ) -> dict[str, list["Result"]]:
     """Results by step cap, of the base and of the tuned model if there is one."""
-    from ..diffusion.generation import load
+    from ..adapters import folder as adapters
     from ..evaluation.evaluate import evaluate
-    from ..training import adapters
+    from ..loading import load
 
     def measure(label: str) -> list["Result"]:
         return evaluate(

@@ -46,7 +46,7 @@ def main(
     quantised again in their own way. An interrupted run leaves nothing at --save-path.
     """
     with one_line_errors(debug):
-        from ..training.fuse import fuse
+        from ..adapters.fuse import fuse
 
         with show_progress("fusing") as progress:
             fused = fuse(

@@ -121,8 +121,9 @@ def answer(
 ) -> bool:
     """Load, generate, print; returns whether Ctrl-C ended it."""
     from ..diffusion.events import Commit, Step
-    from ..diffusion.generation import load, stream_generate
+    from ..diffusion.generation import stream_generate
     from ..diffusion.report import Report
+    from ..loading import load
     from .render import screen
 
     model, tokenizer = load(model_name, adapter_path, revision=revision)

@@ -19,7 +19,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..training.finetune import Request
+    from ..training.finetune import TrainRequest
     from ..training.record import Trained, Validated
     from ..training.trainer import Trainer
 
@@ -134,13 +134,13 @@ def _read_config(context: click.Context, given: dict[str, Any]) -> None:
             given[name] = types[name].type_cast_value(context, value)
 
 
-def _request(given: dict[str, Any]) -> "Request":
+def _request(given: dict[str, Any]) -> "TrainRequest":
     """The request that the flags stand for."""
     from dataclasses import fields
 
+    from ..adapters.lora import TARGETS, USUAL, LoRA
     from ..errors import SettingsError
-    from ..training.finetune import Request
-    from ..training.lora import TARGETS, USUAL, LoRA
+    from ..training.finetune import TrainRequest
     from ..training.settings import TrainSettings
 
     lora, full = None, given["fine_tune_type"] == "full"
@@ -162,7 +162,7 @@ def _request(given: dict[str, Any]) -> "Request":
         )
     known = {field.name for field in fields(TrainSettings)}
     settings = TrainSettings(**{k: v for k, v in given.items() if k in known})
-    return Request(
+    return TrainRequest(
         model=given["model"],
         data=given["data"] or "",
         adapter_path=given["adapter_path"],
@@ -177,14 +177,14 @@ def _request(given: dict[str, Any]) -> "Request":
     )
 
 
-def _estimate(request: "Request") -> None:
+def _estimate(request: "TrainRequest") -> None:
     from ..training import memory
 
     click.echo("\n".join(memory.lines(request)))
 
 
-def _train(request: "Request") -> None:
-    from ..training import adapters
+def _train(request: "TrainRequest") -> None:
+    from ..adapters import folder as adapters
     from ..training.finetune import finish, prepare
     from ..training.record import Saved, Trained, Validated
 
@@ -220,7 +220,7 @@ def _train(request: "Request") -> None:
         sys.exit(130)
 
 
-def _test(request: "Request", batches: int) -> None:
+def _test(request: "TrainRequest", batches: int) -> None:
     from ..training.finetune import measure
 
     denoising, encoding = measure(request, batches)

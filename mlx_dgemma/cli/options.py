@@ -31,8 +31,6 @@ SETTINGS = [
         type=click.FloatRange(0),
         help="Mean entropy, in nats, below which a stable canvas is done.",
     ),
-]
-SHORTCUTS = [
     click.option(
         "--sampler",
         type=click.Choice(["entropy-bound", "confidence"]),
@@ -42,23 +40,6 @@ SHORTCUTS = [
         "--min-probability",
         type=click.FloatRange(0),
         help="How likely a token is that --sampler confidence reveals.",
-    ),
-    click.option(
-        "--trim-eos",
-        is_flag=True,
-        default=None,
-        help="Drop what lies behind an accepted end of text.",
-    ),
-    click.option(
-        "--freeze",
-        is_flag=True,
-        default=None,
-        help="Skip positions that are sure; check all before the commit.",
-    ),
-    click.option(
-        "--signal-top-k",
-        type=click.IntRange(0),
-        help="Tokens that make the self-conditioning signal, where they suffice.",
     ),
 ]
 
@@ -78,7 +59,7 @@ def settings_options(max_tokens: int | None = None):
     )
 
     def add(command):
-        for option in reversed([most, *SETTINGS, *SHORTCUTS]):
+        for option in reversed([most, *SETTINGS]):
             command = option(command)
         return command
 

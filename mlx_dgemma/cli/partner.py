@@ -27,7 +27,7 @@ class Partner:
         **options: Any,
     ):
         from ..diffusion.conversation import Conversation
-        from ..diffusion.generation import load
+        from ..loading import load
 
         loaded, self.tokenizer = load(model, adapter_path, revision=revision)
         self._conversation = Conversation(loaded, self.tokenizer, **options)

@@ -7,45 +7,30 @@ import mlx.core as mx
 import numpy as np
 
 from ..model.cache import PrefixCache
-from ..model.language import View
+from ..settings import Settings
 from . import sampler
 from .events import Step
 from .prefix import Prefix
-from .settings import Settings
-from .step import Dials, Manner, Outcome, Pins, State
+from .step import Pinned, State, StepConfig, StepInputs, StepStats
 
 FAR = 10  # a mean entropy of this many times `confidence` is far from its end
 
 
 @dataclass(frozen=True)
-class Taken:
+class PendingStep:
     """A denoising step of one canvas that was started: its row of a batch."""
 
     state: State
-    outcome: Outcome
+    outcome: StepStats
     row: int
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A canvas of which some positions are no longer computed.
-
-    The others see their keys and values as if they belonged to the prefix.
-    """
-
-    active: np.ndarray  # (A,) positions still denoised, rising
-    draft: np.ndarray  # (L,) int32, of all positions
-    signal: mx.array  # (L, D)
-    view: View  # of the active positions
-
-
-@dataclass(frozen=True)
-class Lane:
+class BatchKey:
     """What canvases that step together have in common."""
 
     length: int
-    manner: Manner
-    alone: int | None = None  # a request that shares its steps with no other
+    config: StepConfig
 
 
 @dataclass
@@ -59,32 +44,25 @@ class Canvas:
     chunk: int  # tokens encoded at a time
     state: State  # of a batch …
     row: int = 0  # … in which this is its row
-    lent: Prefix | None = None  # whose cache `prefix` is, if it outlives the request
+    owner: Prefix | None = None  # whose cache `prefix` is, if it outlives the request
     index: int = 0
     step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases
     mean: float = math.inf  # nats: mean entropy of the last step reported
-    ahead: Taken | None = None  # a step started, not yet reported
-    frozen: Frozen | None = None
-    thawed: bool = False  # was frozen, and is looked at as a whole again
-    draft: np.ndarray | None = None  # (L,) the last draft, if `freeze` is asked for
+    ahead: PendingStep | None = None  # a step started, not yet reported
 
     def begin(self, state: State) -> None:
         """Start the next canvas from its first state."""
         self.state, self.row = state, 0
         self.index, self.step, self.mean = self.index + 1, 0, math.inf
-        self.ahead = self.frozen = self.draft = None
-        self.thawed = False
+        self.ahead = None
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> BatchKey:
         """Canvases of one lane step together."""
-        s = self.settings
-        # positions freeze at other times in other canvases
-        alone = self.request if s.freeze else None
-        banned = tuple(sorted(s.eos)) if self.endless else ()
-        manner = Manner(s.sampler, s.signal_top_k, s.freeze, banned)
-        return Lane(self.state.canvas.shape[1], manner, alone)
+        banned = tuple(sorted(self.settings.eos)) if self.endless else ()
+        config = StepConfig(self.settings.sampler, banned)
+        return BatchKey(self.state.canvas.shape[1], config)
 
     @property
     def endless(self) -> int:
@@ -94,12 +72,10 @@ class Canvas:
     @property
     def wants_ahead(self) -> bool:
         """Whether a step behind the one just taken is allowed, and likely wanted."""
-        if self.settings.freeze or self.settings.trim_eos:
-            return False  # what it is about is decided on the host
         more = self.step < self.settings.steps
         return more and self.mean > FAR * self.settings.confidence
 
-    def take(self) -> Taken:
+    def take(self) -> PendingStep:
         """Move on to the step that was started."""
         assert self.ahead is not None
         taken, self.ahead = self.ahead, None
@@ -107,7 +83,7 @@ class Canvas:
         self.step += 1
         return taken
 
-    def report(self, taken: Taken) -> Step:
+    def report(self, taken: PendingStep) -> Step:
         """Wait for a step and tell what it found."""
         state, outcome, row = taken.state, taken.outcome, taken.row
         rows = state.draft[row], state.canvas[row], outcome.accepted[row]
@@ -140,7 +116,7 @@ def joined(canvases: list[Canvas]) -> State:
     return State.join([c.state.row(c.row) for c in canvases])
 
 
-def dials(canvases: list[Canvas]) -> Dials:
+def dials(canvases: list[Canvas]) -> StepInputs:
     """What the host tells the next step of each canvas."""
     keys = [
         [
@@ -160,11 +136,11 @@ def dials(canvases: list[Canvas]) -> Dials:
         )
         for c in canvases
     ]
-    return Dials(mx.array(np.array(keys)), mx.array(np.array(numbers, np.float32)))
+    return StepInputs(mx.array(np.array(keys)), mx.array(np.array(numbers, np.float32)))
 
 
-def pins(canvases: list[Canvas], length: int) -> Pins | None:
+def pins(canvases: list[Canvas], length: int) -> Pinned | None:
     """Which of the canvases' tokens are given."""
-    return Pins.of(
+    return Pinned.of(
         [sampler.pinned_row(c.settings.pinned, c.committed, length) for c in canvases]
     )

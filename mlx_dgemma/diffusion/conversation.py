@@ -7,17 +7,17 @@ from typing import Any, Unpack
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
+from ..settings import check_int
 from ..text.pictures import is_picture, picture_sources
-from ..text.replies import Part, Reader, merged, message
+from ..text.replies import Part, ReplyParser, merged, message
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event, Prefilled
 from .generation import Changes
 from .prefix import Prefix
-from .prefix_file import load_prefix, save_prefix
-from .prompt import Ready, look_up, make_ready
-from .settings import whole
-from .writer import Writer, stops
+from .prompt import EncodedPrompt, encode_prompt, look_up
+from .prompt_cache import load_prefix, save_prefix
+from .stop import StopFilter, stops
 
 Message = dict[str, Any]
 Content = str | Sequence[Mapping[str, Any]]  # text, or parts of text and pictures
@@ -47,10 +47,10 @@ class Conversation:
         prefill_step_size: int = PREFILL_STEP,
         **changes: Unpack[Changes],
     ):
-        whole("prefill_step_size", prefill_step_size, 1)
+        check_int("prefill_step_size", prefill_step_size, 1)
         self.tokenizer, self.system, self.thinking = tokenizer, system, thinking
         self.tools = tools
-        self.settings = model.config.settings.but(**changes)
+        self.settings = model.settings.replace(**changes)
         self.prefix = Prefix(model)
         self.stats: Prefilled | None = None  # how the last turn's prompt was encoded
         self._chunk = prefill_step_size
@@ -94,10 +94,10 @@ class Conversation:
         several = stops(stop)
         if seed is None:
             seed = secrets.randbelow(2**32)
-        whole("seed", seed, 0)
+        check_int("seed", seed, 0)
         ready = self._ready(messages)
         check_ids(ready.ids, self.settings, self.prefix.model.config.vocab_size)
-        writer = Writer(Reader(self.tokenizer, ready.ids), several)
+        writer = StopFilter(ReplyParser(self.tokenizer, ready.ids), several)
         return self._answer(before, messages, ready, seed, writer)
 
     def add(self, message: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Conversation:
         """
         self._check_idle()
         asked = [i for i, m in enumerate(self._messages) if m["role"] == "user"]
-        whole("turns", turns, 0)
+        check_int("turns", turns, 0)
         if turns > len(asked):
             raise SettingsError(
                 f"turns is {turns}; the conversation has {len(asked)} to take back"
@@ -169,7 +169,7 @@ class Conversation:
         """A copy whose pictures are read now: later they may be gone, or others."""
         kept, model = _copy(message), self.prefix.model
         sources = picture_sources([kept])
-        if not sources or model.eyes is None:
+        if not sources or model.vision is None:
             return kept  # where there are no eyes, the prompt is refused
         read = iter(look_up(model, sources))
         kept["content"] = [
@@ -178,14 +178,14 @@ class Conversation:
         ]
         return kept
 
-    def _ready(self, messages: list[Message]) -> Ready:
+    def _ready(self, messages: list[Message]) -> EncodedPrompt:
         prompt: Any = messages
         if self.tokenizer.chat_template is None:
             texts = [message["content"] or "" for message in messages]
             if not all(isinstance(text, str) for text in texts):
                 raise SettingsError("without a chat template, content must be text")
             prompt = "".join(texts)
-        return make_ready(
+        return encode_prompt(
             self.prefix.model,
             self.tokenizer,
             prompt,
@@ -198,9 +198,9 @@ class Conversation:
         self,
         before: list[Message],
         messages: list[Message],
-        ready: Ready,
+        ready: EncodedPrompt,
         seed: int,
-        writer: Writer,
+        writer: StopFilter,
     ) -> Iterator[Event]:
         self._check_idle()
         if self._messages is not before:
@@ -211,7 +211,7 @@ class Conversation:
         said, reason = False, None
         try:
             self.stats = self._engine.admit(
-                *given, prefix=self.prefix, places=ready.places
+                *given, prefix=self.prefix, image_spans=ready.image_spans
             )
             yield self.stats
             for event in self._engine.run():

@@ -17,12 +17,12 @@ from ..errors import SettingsError
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma, View
 from ..model.vision import Image
-from . import sampler, shortcuts
-from .canvas import Canvas, Lane, Taken, dials, joined, pins
+from ..settings import Settings
+from . import sampler
+from .canvas import BatchKey, Canvas, PendingStep, dials, joined, pins
 from .events import Commit, Event, Prefilled, Step
-from .places import Place, keys_of
-from .prefix import Prefix, cuts
-from .settings import Settings
+from .image_spans import ImageSpan, keys_of
+from .prefix import Prefix, chunk_ends
 from .step import State, Stepper
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
@@ -49,7 +49,7 @@ class Engine:
         self._compiled = choices.compiles if compiled is None else compiled
         self._numbers = itertools.count()
         # by lane: which canvases, and what they see
-        self._views: dict[Lane, tuple[tuple[tuple[int, int], ...], View]] = {}
+        self._views: dict[BatchKey, tuple[tuple[tuple[int, int], ...], View]] = {}
 
     def admit(
         self,
@@ -59,13 +59,13 @@ class Engine:
         prefill_step_size: int = PREFILL_STEP,
         *,
         prefix: Prefix | None = None,
-        places: Sequence[Place] = (),
+        image_spans: Sequence[ImageSpan] = (),
     ) -> Prefilled:
         """Encode a prompt and start its first canvas; returns its event.
 
         prefix: of what it holds the prompt's beginning is not encoded again. The
-        request writes to it until it ends or is cancelled. places: pictures that stand
-        in the prompt instead of its ids there, in order.
+        request writes to it until it ends or is cancelled. image_spans: pictures that
+        stand in the prompt instead of its ids there, in order.
 
         Raises SettingsError for ids outside the vocabulary, and for a prefix that is
         another model's or another running request's.
@@ -83,25 +83,25 @@ class Engine:
             settings=settings,
             seed=seed,
             prefix=cache,
-            lent=prefix,
+            owner=prefix,
             chunk=prefill_step_size,
             state=self._first(settings, seed, 0, 0),
         )
-        spans, reused = [place.span for place in places], 0
-        ends = cuts(prompt, settings.eos, prefill_step_size, spans)
+        spans, reused = [place.span for place in image_spans], 0
+        ends = chunk_ends(prompt, settings.eos, prefill_step_size, spans)
 
         def encode(start: int, end: int) -> None:
-            images = self._images(places, start, end)
+            images = self._images(image_spans, start, end)
             self._append(canvas, prompt[start:end], images)
 
         if prefix is None:
             for start, end in itertools.pairwise([0, *ends]):
                 encode(start, end)
         else:
-            reused = prefix.fill(keys_of(prompt, places), ends, encode)
+            reused = prefix.fill(keys_of(prompt, image_spans), ends, encode)
         self.running.append(canvas)  # from now on `cancel` gives the prefix back
         if prefix is not None:
-            prefix.busy = True
+            prefix.in_use = True
         return Prefilled(
             request=canvas.request,
             seed=seed,
@@ -113,9 +113,9 @@ class Engine:
     def cancel(self, request: int) -> None:
         """Forget a request. What it committed stays with whoever received it."""
         for canvas in self.running:
-            if canvas.request == request and canvas.lent is not None:
-                canvas.lent.busy = False
-                canvas.lent.settle()
+            if canvas.request == request and canvas.owner is not None:
+                canvas.owner.in_use = False
+                canvas.owner.trim()
         self.running = [c for c in self.running if c.request != request]
         # views hold prefixes, which may be wanted for writing now
         self._views = {
@@ -126,7 +126,7 @@ class Engine:
 
     def tick(self) -> list[Event]:
         """One denoising step for every running canvas; what came of it."""
-        lanes: dict[Lane, list[Canvas]] = defaultdict(list)
+        lanes: dict[BatchKey, list[Canvas]] = defaultdict(list)
         for canvas in self.running:
             lanes[canvas.lane].append(canvas)
         self._views = {n: view for n, view in self._views.items() if n in lanes}
@@ -158,7 +158,7 @@ class Engine:
 
     def _encode(self, canvas: Canvas, tokens: Sequence[int]) -> None:
         start = 0
-        for end in cuts(tokens, canvas.settings.eos, canvas.chunk):
+        for end in chunk_ends(tokens, canvas.settings.eos, canvas.chunk):
             self._append(canvas, tokens[start:end])
             start = end
 
@@ -169,17 +169,19 @@ class Engine:
         self.model.encode(ids, canvas.prefix, images)
         canvas.prefix.evaluate()
 
-    def _images(self, places: Sequence[Place], start: int, end: int) -> list[Image]:
+    def _images(
+        self, image_spans: Sequence[ImageSpan], start: int, end: int
+    ) -> list[Image]:
         """Pictures among the tokens start … end-1, looked at now."""
-        inside = [place for place in places if start <= place.start < end]
+        inside = [place for place in image_spans if start <= place.start < end]
         if not inside:
             return []
-        if (eyes := self.model.eyes) is None:
+        if (eyes := self.model.vision) is None:
             raise SettingsError("pictures were given; this checkpoint reads text only")
         return [
             Image(
                 place.start - start,
-                eyes.look(place.picture.patches, place.picture.positions),
+                eyes.encode_image(place.picture.patches, place.picture.positions),
             )
             for place in inside
         ]
@@ -193,20 +195,15 @@ class Engine:
             self._start(lane)
         steps = []
         for canvas, one in zip(lane, taken, strict=True):
-            step = canvas.report(one)
-            if canvas.settings.freeze:
-                step = shortcuts.freeze(canvas, one, step, self._seen([canvas]))
-            if canvas.settings.trim_eos and not step.last:
-                shortcuts.trim(canvas, step)
-            steps.append((canvas, step))
+            steps.append((canvas, canvas.report(one)))
         return steps
 
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of these canvases, and look at nothing."""
         lane = canvases[0].lane
         stepper = self.model.programs.get(
-            (Stepper, self._compiled, lane.manner),
-            lambda: Stepper(self.model, compiled=self._compiled, manner=lane.manner),
+            (Stepper, self._compiled, lane.config),
+            lambda: Stepper(self.model, compiled=self._compiled, config=lane.config),
         )
         state, outcome = stepper(
             joined(canvases),
@@ -215,14 +212,12 @@ class Engine:
             pins(canvases, lane.length),
         )
         for row, canvas in enumerate(canvases):
-            canvas.ahead = Taken(state, outcome, row)
+            canvas.ahead = PendingStep(state, outcome, row)
         mx.async_eval(state.arrays, outcome.arrays)
 
     def _seen(self, canvases: list[Canvas]) -> View:
         """What these canvases see, made again only when one of them comes or goes."""
-        lane, frozen = canvases[0].lane, canvases[0].frozen
-        if frozen is not None:
-            return frozen.view
+        lane = canvases[0].lane
         key = tuple((c.request, c.index) for c in canvases)
         known, view = self._views.get(lane, (None, None))
         if view is None or known != key:
@@ -232,8 +227,7 @@ class Engine:
                     self.model.config, [c.prefix for c in canvases]
                 )
                 prefix.evaluate()
-            bucketed = self._compiled and lane.manner.compilable
-            view = self.model.view(prefix, lane.length, bucketed=bucketed)
+            view = self.model.view(prefix, lane.length, bucketed=self._compiled)
             self._views[lane] = (key, view)
         return view
 
@@ -260,7 +254,6 @@ class Engine:
             return commit
         # a view holds the prefix, which could then not be written in place
         self._views.pop(canvas.lane, None)
-        canvas.frozen = None
         self._encode(canvas, whole)
         canvas.committed += len(whole)
         following = canvas.seed, canvas.index + 1, canvas.committed

@@ -5,18 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from ..checkpoint import hub
-from ..checkpoint.config import read_config
 from ..model.language import DiffusionGemma
-from ..model.loading import join_products, load_model
+from ..settings import Settings, check_int
 from ..text.chat import Prompt
-from ..text.replies import Reader
+from ..text.replies import ReplyParser
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event
-from .prompt import Ready, make_ready
-from .settings import Settings, whole
-from .writer import Writer, stops
+from .prompt import EncodedPrompt, encode_prompt
+from .stop import StopFilter, stops
 
 
 class Changes(TypedDict, total=False):
@@ -34,47 +31,7 @@ class Changes(TypedDict, total=False):
     pinned: Mapping[int, int] | None
     sampler: str | None
     min_probability: float | None
-    trim_eos: bool | None
-    freeze: bool | None
-    signal_top_k: int | None
     min_tokens: int | None
-
-
-def load(
-    path_or_id: str | Path,
-    adapter_path: str | Path | None = None,
-    *,
-    revision: str | None = None,
-) -> tuple[DiffusionGemma, Tokenizer]:
-    """A model and its tokenizer from a folder, a hub id or a built-in name.
-
-    adapter_path    a folder written by `mlx_dgemma.lora`: its adapter is put beside
-                    the weights
-
-    Every weight is in memory when this returns, so the model may be used from any
-    thread. Raises DGemmaError with one line that says what is wrong.
-    """
-    model, tokenizer = load_as_stored(path_or_id, adapter_path, revision=revision)
-    join_products(model)
-    return model, tokenizer
-
-
-def load_as_stored(
-    path_or_id: str | Path,
-    adapter_path: str | Path | None = None,
-    *,
-    revision: str | None = None,
-) -> tuple[DiffusionGemma, Tokenizer]:
-    """`load` for training: every layer by its name on disk, on every device."""
-    folder = hub.resolve(path_or_id, revision)
-    config = read_config(folder)
-    tokenizer = Tokenizer.from_dir(folder)
-    model = load_model(folder, config)
-    if adapter_path is not None:
-        from ..training import adapters  # who has no adapter needs none of it
-
-        adapters.load(model, adapter_path)
-    return model, tokenizer
 
 
 def stream_generate(
@@ -111,13 +68,13 @@ def stream_generate(
     and calls of tools apart. Closing the iterator ends the request. Raises, at once,
     SettingsError for an unknown or impossible setting, MediaError for a picture.
     """
-    settings = model.config.settings.but(**changes)
+    settings = model.settings.replace(**changes)
     several = stops(stop)
-    whole("prefill_step_size", prefill_step_size, 1)
+    check_int("prefill_step_size", prefill_step_size, 1)
     if seed is None:
         seed = secrets.randbelow(2**32)
-    whole("seed", seed, 0)
-    ready = make_ready(
+    check_int("seed", seed, 0)
+    ready = encode_prompt(
         model,
         tokenizer,
         prompt,
@@ -128,20 +85,20 @@ def stream_generate(
         tools=tools,
     )
     check_ids(ready.ids, settings, model.config.vocab_size)
-    writer = Writer(Reader(tokenizer, ready.ids), several)
+    writer = StopFilter(ReplyParser(tokenizer, ready.ids), several)
     return _stream(Engine(model), writer, ready, settings, seed, prefill_step_size)
 
 
 def _stream(
     engine: Engine,
-    writer: Writer,
-    ready: Ready,
+    writer: StopFilter,
+    ready: EncodedPrompt,
     settings: Settings,
     seed: int,
     prefill_step_size: int,
 ) -> Iterator[Event]:
     given = ready.ids, settings, seed, prefill_step_size
-    yield engine.admit(*given, places=ready.places)
+    yield engine.admit(*given, image_spans=ready.image_spans)
     for event in engine.run():
         if not isinstance(event, Commit):
             yield event

@@ -13,7 +13,7 @@ from ..model.language import DiffusionGemma
 EARLY = 16  # a chunk may end early once it has this part of its most tokens
 
 
-def cuts(
+def chunk_ends(
     tokens: Sequence[int],
     eos: Set[int],
     most: int,
@@ -46,7 +46,7 @@ class Prefix:
     keys   what was encoded, one for each token: its id, or for what is no token, a
            number below 0 that stands for it and its place in it
     ends   of the chunks it was encoded in
-    busy   whether a running request writes behind them
+    in_use   whether a running request writes behind them
     """
 
     def __init__(self, model: DiffusionGemma):
@@ -54,19 +54,19 @@ class Prefix:
         self.cache = model.make_cache()
         self.keys: list[int] = []
         self.ends: list[int] = []
-        self.busy = False
+        self.in_use = False
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def check_free(self) -> None:
         """Raise SettingsError while a running request writes to the cache."""
-        if self.busy:
+        if self.in_use:
             raise SettingsError(
                 "a running request writes to this prefix; let it end or cancel it first"
             )
 
-    def align(self, keys: Sequence[int], ends: Sequence[int]) -> int:
+    def match_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> int:
         """Forget all that a prompt of these keys, in these chunks, does not begin with.
 
         Returns how many tokens are left.
@@ -79,7 +79,7 @@ class Prefix:
             shared.append(mine)
         return self._back(shared)
 
-    def settle(self) -> int:
+    def trim(self) -> int:
         """Forget what is not a whole chunk of a prompt; how many tokens are left.
 
         The canvases of a reply are none: the next prompt says them in its own chunks,
@@ -98,7 +98,7 @@ class Prefix:
         encode(start, end) must append those tokens to the cache, evaluated. Should it
         fail, the chunks before stay.
         """
-        known = self.align(keys, ends)
+        known = self.match_prefix(keys, ends)
         for end in ends:
             if end <= known:
                 continue

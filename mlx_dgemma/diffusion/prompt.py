@@ -10,21 +10,21 @@ from ..model.language import DiffusionGemma
 from ..text.chat import Prompt, encode_messages
 from ..text.pictures import expand
 from ..text.tokenizer import Tokenizer
-from .places import Place
+from .image_spans import ImageSpan
 
 if TYPE_CHECKING:
     from ..media.images import Picture
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Token ids, one for each soft token of a picture too, and the pictures' places."""
+class EncodedPrompt:
+    """Token ids, one for each soft token of a picture too, and where pictures are."""
 
     ids: list[int]
-    places: tuple[Place, ...] = ()
+    image_spans: tuple[ImageSpan, ...] = ()
 
 
-def make_ready(
+def encode_prompt(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
     prompt: Prompt,
@@ -34,7 +34,7 @@ def make_ready(
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
-) -> Ready:
+) -> EncodedPrompt:
     """A prompt as the engine takes it; arguments as of `stream_generate`.
 
     Raises SettingsError for what cannot be a prompt, MediaError for a picture that
@@ -45,24 +45,24 @@ def make_ready(
     ids, sources = encode_messages(
         tokenizer, prompt, system=system, thinking=thinking, tools=tools
     )
-    if model.eyes is None:
+    if model.vision is None:
         if not sources:
-            return Ready(ids)
+            return EncodedPrompt(ids)
         raise SettingsError(
             "the prompt holds pictures, and this checkpoint reads text only; convert "
             "one with its vision tower"
         )
-    tokens, pictures = model.eyes.tokens, list["Picture"]()
+    tokens, pictures = model.vision.tokens, list["Picture"]()
     if sources:
         pictures = look_up(model, sources)
     counts = [picture.soft_tokens for picture in pictures]
     ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
-    places, start = [], 0
+    image_spans, start = [], 0
     for picture in pictures:
         start = ids.index(tokens.image, start)
-        places.append(Place(start, picture))
-        start = places[-1].end
-    return Ready(ids, tuple(places))
+        image_spans.append(ImageSpan(start, picture))
+        start = image_spans[-1].end
+    return EncodedPrompt(ids, tuple(image_spans))
 
 
 def _illustrated(
@@ -102,7 +102,7 @@ def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":
     """
     from ..media.images import Budget, Picture, read_pictures  # pillow, where needed
 
-    assert model.eyes is not None
+    assert model.vision is not None
     unread = [source for source in sources if not isinstance(source, Picture)]
-    read = iter(read_pictures(unread, Budget.of(model.eyes.folder)) if unread else [])
+    read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -15,11 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..model.cache import Parts
 from ..model.language import DiffusionGemma, View
-from ..model.vocab import Banned, Reading
+from ..model.vocab import Banned, VocabStats
+from ..settings import SAMPLERS
 from . import sampler
-from .settings import SAMPLERS
 
 ROUND = 32  # free positions are counted in these, so that shapes rarely change
 
@@ -53,13 +52,6 @@ class State:
         """The state of one canvas."""
         return State(*(array[index : index + 1] for array in self.arrays))
 
-    def at(self, positions: mx.array | slice) -> "State":
-        """The state of some positions only, of the same canvases."""
-        parts = [
-            array if array.ndim == 1 else array[:, positions] for array in self.arrays
-        ]
-        return State(*parts)
-
     @classmethod
     def join(cls, states: Sequence["State"]) -> "State":
         """The states of several canvases as one."""
@@ -68,14 +60,13 @@ class State:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepStats:
     """What a step found, beside the next state."""
 
     accepted: mx.array  # (B, L) bool
     entropy: mx.array  # (B, L) nats
     mean: mx.array  # (B,) nats
     stopped: mx.array  # (B,) bool: stable and confident
-    kept: Sequence[Parts] = ()  # what each layer would keep of the canvas
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -83,7 +74,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Dials:
+class StepInputs:
     """What the host tells each of B canvases for one step."""
 
     keys: mx.array  # (B, 2, 2) uint32: random keys to propose and to renoise with
@@ -93,14 +84,14 @@ class Dials:
 
 
 @dataclass(frozen=True)
-class Pins:
+class Pinned:
     """Positions whose token is given: nobody reads the vocabulary for them."""
 
     tokens: mx.array  # (B, L) int32, -1 where free
     free: mx.array  # (F,) int32 into the B · L positions, the last one repeated
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray]) -> "Pins | None":
+    def of(cls, rows: Sequence[np.ndarray]) -> "Pinned | None":
         """Of (L,) rows of given ids, -1 where free; None when nothing is given."""
         tokens = np.stack(rows)
         free = np.flatnonzero(tokens < 0).astype(np.int32)
@@ -111,56 +102,49 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Manner:
+class StepConfig:
     """How steps are taken, alike for all canvases of a batch."""
 
     sampler: str = SAMPLERS[0]
-    top_k: int = 0  # tokens of a signal, 0 for all
-    keep: bool = False  # hand out what each layer would keep of the canvas
     banned: tuple[int, ...] = ()  # tokens that a canvas must not begin with
-
-    @property
-    def compilable(self) -> bool:
-        """Not where the host looks on while a step is made, or wants what it made."""
-        return self.top_k == 0 and not self.keep
 
 
 class Stepper:
     """Takes denoising steps with one model; `traces` counts how often it was traced."""
 
     def __init__(
-        self, model: DiffusionGemma, *, compiled: bool, manner: Manner = Manner()
+        self,
+        model: DiffusionGemma,
+        *,
+        compiled: bool,
+        config: StepConfig = StepConfig(),
     ):
-        self.model, self.manner = model, manner
-        self.compiled = compiled and manner.compilable
+        self.model, self.config = model, config
         self.traces = 0
         self._run: Callable[..., Any] = self._trace
-        if self.compiled:
+        if compiled:
             # weights as inputs: after training, the same trace runs on the new ones
             self._run = mx.compile(self._trace, model.state)
 
     def __call__(
-        self, state: State, view: View, dials: Dials, pins: Pins | None
-    ) -> tuple[State, Outcome]:
+        self, state: State, view: View, dials: StepInputs, pins: Pinned | None
+    ) -> tuple[State, StepStats]:
         """The next state and what was found; nothing is evaluated."""
         given = None if pins is None else [pins.tokens, pins.free]
-        seen = view.arrays
-        after, found, kept = self._run(
-            state.arrays, seen, [dials.keys, dials.numbers], given
-        )
-        return State(*after), replace(Outcome(*found), kept=[*map(tuple, kept)])
+        inputs = [dials.keys, dials.numbers]
+        after, found = self._run(state.arrays, view.arrays, inputs, given)
+        return State(*after), StepStats(*found)
 
     def _trace(self, state, seen, dials, given):
         self.traces += 1
-        state, view, dials = State(*state), View(*seen), Dials(*dials)
-        pins = None if given is None else Pins(*given)
+        state, view, dials = State(*state), View(*seen), StepInputs(*dials)
+        pins = None if given is None else Pinned(*given)
         uniforms, noise = self.draw(dials.keys, state.canvas.shape[1])
-        kept: list[Parts] | None = [] if self.manner.keep else None
-        hidden = self.model.denoise_hidden(state.canvas, view, state.signal, kept)
+        hidden = self.model.denoise_hidden(state.canvas, view, state.signal)
         reading = self.read(hidden, dials.numbers, uniforms, pins)
-        decide = DECISIONS[self.manner.sampler]
+        decide = DECISIONS[self.config.sampler]
         after, found = decide(state, reading, dials.numbers, noise, pins)
-        return after.arrays, found.arrays, kept or []
+        return after.arrays, found.arrays
 
     def draw(self, keys: mx.array, length: int) -> tuple[mx.array, mx.array]:
         """(B, L) uniforms and (B, L) random ids: the only draws of a step."""
@@ -174,25 +158,25 @@ class Stepper:
         hidden: mx.array,
         numbers: mx.array,
         uniforms: mx.array,
-        pins: Pins | None,
-    ) -> Reading:
+        pins: Pinned | None,
+    ) -> VocabStats:
         """The vocabulary's answer at (B, L) positions, each field (B, L, …).
 
         A given position is certain of its token: entropy 0, its own embedding.
         """
         B, L, D = hidden.shape
         flat = hidden.reshape(B * L, D)
-        warmth = mx.broadcast_to(numbers[:, :1], (B, L)).flatten()
-        top_k, banned = self.manner.top_k, None
-        if self.manner.banned:
+        temperature = mx.broadcast_to(numbers[:, :1], (B, L)).flatten()
+        banned = None
+        if self.config.banned:
             first = mx.arange(L) < numbers[:, 5:]
-            banned = Banned(self.manner.banned, first.flatten())
+            banned = Banned(self.config.banned, first.flatten())
         if pins is None:
-            found = self.model.read(flat, warmth, uniforms.flatten(), top_k, banned)
+            found = self.model.read(flat, temperature, uniforms.flatten(), banned)
             return _shaped(found, B, L)
         tokens = mx.maximum(pins.tokens, 0).flatten()
         nothing = mx.zeros((B * L,))
-        certain = Reading(
+        certain = VocabStats(
             argmax=tokens,
             peak=nothing + 1,
             entropy=nothing,
@@ -204,18 +188,18 @@ class Stepper:
         free = pins.free
         some = None if banned is None else banned.some(free)
         found = self.model.read(
-            flat[free], warmth[free], uniforms.flatten()[free], top_k, some
+            flat[free], temperature[free], uniforms.flatten()[free], some
         )
         return _shaped(_placed(certain, found, free), B, L)
 
 
 def _bounded(
     state: State,
-    reading: Reading,
+    reading: VocabStats,
     numbers: mx.array,
     noise: mx.array,
-    pins: Pins | None,
-) -> tuple[State, Outcome]:
+    pins: Pinned | None,
+) -> tuple[State, StepStats]:
     """Accept the surest samples under the entropy bound, renoise the rest."""
     accepted = sampler.accept(reading.entropy, numbers[:, 1])
     if pins is not None:
@@ -223,16 +207,16 @@ def _bounded(
     canvas = mx.where(accepted, reading.sample, noise)
     streak, mean, stopped = _stop(state, reading, numbers)
     after = State(canvas, reading.signal, reading.argmax, streak, state.held)
-    return after, Outcome(accepted, reading.entropy, mean, stopped)
+    return after, StepStats(accepted, reading.entropy, mean, stopped)
 
 
 def _confident(
     state: State,
-    reading: Reading,
+    reading: VocabStats,
     numbers: mx.array,
     noise: mx.array,
-    pins: Pins | None,
-) -> tuple[State, Outcome]:
+    pins: Pinned | None,
+) -> tuple[State, StepStats]:
     """Reveal what is likely enough, for good; done when all is revealed.
 
     The confidence-threshold sampler of mlx-vlm at its temperature 0.
@@ -244,11 +228,11 @@ def _confident(
     stopped = stopped | mx.all(accepted, axis=-1)
     canvas = mx.where(accepted, held, noise)
     after = State(canvas, reading.signal, draft, streak, held)
-    return after, Outcome(accepted, reading.entropy, mean, stopped)
+    return after, StepStats(accepted, reading.entropy, mean, stopped)
 
 
 def _stop(
-    state: State, reading: Reading, numbers: mx.array
+    state: State, reading: VocabStats, numbers: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(B,) streaks, mean entropies, and whether a canvas is stable and confident."""
     streak = sampler.count_unchanged(reading.argmax, state.draft, state.streak)
@@ -256,20 +240,20 @@ def _stop(
     return streak, mean, (streak >= numbers[:, 2]) & (mean < numbers[:, 3])
 
 
-DECISIONS: dict[str, Callable[..., tuple[State, Outcome]]] = dict(
+DECISIONS: dict[str, Callable[..., tuple[State, StepStats]]] = dict(
     zip(SAMPLERS, (_bounded, _confident), strict=True)
 )
 
 
-def _placed(everywhere: Reading, found: Reading, at: mx.array) -> Reading:
+def _placed(everywhere: VocabStats, found: VocabStats, at: mx.array) -> VocabStats:
     """A reading with some of its positions replaced."""
     arrays = []
     for whole, part in zip(everywhere.arrays, found.arrays, strict=True):
         whole = mx.array(whole)  # a copy: assignment changes its left side
         whole[at] = part
         arrays.append(whole)
-    return Reading(*arrays)
+    return VocabStats(*arrays)
 
 
-def _shaped(reading: Reading, rows: int, length: int) -> Reading:
-    return Reading(*(a.reshape(rows, length, *a.shape[1:]) for a in reading.arrays))
+def _shaped(reading: VocabStats, rows: int, length: int) -> VocabStats:
+    return VocabStats(*(a.reshape(rows, length, *a.shape[1:]) for a in reading.arrays))

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..diffusion.engine import Engine
 from ..diffusion.events import Commit
-from ..diffusion.settings import Settings, whole
 from ..errors import DataError, SettingsError, TokenizerError
 from ..model.language import DiffusionGemma
+from ..settings import Settings, check_int
 from ..text.chat import encode_prompt
 from ..text.tokenizer import Tokenizer
 from . import sudoku
@@ -75,9 +75,9 @@ def evaluate(
         raise SettingsError(f"task is {task!r}; supported: {', '.join(TASKS)}")
     if not rows or not steps:
         raise SettingsError("nothing to evaluate; give rows and step caps")
-    whole("batch_size", batch_size, 1)
-    whole("seed", seed, 0)
-    caps = [model.config.settings.but(steps=most) for most in steps]
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0)
+    caps = [model.settings.replace(steps=most) for most in steps]
     if task == "sudoku":
         check_sudoku(rows)
     prompts = [_encode(tokenizer, row) for row in rows]

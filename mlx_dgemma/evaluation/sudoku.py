@@ -20,8 +20,8 @@ import click
 import numpy as np
 
 from ..cli.common import debug_option, one_line_errors, version_option
-from ..diffusion.settings import whole
 from ..errors import DataError, SettingsError
+from ..settings import check_int
 from . import grids
 
 FEWEST = {4: 4, 6: 8, 9: 17}  # givens below which no puzzle is unique
@@ -44,8 +44,8 @@ def draw(
 
     Raises SettingsError for what is impossible or was not found.
     """
-    whole("count", count, 0)
-    whole("seed", seed, 0)
+    check_int("count", count, 0)
+    check_int("seed", seed, 0)
     board = grids.board(size)
     fewest, most = check_givens(size, givens)
     known, found, stale = set(but_not), [], 0
@@ -72,7 +72,9 @@ def check_givens(size: int, givens: tuple[int, int]) -> tuple[int, int]:
     """The range of givens. Raises SettingsError for one no puzzle can have."""
     grids.board(size)
     for number in givens:
-        whole(f"givens of a {size}x{size} puzzle", number, FEWEST[size], size * size)
+        check_int(
+            f"givens of a {size}x{size} puzzle", number, FEWEST[size], size * size
+        )
     fewest, most = givens
     if fewest > most:
         raise SettingsError(f"givens {fewest}-{most} is no range; turn it round")
@@ -135,7 +137,7 @@ def write_data(
     written = _wording(size, **form)
     counts = {"test.jsonl": test, "valid.jsonl": valid, "train.jsonl": train}
     for name, count in counts.items():
-        whole(name.removesuffix(".jsonl"), count, 0)
+        check_int(name.removesuffix(".jsonl"), count, 0)
         if (folder / name).exists() and not overwrite:
             raise SettingsError(
                 f"{folder / name}: exists; choose another --out or add --overwrite"

@@ -25,8 +25,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..checkpoint.files import Keys, read_json
 from ..errors import MediaError, SettingsError
+from ..files.json import Keys, read_json
 from .sources import is_path, name_of, read_source
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # budgets the model was trained with
@@ -121,8 +121,8 @@ class Budget:
                 raise keys.refuse("do_normalize", "must be false, or change nothing")
         return cls(
             keys.one_of("max_soft_tokens", cls.soft_tokens, SOFT_TOKENS),
-            keys.whole("patch_size", cls.patch, 1, MOST_PATCH),
-            keys.whole("pooling_kernel_size", cls.pooling, 1, MOST_POOLING),
+            keys.integer("patch_size", cls.patch, 1, MOST_PATCH),
+            keys.integer("pooling_kernel_size", cls.pooling, 1, MOST_POOLING),
         )
 
     def grid(self, width: int, height: int) -> tuple[int, int]:

@@ -13,10 +13,10 @@ import numpy as np
 
 from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig, Rope
-from .cache import LayerCache, Parts, Span
+from .cache import LayerCache, LayerKV, Span
 from .layers import Linear
 
-Tables = Parts  # cos and sin
+Tables = LayerKV  # cos and sin
 FEWEST = 4  # queries of a tile, however long the prefix
 Blocks = tuple[tuple[int, int], ...]  # columns of images: first, end
 # of a number of queries at the end of what they see
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     """Grouped-query attention, scale 1, q and k normed with weights, v without.
 
     Full layers have no v_proj: their values are the k_proj output before norm
-    and rope. What a layer keeps of a token, `Parts`, is keys and values (sliding) or
+    and rope. What a layer keeps of a token, `LayerKV`, is keys and values (sliding) or
     that output alone (full).
     """
 
@@ -202,12 +202,12 @@ class Attention(nn.Module):
         included; mask_of gives the mask of a tile; blocks are the images among them.
         """
         kept = cache.append(*self.keep(x, tables))
-        return self.look_back(x, kept, tables, turns, span, mask_of, blocks)
+        return self.attend_causal(x, kept, tables, turns, span, mask_of, blocks)
 
-    def look_back(
+    def attend_causal(
         self,
         x: mx.array,
-        kept: Parts,
+        kept: LayerKV,
         tables: Tables,
         turns: Tables,
         span: Span,
@@ -243,18 +243,14 @@ class Attention(nn.Module):
         x: mx.array,
         tables: Tables,
         turns: Tables,
-        prefix: Parts,
+        prefix: LayerKV,
         mask: mx.array | None,
-        kept: list[Parts] | None = None,
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself.
 
-        tables are of the canvas, turns of prefix and canvas; kept, if given, receives
-        what would be kept of the canvas.
+        tables are of the canvas, turns of prefix and canvas.
         """
         parts = self.keep(x, tables)
-        if kept is not None:
-            kept.append(parts)
         if prefix:
             pairs = zip(prefix, parts, strict=True)
             parts = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
@@ -276,7 +272,7 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def keep(self, x: mx.array, tables: Tables) -> Parts:
+    def keep(self, x: mx.array, tables: Tables) -> LayerKV:
         """What to keep of tokens, each part (B, K, T, head_dim)."""
         projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
         if not self.sliding:
@@ -285,7 +281,7 @@ class Attention(nn.Module):
         keys = rotate(self.k_norm(projected), tables)
         return keys, mx.fast.rms_norm(values, None, self.eps)
 
-    def _keys_values(self, parts: Parts, turns: Tables) -> tuple[mx.array, mx.array]:
+    def _keys_values(self, parts: LayerKV, turns: Tables) -> tuple[mx.array, mx.array]:
         """Keys and values of what was kept; turns are of the same columns."""
         if self.sliding:
             keys, values = parts

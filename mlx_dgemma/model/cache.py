@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..checkpoint.config import ModelConfig
 
-Parts = tuple[mx.array, ...]
+LayerKV = tuple[mx.array, ...]
 SMALLEST = 256  # columns of the smallest buffer
 MARKS = 4  # most marks: of the 26B release, each takes 0.2 GB
 
@@ -53,9 +53,9 @@ class LayerCache:
         self.first = 0  # columns before it were dropped
         self.last = 0
         self.reserved = 0  # columns to make room for at once
-        self.buffers: Parts = ()
+        self.buffers: LayerKV = ()
 
-    def append(self, *new: mx.array) -> Parts:
+    def append(self, *new: mx.array) -> LayerKV:
         """Add T columns; returns what their queries may see, in column order."""
         start, count = self.last - self.first, new[0].shape[2]
         room = bucket(max(start + count, self.reserved))
@@ -74,7 +74,7 @@ class LayerCache:
         """The first column that a token or canvas at `column` may see."""
         return 0 if self.keep is None else max(0, column - self.keep)
 
-    def read(self, room: int = 0) -> Parts:
+    def read(self, room: int = 0) -> LayerKV:
         """What a canvas behind the prefix sees, and `room` empty columns behind it.
 
         Nothing when the prefix is empty.
@@ -101,7 +101,7 @@ class LayerCache:
         if column == 0:
             self.first, self.buffers = 0, ()
 
-    def restore(self, column: int, window: Parts) -> None:
+    def restore(self, column: int, window: LayerKV) -> None:
         """Go back to a column of which only what was seen there is left."""
         width = window[0].shape[2]
         self.first, self.last = column - width, column
@@ -117,7 +117,7 @@ class LayerCache:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def _columns(self, start: int, end: int) -> Parts:
+    def _columns(self, start: int, end: int) -> LayerKV:
         window = slice(start - self.first, end - self.first)
         return tuple(buffer[:, :, window] for buffer in self.buffers)
 
@@ -148,18 +148,18 @@ def _write(buffer: mx.array | None, new: mx.array, start: int, room: int) -> mx.
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """What sliding layers showed at a column: with it one can go back there."""
 
     column: int
-    windows: dict[int, Parts]  # by number of the layer
+    windows: dict[int, LayerKV]  # by number of the layer
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for parts in self.windows.values() for part in parts)
 
 
-def least_useful(marks: Sequence[Mark]) -> Mark:
+def least_useful(marks: Sequence[Snapshot]) -> Snapshot:
     """Which mark to forget: never the last.
 
     To lose one costs encoding what lies between it and the one before it again, and
@@ -194,7 +194,7 @@ class PrefixCache:
         }
         self.columns = 0
         self.starts: tuple[int, ...] = (0,)
-        self.marks: list[Mark] = []  # in order of columns
+        self.marks: list[Snapshot] = []  # in order of columns
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -245,7 +245,7 @@ class PrefixCache:
         if len(self.marks) > MARKS:
             self.marks.remove(least_useful(self.marks))
 
-    def here(self) -> Mark:
+    def here(self) -> Snapshot:
         """What sliding layers show now, as copies."""
         windows = {
             index: tuple(map(mx.contiguous, layer.read()))
@@ -253,7 +253,7 @@ class PrefixCache:
             if layer.keep is not None
         }
         mx.eval(windows)  # unevaluated, they would hold the buffers
-        return Mark(self.columns, windows)
+        return Snapshot(self.columns, windows)
 
     def reaches(self, length: int) -> bool:
         """Whether one can rewind to that many tokens of the longest prefix."""
@@ -294,15 +294,15 @@ class PrefixCache:
         """The earliest column that can be rewound to without a mark."""
         return max(*(layer.earliest for layer in self.layers), *self.starts)
 
-    def _mark_at(self, column: int) -> Mark | None:
+    def _mark_at(self, column: int) -> Snapshot | None:
         return next((mark for mark in self.marks if mark.column == column), None)
 
     @property
-    def history(self) -> list[Parts]:
+    def history(self) -> list[LayerKV]:
         """What full layers keep of all columns, and how keys are turned there."""
         return [entry.read() for entry in self._entries if entry.keep is None]
 
-    def resume(self, history: Sequence[Parts], marks: Sequence[Mark]) -> None:
+    def resume(self, history: Sequence[LayerKV], marks: Sequence[Snapshot]) -> None:
         """Become, if empty, the one-row cache this was of; it ends at the last mark."""
         full = [entry for entry in self._entries if entry.keep is None]
         for entry, parts in zip(full, history, strict=True):
@@ -343,7 +343,7 @@ class PrefixCache:
         return joined
 
 
-def _stack(parts: Sequence[Parts], columns: int, room: int) -> Parts:
+def _stack(parts: Sequence[LayerKV], columns: int, room: int) -> LayerKV:
     """Pad each row in front to `columns`, add `room` behind, and stack the rows."""
     some = next(part for part in parts if part)
     nothing = tuple(

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
+from ..settings import Settings
 from . import vocab
 from .attention import (
     Attention,
@@ -27,19 +28,19 @@ from .attention import (
     causal_mask,
     rope_tables,
 )
-from .cache import Parts, PrefixCache, Span
+from .cache import LayerKV, PrefixCache, Span
 from .layers import Experts, FeedForward, Router, SelfConditioning
 from .vision import Image, placed
 
 if TYPE_CHECKING:
-    from .loading import Eyes
+    from .loading import ImageEncoder
 
 
 @dataclass(frozen=True)
 class View:
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
-    prefixes: list[Parts]  # nothing where the prefix is empty
+    prefixes: list[LayerKV]  # nothing where the prefix is empty
     tables: list[Tables]  # of the canvases' own positions
     turns: list[Tables]  # of the prefixes' and their own, where keys are turned late
     masks: list[mx.array | None]
@@ -103,7 +104,7 @@ def branch(layer: Layer) -> Layer:
 
 
 @dataclass(frozen=True)
-class Apart:
+class EncoderLayers:
     """Layers for encoding alone. No list, or nn.Module would count them too."""
 
     layers: list[Layer]
@@ -128,12 +129,16 @@ class DiffusionGemma(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.programs = config, Programs()
+        # what the checkpoint wants to be sampled with; not read here
+        self.settings = Settings(canvas_length=config.canvas_length)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, layer) for layer in config.layers]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
-        self.apart: Apart | None = None
-        self.eyes: Eyes | None = None  # None where a checkpoint reads text only
+        self.apart: EncoderLayers | None = None
+        self.vision: ImageEncoder | None = (
+            None  # None where a checkpoint reads text only
+        )
 
     @property
     def encoder_layers(self) -> list[Layer]:
@@ -227,18 +232,16 @@ class DiffusionGemma(nn.Module):
         canvas: mx.array,
         view: View,
         signal: mx.array | None = None,
-        kept: list[Parts] | None = None,
         through: "Through" = lambda layer, run, *given: run(*given),
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 
-        kept, if given, receives what each layer would keep of the canvas; through
-        runs each layer on hidden states and prefix.
+        through runs each layer on hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
         seen = zip(view.prefixes, view.tables, view.turns, view.masks, strict=True)
         for layer, (prefix, *rest) in zip(self.layers, seen, strict=True):
-            h = through(layer, partial(_denoise_layer, layer, *rest, kept), h, prefix)
+            h = through(layer, partial(_denoise_layer, layer, *rest), h, prefix)
         return self.norm(h)
 
     def read(
@@ -246,16 +249,12 @@ class DiffusionGemma(nn.Module):
         hidden: mx.array,
         temperatures: mx.array,
         uniforms: mx.array,
-        top_k: int = 0,
         banned: vocab.Banned | None = None,
-    ) -> vocab.Reading:
-        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms.
-
-        top_k: how many tokens to make the signal of where they are enough; 0 for all.
-        """
+    ) -> vocab.VocabStats:
+        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms."""
         softcap = self.config.final_logit_softcapping
         given = self.embed_tokens, hidden, temperatures, uniforms, softcap
-        return vocab.read(*given, top_k, banned)
+        return vocab.read(*given, banned)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, T) ids -> (B, T, D), times sqrt(D)."""
@@ -351,9 +350,8 @@ def _denoise_layer(
     tables: Tables,
     turns: Tables,
     mask: mx.array | None,
-    kept: list[Parts] | None,
     h: mx.array,
-    prefix: Parts,
+    prefix: LayerKV,
 ) -> mx.array:
     attend = partial(
         layer.self_attn.denoise,
@@ -361,7 +359,6 @@ def _denoise_layer(
         turns=turns,
         prefix=prefix,
         mask=mask,
-        kept=kept,
     )
     return layer(h, attend, layer.decoder_scalar)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import backends
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.generation_config import read_generation_config
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.vision import (
     ImageTokens,
@@ -22,12 +23,7 @@ from ..checkpoint.vision import (
 )
 from ..checkpoint.weights import read_layout
 from .language import DiffusionGemma
-from .layers import (
-    ExpertLinear,
-    FeedForward,
-    QuantizedExpertLinear,
-    QuantizedLinear,
-)
+from .layers import ExpertLinear, FeedForward, QuantizedExpertLinear, QuantizedLinear
 from .vision import Vision
 
 
@@ -53,12 +49,13 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     model.load_weights(weights, strict=True)
     mx.eval(model.parameters())
     model.eval()
+    model.settings = read_generation_config(config, folder)
     if config.has_vision:
-        model.eyes = Eyes(folder, config)
+        model.vision = ImageEncoder(folder, config)
     return model
 
 
-class Eyes:
+class ImageEncoder:
     """The vision tower of a checkpoint, read when it is first used; for any thread."""
 
     def __init__(self, folder: Path, config: ModelConfig):
@@ -71,7 +68,7 @@ class Eyes:
         """The ids that stand for images in a prompt."""
         return read_image_tokens(self._config, str(self.folder / "config.json"))
 
-    def look(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
+    def encode_image(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
         """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
 
         Raises ConfigError or CheckpointError where the tower cannot be read.

@@ -6,11 +6,10 @@ all V logits of a position, without ever holding them.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .. import backends
 from .layers import dequantize
@@ -18,7 +17,6 @@ from .layers import dequantize
 Embedding = nn.Embedding | nn.QuantizedEmbedding
 BLOCK = 64  # tokens whose probabilities are summed before one of them is sampled
 LOWEST = -1e30  # of a forbidden token; what is infinite would make its share NaN
-TAIL = 2**-9  # weight that may be left out of a signal: bfloat16 rounds by as much
 
 
 def embed(embedding: Embedding, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -60,7 +58,7 @@ def head(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Reading:
+class VocabStats:
     """What one pass over the vocabulary says of N positions.
 
     With x the soft-capped logits over the temperature, m their maximum, e = exp(x - m)
@@ -105,17 +103,15 @@ def read(
     temperatures: mx.array,
     uniforms: mx.array,
     softcap: float,
-    top_k: int = 0,
     banned: Banned | None = None,
-) -> Reading:
+) -> VocabStats:
     """Argmax, entropy, a sample and the soft embedding of each position at once.
 
     hidden (N, D); temperatures and uniforms (N,), the uniforms in [0, 1). Chunks of
     the vocabulary pass by; e is relative to the highest logit so far, as in online
     softmax (arXiv 1805.02867). E is read, and dequantised, once for both of its
-    products and each tile of positions. top_k: see `_sparse_soft`; 0 sums the signal
-    over all tokens. banned: tokens that have no part in anything, as if their logits
-    were infinitely low.
+    products and each tile of positions. banned: tokens that have no part in anything,
+    as if their logits were infinitely low.
     """
     most, readings = backends.current().choices.vocabulary_rows, []
     for start in range(0, len(hidden), most):
@@ -124,12 +120,12 @@ def read(
         after = [reading.signal for reading in readings[-1:]]
         tile = mx.depends([hidden[rows]], after)[0] if after else hidden[rows]
         some = None if banned is None else banned.some(rows)
-        given = temperatures[rows], uniforms[rows], softcap, top_k, some
+        given = temperatures[rows], uniforms[rows], softcap, some
         readings.append(_read(embedding, tile, *given))
     if len(readings) == 1:
         return readings[0]
     columns = zip(*(reading.arrays for reading in readings), strict=True)
-    return Reading(*(mx.concatenate(list(column)) for column in columns))
+    return VocabStats(*(mx.concatenate(list(column)) for column in columns))
 
 
 def _read(
@@ -138,9 +134,8 @@ def _read(
     temperatures: mx.array,
     uniforms: mx.array,
     softcap: float,
-    top_k: int,
     banned: Banned | None,
-) -> Reading:
+) -> VocabStats:
     """`read` of one tile of positions."""
     ask = _Asked(
         embedding,
@@ -149,11 +144,11 @@ def _read(
         softcap,
         banned,
     )
-    swept = _sweep(ask, soft=top_k == 0)
+    swept = _sweep(ask)
     cumulative = mx.cumsum(swept.sums, axis=-1)
     total = cumulative[:, -1:]
     block, rest = _search(cumulative, uniforms[:, None] * total)
-    ids, e, _ = _tokens_of(ask, block, swept.highest)
+    ids, e = _tokens_of(ask, block, swept.highest)
     inside = mx.cumsum(e, axis=-1)
     # the block again, summed in another order: scale what is left to its own sum
     weight = mx.take_along_axis(swept.sums, block, axis=-1)
@@ -161,13 +156,12 @@ def _read(
     token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
     # a GPU's running sums may dip by a rounding, and so lead to a block of nothing
     token = mx.where(weight > 0, token, swept.argmax)
-    soft = _sparse_soft(ask, swept, total, top_k) if top_k else swept.soft / total
-    return Reading(
+    return VocabStats(
         argmax=swept.argmax[:, 0].astype(mx.int32),
         peak=(1 / total)[:, 0],
         entropy=(mx.log(total) - swept.product / total)[:, 0],
         sample=token[:, 0].astype(mx.int32),
-        signal=(soft * math.sqrt(hidden.shape[1])).astype(hidden.dtype),
+        signal=(swept.soft / total * math.sqrt(hidden.shape[1])).astype(hidden.dtype),
     )
 
 
@@ -186,15 +180,6 @@ class _Asked:
         raw = logits.astype(mx.float32)
         return backends.current().softcap(raw, self.softcap, self.scale)
 
-    def of(self, positions: mx.array) -> "_Asked":
-        """Some of the positions only."""
-        return replace(
-            self,
-            queries=self.queries[positions],
-            scale=self.scale[positions],
-            banned=None if self.banned is None else self.banned.some(positions),
-        )
-
     def banned_in(self, rows: slice) -> Banned | None:
         """What is banned, if any of it is a token of these rows."""
         if self.banned is None:
@@ -211,11 +196,11 @@ class _Swept:
     highest: mx.array
     sums: mx.array  # (N, V / BLOCK): of each block
     product: mx.array  # (N, 1): Σ e · (x - highest)
-    soft: mx.array  # (N, D): e · E, or zeros
+    soft: mx.array  # (N, D): e · E
 
 
-def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
-    """Chunk by chunk over the vocabulary; soft says whether e · E is wanted."""
+def _sweep(ask: _Asked) -> _Swept:
+    """Chunk by chunk over the vocabulary."""
     vocabulary, device = ask.embedding.weight.shape[0], backends.current()
     chunk = device.choices.vocabulary_chunk
     queries, count = ask.queries, len(ask.queries)
@@ -242,8 +227,7 @@ def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
         x = x - highest
         e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
-        if soft:
-            signal = signal * mx.exp(before - highest) + e.astype(table.dtype) @ table
+        signal = signal * mx.exp(before - highest) + e.astype(table.dtype) @ table
     # each part was relative to the highest so far: move all to the highest of all
     sums, product = [], mx.zeros_like(highest)
     for reference, part, weighted in parts:
@@ -256,8 +240,8 @@ def _sweep(ask: _Asked, *, soft: bool) -> _Swept:
 
 def _tokens_of(
     ask: _Asked, blocks: mx.array, highest: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e, (N, b · BLOCK, D) rows.
+) -> tuple[mx.array, mx.array]:
+    """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e.
 
     Their logits are made again: to keep them all would take V for each position.
     """
@@ -269,25 +253,7 @@ def _tokens_of(
     if ask.banned is not None:
         x = ask.banned.forbid(x, known)
     x = x - highest
-    return known, mx.where(ids == known, backends.current().exp(x), 0), rows
-
-
-def _sparse_soft(ask: _Asked, swept: _Swept, total: mx.array, top_k: int) -> mx.array:
-    """e / Z · E, (N, D), over the likeliest blocks that hold top_k tokens.
-
-    Where the rest weighs more than TAIL, over all tokens; looks at the weights on the
-    host to know where.
-    """
-    count = min(-(-top_k // BLOCK), swept.sums.shape[1])
-    blocks = mx.argpartition(-swept.sums, kth=count - 1, axis=-1)[:, :count]
-    _, e, rows = _tokens_of(ask, blocks, swept.highest)
-    soft = (e.astype(rows.dtype)[:, None] @ rows)[:, 0] / total
-    held = mx.sum(mx.take_along_axis(swept.sums, blocks, axis=-1), axis=-1)
-    short = np.flatnonzero(np.array(1 - held / total[:, 0]) > TAIL)
-    if len(short):
-        positions = mx.array(short.astype(np.int32))
-        soft[positions] = _sweep(ask.of(positions), soft=True).soft / total[positions]
-    return soft
+    return known, mx.where(ids == known, backends.current().exp(x), 0)
 
 
 def _rows(embedding: Embedding, rows: slice, dtype: mx.Dtype) -> mx.array:

@@ -17,9 +17,9 @@ import numpy as np
 from .. import __version__, backends
 from ..diffusion.engine import PREFILL_STEP, Engine
 from ..diffusion.events import Commit
-from ..diffusion.settings import Settings
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma
+from ..settings import Settings
 from . import cost
 
 REPEATS = 3  # of a step taken apart
@@ -28,7 +28,7 @@ PRODUCT = 4096  # rows and columns of the matrices multiplied to find the ceilin
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What to measure.
 
     prompts             token ids of each row, all rows denoised together
@@ -43,10 +43,12 @@ class Job:
     prefill_step_size: int = PREFILL_STEP
 
     def settings(self, known: Settings) -> Settings:
-        changed = known.but(
+        changed = known.replace(
             steps=self.steps, max_tokens=self.canvases * known.canvas_length
         )
-        return changed if self.early else changed.but(confidence=0.0, eos=frozenset())
+        return (
+            changed if self.early else changed.replace(confidence=0.0, eos=frozenset())
+        )
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,11 @@ def random_prompts(model: DiffusionGemma, rows: int, tokens: int) -> list[list[i
     return rng.integers(0, model.config.vocab_size, (rows, tokens)).tolist()
 
 
-def run(model: DiffusionGemma, job: Job, seed: int = 0) -> Trial:
+def run(model: DiffusionGemma, job: Workload, seed: int = 0) -> Trial:
     """One trial of a job; row r is denoised with seed + r."""
     mx.clear_cache()
     mx.reset_peak_memory()
-    settings = job.settings(model.config.settings)
+    settings = job.settings(model.settings)
     engine = Engine(model)
     started = time.perf_counter()
     prefill = sum(
@@ -131,7 +133,7 @@ def run(model: DiffusionGemma, job: Job, seed: int = 0) -> Trial:
     )
 
 
-def dissect(model: DiffusionGemma, job: Job) -> Anatomy:
+def dissect(model: DiffusionGemma, job: Workload) -> Anatomy:
     """Time the parts of a step behind the prompts, and the commit after it."""
     length, chunk = model.config.canvas_length, job.prefill_step_size
     shape = (len(job.prompts), length)
@@ -168,14 +170,14 @@ def _parts_of_a_step(
     compiles = backends.current().choices.compiles
     view = model.view(cache, canvas.shape[1], bucketed=compiles)
     signal = mx.zeros((*canvas.shape, model.config.hidden_size), dtype=model.dtype)
-    warmth = mx.full((canvas.size,), 0.6)
+    temperature = mx.full((canvas.size,), 0.6)
     uniforms = mx.random.uniform(shape=(canvas.size,), key=mx.random.key(1))
 
     def body(canvas: mx.array) -> mx.array:
         return model.denoise_hidden(canvas, view, signal).flatten(0, 1)
 
     def vocabulary(hidden: mx.array) -> list[mx.array]:
-        return model.read(hidden, warmth, uniforms).arrays
+        return model.read(hidden, temperature, uniforms).arrays
 
     if compiles:
         body, vocabulary = mx.compile(body), mx.compile(vocabulary)
@@ -198,7 +200,7 @@ def ceilings(model: DiffusionGemma) -> Ceilings:
     return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
 
 
-def roofline(model: DiffusionGemma, job: Job) -> dict[str, Any]:
+def roofline(model: DiffusionGemma, job: Workload) -> dict[str, Any]:
     """What a step costs by `cost`, and its floor under the measured ceilings."""
     found = ceilings(model)
     limits = found.flops_per_second, found.bytes_per_second

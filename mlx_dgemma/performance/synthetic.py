@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import ModelConfig, read_config
+from ..checkpoint.generation_config import read_generation_config
 from ..checkpoint.quantize import RECIPES, Quantization
 from ..checkpoint.weights import layer_path
 from ..errors import SettingsError
@@ -156,6 +157,7 @@ def synthetic_model(
         weights.append((name, array))
     model.load_weights(weights, strict=True)
     model.eval()
+    model.settings = read_generation_config(config)
     join_products(model)
     return model
 

@@ -142,7 +142,7 @@ OPENS: dict[str, type[_Channel] | type[_Body] | type[_Unread]] = {
 ENDS: dict[str, type[_Channel] | type[_Body]] = {CHANNEL_END: _Channel, CALL_END: _Body}
 
 
-class Reader:
+class ReplyParser:
     """Reads one reply, canvas by canvas.
 
     prompt  ids the reply continues: a thought or a call left open there goes on

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.files import read_json
 from ..errors import ConfigError, SettingsError, TokenizerError
+from ..files.json import read_json
 from .detokenizer import REPLACEMENT, Detokenizer
 from .vocabularies import Backend, JsonBackend, SentencePieceBackend, read_bytes
 
@@ -173,9 +173,9 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] |
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}") from None
     beside = folder / "chat_template.json"
-    places = [(folder / "tokenizer_config.json", config)]
-    places += [(beside, _read(beside) or {})]
-    for path, values in places:
+    image_spans = [(folder / "tokenizer_config.json", config)]
+    image_spans += [(beside, _read(beside) or {})]
+    for path, values in image_spans:
         value = values.get("chat_template")
         if isinstance(value, list):
             value = _default_template(value, path)

@@ -79,7 +79,7 @@ class Dataset:
         return len(self.examples)
 
 
-class Reader:
+class ExampleReader:
     """Turns rows into examples for one model.
 
     length      of a canvas, in tokens

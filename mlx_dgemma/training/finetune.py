@@ -9,23 +9,26 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..adapters import folder as adapters
+from ..adapters.lora import LoRA
 from ..checkpoint import hub
 from ..checkpoint.config import ModelConfig, read_config
+from ..checkpoint.generation_config import read_generation_config
 from ..errors import AdapterError, DataError, TrainingError
+from ..loading import load, load_as_stored
 from ..text.tokenizer import Tokenizer
-from . import adapters, memory
+from . import memory
 from .batches import Batches, mean_losses
-from .data import FILES, Dataset, Reader
-from .lora import LoRA
+from .data import FILES, Dataset, ExampleReader
 from .record import Validated, draw
 from .settings import TrainSettings
-from .trainer import LOG, STATE, Event, Plan, Trainer
+from .trainer import LOG, STATE, Event, Trainer, TrainPlan
 
 PICTURE = "loss.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class TrainRequest:
     """What to fine-tune, and on what.
 
     model                   folder, hub id or built-in name
@@ -61,13 +64,13 @@ def train(
 ) -> Validated | None:
     """Fine-tune a model on the JSONL files of a folder; returns the last validation.
 
-    options     of `Request`: lora, settings, resume, …
+    options     of `TrainRequest`: lora, settings, resume, …
     on_event    called with every Trained, Validated and Saved event
 
     `load(model, adapter_path)` then has the result. Raises DGemmaError, one line,
     before the first step; what was saved by then stays whatever comes after.
     """
-    request = Request(model=model, data=data, adapter_path=adapter_path, **options)
+    request = TrainRequest(model=model, data=data, adapter_path=adapter_path, **options)
     trainer, last = prepare(request), None
     for event in trainer.run():
         if isinstance(event, Validated):
@@ -78,10 +81,8 @@ def train(
     return last
 
 
-def prepare(request: Request) -> Trainer:
+def prepare(request: TrainRequest) -> Trainer:
     """Check everything, load the model, and stand before the next update."""
-    from ..diffusion.generation import load_as_stored
-
     folder = Path(request.adapter_path).expanduser()
     settings = request.settings
     if request.resume and request.resume_adapter_file is not None:
@@ -103,7 +104,7 @@ def prepare(request: Request) -> Trainer:
         longest=train_set.longest,
     )
     model, _ = load_as_stored(request.model, revision=request.revision)
-    plan = Plan(
+    plan = TrainPlan(
         settings=settings,
         train=train_set,
         valid=valid if settings.val_batches else None,
@@ -126,25 +127,27 @@ def prepare(request: Request) -> Trainer:
     return trainer
 
 
-def _data(source: Path, request: Request) -> tuple[Dataset, Dataset | None]:
+def _data(source: Path, request: TrainRequest) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is validated on if there is any."""
-    given = read_config(source), Tokenizer.from_dir(source), request
+    config = read_config(source)
+    ends = read_generation_config(config, source).eos
+    given = config, ends, Tokenizer.from_dir(source), request
     folder, valid = Path(request.data).expanduser(), None
     if (folder / FILES["valid"]).exists():
         valid = read(request.data, "valid", *given)
     return read(request.data, "train", *given), valid
 
 
-def measure(request: Request, batches: int) -> tuple[float, float]:
+def measure(request: TrainRequest, batches: int) -> tuple[float, float]:
     """Mean denoising and encoder loss over test.jsonl, the first `batches` or all (-1).
 
     Of the model with the adapter in adapter_path; of the base where that is "".
     """
-    from ..diffusion.generation import load
-
     adapter = request.adapter_path or None
     model, tokenizer = load(request.model, adapter, revision=request.revision)
-    data = read(request.data, "test", model.config, tokenizer, request)
+    data = read(
+        request.data, "test", model.config, model.settings.eos, tokenizer, request
+    )
     group = mx.distributed.init()
     shared = Batches(model.config, request.settings, group)
     return mean_losses(model, shared, data, "test", batches)
@@ -168,15 +171,16 @@ def read(
     data: str | Path,
     part: str,
     config: ModelConfig,
+    ends: frozenset[int],
     tokenizer: Tokenizer,
-    request: Request,
+    request: TrainRequest,
 ) -> Dataset:
     """The examples of train.jsonl, valid.jsonl or test.jsonl. Raises DataError."""
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold {FILES[part]}")
     longest = request.settings.max_seq_length
-    reader = Reader(tokenizer, config.canvas_length, config.settings.eos, longest)
+    reader = ExampleReader(tokenizer, config.canvas_length, ends, longest)
     return reader.read(folder / FILES[part], skip_bad=request.skip_bad)
 
 

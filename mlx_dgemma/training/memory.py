@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import backends
+from ..adapters.lora import LoRA
 from ..checkpoint import hub
 from ..checkpoint.config import ModelConfig, read_config
 from ..checkpoint.weights import read_layout
@@ -18,12 +19,11 @@ from ..performance.cost import Loaded, Storage, weight_bytes
 from ..performance.estimate import PRECISIONS, usable_bytes
 from ..performance.synthetic import config_26b
 from .held import Traits
-from .lora import LoRA
 from .need import Job, estimate
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
-    from .finetune import Request
+    from .finetune import TrainRequest
 
 
 # The release in a precision, to be weighed without its files.
@@ -40,7 +40,7 @@ HEADLINE = (
 )
 
 
-def lines(request: "Request") -> list[str]:
+def lines(request: "TrainRequest") -> list[str]:
     """What a fine-tuning would need on a GPU, part by part, and which Macs have it.
 
     The model is a folder, hub id or built-in name, of which headers alone are read, or

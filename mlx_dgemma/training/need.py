@@ -10,13 +10,13 @@ from functools import cached_property
 
 import mlx.core as mx
 
+from ..adapters.lora import TARGETS, LoRA, shapes, trained_layers
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import quantizable
 from ..checkpoint.weights import expected_shapes
 from ..errors import SettingsError
 from ..performance.cost import Storage, weight_bytes
 from .held import FLOAT, PRODUCTS, Pass, Traits
-from .lora import TARGETS, LoRA, shapes, trained_layers
 from .objective import BUCKET
 from .passes import first_seen
 from .settings import TrainSettings

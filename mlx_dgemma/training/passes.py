@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
 from ..model.attention import MaskOf, Tables, canvas_mask, causal_mask, rope_tables
-from ..model.cache import LayerCache, Parts, Span
+from ..model.cache import LayerCache, LayerKV, Span
 from ..model.language import DiffusionGemma, Layer, View
 
 
@@ -60,7 +60,7 @@ def first_seen(config: ModelConfig, kind: LayerConfig, column: int) -> int:
 
 def encode(
     model: DiffusionGemma, tokens: mx.array, sight: Sight, *, again: bool
-) -> tuple[mx.array, list[Parts]]:
+) -> tuple[mx.array, list[LayerKV]]:
     """Causal pass over (B, S) ids: (B, S, D) normed states, and what layers keep.
 
     The sight may be of more columns. again: run each layer anew for its gradient, and
@@ -80,7 +80,7 @@ def encode(
 def denoise(
     model: DiffusionGemma,
     canvas: mx.array,
-    kept: list[Parts],
+    kept: list[LayerKV],
     sight: Sight,
     column: int,
     signal: mx.array | None,
@@ -96,7 +96,7 @@ def denoise(
 
 
 def visible(
-    config: ModelConfig, kept: list[Parts], sight: Sight, column: int, length: int
+    config: ModelConfig, kept: list[LayerKV], sight: Sight, column: int, length: int
 ) -> View:
     """What a canvas of `length` at `column` sees of the encoded columns."""
     prefixes, tables, turns = [], [], []
@@ -134,19 +134,19 @@ def _checkpointed(layer: Layer, run: Callable[..., Any], *given: Any) -> Any:
 
 def _encode_layer(
     layer: Layer, tables: Tables, span: Span, mask_of: MaskOf, h: mx.array
-) -> tuple[mx.array, Parts]:
-    kept: list[Parts] = []
+) -> tuple[mx.array, LayerKV]:
+    kept: list[LayerKV] = []
 
     def attend(x: mx.array) -> mx.array:
         kept.append(layer.self_attn.keep(x, tables))
-        return layer.self_attn.look_back(x, kept[0], tables, tables, span, mask_of)
+        return layer.self_attn.attend_causal(x, kept[0], tables, tables, span, mask_of)
 
     h = layer(h, attend, layer.encoder_scalar)
     return h, kept[0]
 
 
 def _tiles_of(mask: mx.array) -> MaskOf:
-    """Parts of a (…, S, S) mask, for queries at the end of a span of columns."""
+    """LayerKV of a (…, S, S) mask, for queries at the end of a span of columns."""
     return lambda new, span: mask[
         ..., span.last - new : span.last, span.first : span.last
     ]

@@ -16,12 +16,12 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
 from .. import backends
+from ..adapters import folder as adapters
+from ..adapters.lora import LoRA, adapt, unfreeze
 from ..errors import SettingsError, TrainingError
 from ..model.language import DiffusionGemma
-from . import adapters
 from .batches import Batches, mean_losses
 from .data import Dataset
-from .lora import LoRA, adapt, unfreeze
 from .record import Log, Saved, Trained, Validated
 from .settings import TrainSettings
 from .update import Gradients, Tree, Weights
@@ -32,7 +32,7 @@ Event = Trained | Validated | Saved
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainPlan:
     """What is trained on what, and where it goes.
 
     lora        None to train the weights themselves, of the last `num_layers` layers
@@ -67,7 +67,7 @@ class Trainer:
     def __init__(
         self,
         model: DiffusionGemma,
-        plan: Plan,
+        plan: TrainPlan,
         *,
         compiled: bool | None = None,
         group: mx.distributed.Group | None = None,

@@ -40,7 +40,7 @@ def denoise(model, tokenizer, batch: int, prefill: int, **engine) -> list[dict]:
         rows: dict[int, dict] = {}
         for seed in range(start, min(start + batch, SEEDS)):
             ids = encode_prompt(tokenizer, PUZZLES[seed][0])
-            admitted = denoiser.admit(ids, model.config.settings, seed, prefill)
+            admitted = denoiser.admit(ids, model.settings, seed, prefill)
             rows[admitted.request] = {"seed": seed, "steps": []}
         for event in denoiser.run():
             row = rows[event.request]

@@ -55,7 +55,7 @@ SHORTCUTS = {
 
 def solve(model, tokenizer, pairs, steps: int | None) -> tuple[float, float]:
     """Share of `pairs` solved exactly, and mean denoising steps per puzzle."""
-    settings = model.config.settings.but(steps=steps)
+    settings = model.settings.replace(steps=steps)
     right, taken = 0, 0
     for start in range(0, len(pairs), ROWS):
         engine = Engine(model)
@@ -128,7 +128,7 @@ def shortcuts(name: str, pairs) -> None:
     for most in (None, 2):
         exact: list[str] = []
         for label, changes in SHORTCUTS.items():
-            settings = model.config.settings.but(steps=most, **changes)
+            settings = model.settings.replace(steps=most, **changes)
             texts, taken, started = [], 0, time.perf_counter()
             for seed, (puzzle, _) in enumerate(pairs):
                 engine = Engine(model)

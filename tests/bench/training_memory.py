@@ -20,15 +20,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.adapters.lora import LoRA
 from mlx_dgemma.checkpoint.config import ModelConfig, read_config
 from mlx_dgemma.checkpoint.quantize import Quantization
 from mlx_dgemma.performance.cost import Storage
 from mlx_dgemma.performance.synthetic import TINY, synthetic_model
 from mlx_dgemma.training.data import Dataset, Example
-from mlx_dgemma.training.lora import LoRA
 from mlx_dgemma.training.memory import Job, estimate
 from mlx_dgemma.training.settings import TrainSettings
-from mlx_dgemma.training.trainer import Plan, Trainer
+from mlx_dgemma.training.trainer import Trainer, TrainPlan
 
 UPDATES = 2  # the optimizer's memory is there from the second on
 EXAMPLES = 8
@@ -191,7 +191,7 @@ def measured(model: Model, way: Way) -> int:
         for _ in range(EXAMPLES)
     )
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(
+        plan = TrainPlan(
             settings=settings_of(model, way),
             train=Dataset(examples),
             valid=None,

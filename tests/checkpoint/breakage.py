@@ -110,7 +110,7 @@ def quantised(**declared: int) -> Break:
     """Weights stored at 4 bits, and what is declared of them."""
 
     def store(folder: Path) -> None:
-        from mlx_dgemma.checkpoint.conversion import convert as convert_folder
+        from mlx_dgemma.checkpoint.convert import convert as convert_folder
 
         out = folder.with_name("quantised")
         convert_folder(folder, out, quantize=True)

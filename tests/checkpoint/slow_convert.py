@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from mlx_dgemma.checkpoint import conversion, staging
+from mlx_dgemma.checkpoint import convert as conversion
+from mlx_dgemma.files import atomic as staging
 
 SOURCE, TARGET, STEP = sys.argv[1:]
 counts: collections.Counter[str] = collections.Counter()

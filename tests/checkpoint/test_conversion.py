@@ -13,7 +13,7 @@ from tiny import tiny_config, write_tiny
 
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.weights import open_files
 from mlx_dgemma.errors import CheckpointError, ConversionError
 from mlx_dgemma.model.loading import load_model
@@ -160,7 +160,7 @@ def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
     assert "library_name: mlx" in (tmp_path / "out" / "README.md").read_text()
     model, tokenizer = load(tmp_path / "out")
     assert tokenizer.chat_template is not None
-    assert model.config.settings.t_max == 0.9
+    assert model.settings.t_max == 0.9
 
 
 @pytest.mark.parametrize("how", [{}, {"quantize": True}], ids=["dense", "quantised"])

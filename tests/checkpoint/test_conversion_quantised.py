@@ -12,7 +12,7 @@ from folders import logits, read_json, same, tensors
 from tiny import write_tiny
 
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.weights import open_files
 from mlx_dgemma.model.loading import load_model
 

@@ -7,7 +7,7 @@ from configs import refused, write
 from tiny import tiny_config
 
 from mlx_dgemma.checkpoint.config import UnknownKeyWarning, read_config
-from mlx_dgemma.diffusion.settings import Settings
+from mlx_dgemma.settings import Settings
 
 GENERATION = {
     "max_new_tokens": 77,

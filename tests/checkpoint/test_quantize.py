@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.quantize import (
     MODES,
     RECIPES,

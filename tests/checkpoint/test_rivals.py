@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import ConversionError
 from mlx_dgemma.model.loading import load_model
 

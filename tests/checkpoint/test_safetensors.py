@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.checkpoint.safetensors import (
+from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.files.safetensors import (
     DTYPES,
     Pending,
     TensorInfo,
     read_header,
     write_file,
 )
-from mlx_dgemma.errors import CheckpointError
 
 
 def pack(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

@@ -14,10 +14,11 @@ import mlx.core as mx
 import pytest
 from tiny import write_tiny
 
-from mlx_dgemma.checkpoint import conversion, staging
+from mlx_dgemma.checkpoint import convert as conversion
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import ConversionError
+from mlx_dgemma.files import atomic as staging
 from mlx_dgemma.model.loading import load_model
 
 DRIVER = Path(__file__).with_name("slow_convert.py")

@@ -17,7 +17,7 @@ from terminal import environment, python
 
 pytestmark = pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux here")
 
-PATIENCE = 20  # seconds until something is to be seen, on a busy machine
+PATIENCE = 20  # seconds until something is to be seen, on a in_use machine
 COUNT = count()  # of servers: one that ends keeps its name for a moment
 SHELL = "shell$"
 NUMBERS = re.compile(r"^step \d+/\d+", re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from terminal import CODES, environment, python, run_in_terminal
 
-from mlx_dgemma.checkpoint import conversion
+from mlx_dgemma.checkpoint import convert as conversion
 from mlx_dgemma.cli import convert as command
 from mlx_dgemma.cli.convert import main
 from mlx_dgemma.errors import ConversionError

@@ -127,8 +127,8 @@ def test_progress_is_drawn_in_a_terminal_alone(tmp_path):
 
 def adapter(folder, value):
     """An adapter of the last layer whose numbers are all `value`."""
-    from mlx_dgemma.training import adapters
-    from mlx_dgemma.training.lora import LoRA, shapes
+    from mlx_dgemma.adapters import folder as adapters
+    from mlx_dgemma.adapters.lora import LoRA, shapes
 
     model, _ = load("sudoku4")
     lora = LoRA(rank=1, scale=1.0, num_layers=1)

@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from terminal import CODES, environment, python, run_in_terminal
 from training.adapter_files import factors, write_adapter, write_peft
 
+from mlx_dgemma.adapters import fuse as library
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import Converted, convert
+from mlx_dgemma.checkpoint.convert import Converted, convert
 from mlx_dgemma.cli import convert as shared
 from mlx_dgemma.cli.fuse import main
 from mlx_dgemma.errors import ConversionError
-from mlx_dgemma.training import fuse as library
 
 COMMAND = python("-m", "mlx_dgemma.fuse")
 MB = 1_000_000

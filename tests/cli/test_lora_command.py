@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dgemma import LoRA, TrainSettings, load
+from mlx_dgemma.adapters.lora import TARGETS
 from mlx_dgemma.cli import lora as command
 from mlx_dgemma.cli.generate import main as generate
-from mlx_dgemma.training.lora import TARGETS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import write_rows

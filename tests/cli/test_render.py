@@ -316,7 +316,7 @@ def test_the_live_view_leaves_the_text_alone_on_a_terminal(monkeypatch):
 
 
 def written_by(show, monkeypatch, capture=None):
-    """Bytes on stdout of some canvases whose lines end at odd places."""
+    """Bytes on stdout of some canvases whose lines end at odd image_spans."""
     monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
     with render.screen(Words("x"), show) as view:
         view.show(Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0))

@@ -15,7 +15,7 @@ from typing import Self
 
 from terminal import CODES, environment
 
-PATIENCE = 20  # seconds until something is there, on a busy machine
+PATIENCE = 20  # seconds until something is there, on a in_use machine
 BRACKETED_PASTE = "\x1b[?2004h"  # the terminal is told that a prompt begins
 
 

@@ -8,8 +8,8 @@ from mlx_dgemma.diffusion import canvas
 from mlx_dgemma.diffusion.canvas import Canvas
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Event, Prefilled, Step
-from mlx_dgemma.diffusion.settings import Settings
 from mlx_dgemma.diffusion.step import Stepper
+from mlx_dgemma.settings import Settings
 
 PROMPT = [2, 7, 8, 9, 5, 11, 12, 13, 14, 15, 16]
 # loose enough that some canvases stop early and others do not
@@ -21,7 +21,7 @@ LOOSE = Settings(
     confidence=2.0,
     eos=frozenset({1, 4}),
 )
-NEVER = LOOSE.but(confidence=0.0, eos=frozenset({999}))  # stops at its last step
+NEVER = LOOSE.replace(confidence=0.0, eos=frozenset({999}))  # stops at its last step
 SURE = {"stability": 0, "confidence": 9.0}  # stops at its first
 
 
@@ -79,10 +79,10 @@ def crowded(model, **ways: bool) -> list[list[Event]]:
     admit(PROMPT[4:], NEVER, 2)
     tick(3)
     engine.cancel(cancelled)
-    admit(PROMPT, LOOSE.but(canvas_length=7, t_max=1.5), 3)
-    admit(PROMPT[:3], LOOSE.but(pinned={0: 9, 17: 8}), 4)
+    admit(PROMPT, LOOSE.replace(canvas_length=7, t_max=1.5), 3)
+    admit(PROMPT[:3], LOOSE.replace(pinned={0: 9, 17: 8}), 4)
     tick(4)
-    admit(PROMPT, LOOSE.but(**SURE), 5)
+    admit(PROMPT, LOOSE.replace(**SURE), 5)
     while engine.running:
         tick(1)
     return ticks
@@ -138,20 +138,20 @@ def test_running_ahead_changes_no_event_of_a_crowd(
 
 def test_the_next_step_is_started_before_the_last_is_read(tiny_model, log):
     model, _ = tiny_model
-    alone(model, NEVER.but(steps=5, max_tokens=16), 0, ahead=True)
+    alone(model, NEVER.replace(steps=5, max_tokens=16), 0, ahead=True)
     assert log == [*["start", "start", "read"], *["start", "read"] * 3, "read"]
 
 
 def test_each_canvas_begins_with_nothing_ahead(tiny_model, log):
     model, _ = tiny_model
-    alone(model, NEVER.but(steps=2, max_tokens=48), 0, ahead=True)
+    alone(model, NEVER.replace(steps=2, max_tokens=48), 0, ahead=True)
     assert log == ["start", "start", "read", "read"] * 3
 
 
 def test_a_step_after_the_stop_is_never_told(tiny_model, log):
     """The second step runs when the first turns out to be the last."""
     model, _ = tiny_model
-    settings = LOOSE.but(**SURE, max_tokens=32, eos=frozenset({999}))
+    settings = LOOSE.replace(**SURE, max_tokens=32, eos=frozenset({999}))
     ticks = alone(model, settings, 0, ahead=True)
     assert log == ["start", "start", "read"] * 2
     told = [e for tick in ticks for e in tick if isinstance(e, Step)]
@@ -162,10 +162,12 @@ def test_a_step_after_the_stop_is_never_told(tiny_model, log):
 def test_near_the_end_no_step_is_started_in_vain(tiny_model, log):
     """Once the mean entropy comes near `confidence`, flags are read first."""
     model, _ = tiny_model
-    alone(model, NEVER.but(confidence=1e-6, max_tokens=16), 0, ahead=True)
+    alone(model, NEVER.replace(confidence=1e-6, max_tokens=16), 0, ahead=True)
     far = list(log)
     log.clear()
-    alone(model, NEVER.but(confidence=5.0, stability=9, max_tokens=16), 0, ahead=True)
+    alone(
+        model, NEVER.replace(confidence=5.0, stability=9, max_tokens=16), 0, ahead=True
+    )
     assert far == [*["start", "start", "read"], *["start", "read"] * 4, "read"]
     assert log == [*["start", "start", "read", "read"], *["start", "read"] * 4]
 
@@ -174,7 +176,7 @@ def test_a_neighbour_near_its_end_holds_back_the_batch(tiny_model, log):
     model, _ = tiny_model
     engine = Engine(model, ahead=True)
     engine.admit(PROMPT, NEVER, 0)
-    engine.admit(PROMPT, NEVER.but(confidence=5.0, stability=9), 0)
+    engine.admit(PROMPT, NEVER.replace(confidence=5.0, stability=9), 0)
     while engine.running and len(log) < 9:
         engine.tick()
     assert log == [*["start"] * 2, *["read"] * 4, "start", "read", "read"]
@@ -200,7 +202,7 @@ def test_a_dropped_step_leaves_nothing_behind(tiny_model, monkeypatch):
     model, _ = tiny_model
     monkeypatch.setattr(canvas, "FAR", 0)
     engine = Engine(model, ahead=True)
-    engine.admit(PROMPT, LOOSE.but(**SURE, max_tokens=16 * 30, eos=frozenset()), 0)
+    engine.admit(PROMPT, LOOSE.replace(**SURE, max_tokens=16 * 30, eos=frozenset()), 0)
     sizes = []
     while engine.running:
         engine.tick()

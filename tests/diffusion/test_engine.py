@@ -8,10 +8,10 @@ from tiny import VOCABULARY
 from mlx_dgemma.diffusion import sampler
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
-from mlx_dgemma.diffusion.settings import Settings
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.model.cache import PrefixCache
 from mlx_dgemma.model.language import DiffusionGemma
+from mlx_dgemma.settings import Settings
 
 EOS = frozenset({1, 4})
 PROMPT = [2, 7, 8, 9, 5, 11, 12, 13, 14, 15, 16]
@@ -106,7 +106,7 @@ def committed(events, request=None):
 )
 def test_the_engine_is_the_plain_loop(tiny_model, seed, changes):
     model, _ = tiny_model
-    settings = LOOSE.but(**changes)
+    settings = LOOSE.replace(**changes)
     events = run(model, PROMPT, settings, seed)
     tokens, steps, drafts = plain_loop(model, PROMPT, settings, seed)
     assert [e.draft.tolist() for e in events if isinstance(e, Step)] == drafts
@@ -115,10 +115,10 @@ def test_the_engine_is_the_plain_loop(tiny_model, seed, changes):
 
 REQUESTS = [
     (PROMPT, LOOSE, 0),
-    (PROMPT[:2], LOOSE.but(steps=3), 1),
-    (PROMPT * 3, LOOSE.but(canvas_length=7, t_max=1.5), 2),
-    (PROMPT[3:], LOOSE.but(pinned={0: 9, 17: 8}), 3),
-    (PROMPT, LOOSE.but(max_tokens=9), 0),
+    (PROMPT[:2], LOOSE.replace(steps=3), 1),
+    (PROMPT * 3, LOOSE.replace(canvas_length=7, t_max=1.5), 2),
+    (PROMPT[3:], LOOSE.replace(pinned={0: 9, 17: 8}), 3),
+    (PROMPT, LOOSE.replace(max_tokens=9), 0),
 ]
 
 
@@ -168,7 +168,7 @@ def test_prefixes_are_joined_once_per_change(tiny_model, monkeypatch):
     engine = Engine(model)
     never = {"confidence": 0.0, "steps": 50}
     for length in (16, 7, 16, 7, 5):
-        engine.admit(PROMPT, LOOSE.but(canvas_length=length, **never), 0)
+        engine.admit(PROMPT, LOOSE.replace(canvas_length=length, **never), 0)
     for _ in range(9):
         engine.tick()
     assert joins == [2, 2]
@@ -212,10 +212,10 @@ def test_chunks_of_the_prompt_change_nothing(tiny_model, chunk):
 
 def test_max_tokens_cuts_text_but_not_the_canvas(tiny_model):
     model, _ = tiny_model
-    settings = LOOSE.but(eos=frozenset({999}), max_tokens=40)
+    settings = LOOSE.replace(eos=frozenset({999}), max_tokens=40)
     whole, steps = committed(run(model, PROMPT, settings, 3))
     for most in (1, 16, 17, 39):
-        events = run(model, PROMPT, settings.but(max_tokens=most), 3)
+        events = run(model, PROMPT, settings.replace(max_tokens=most), 3)
         tokens, fewer = committed(events)
         assert tokens == whole[:most]
         assert fewer == steps[: len(fewer)]
@@ -233,11 +233,11 @@ def test_the_last_canvas_is_not_encoded(tiny_model, monkeypatch):
             sizes.append(ids.shape[1]) or encode(self, ids, *given)
         ),
     )
-    settings = LOOSE.but(eos=frozenset({999}))
+    settings = LOOSE.replace(eos=frozenset({999}))
     run(model, PROMPT, settings, 0)
     assert sizes == [len(PROMPT), 16, 16]
     sizes.clear()
-    run(model, PROMPT, settings.but(max_tokens=16), 0)
+    run(model, PROMPT, settings.replace(max_tokens=16), 0)
     assert sizes == [len(PROMPT)]
 
 
@@ -259,7 +259,7 @@ def test_a_commit_writes_the_prefix_in_place(
     monkeypatch.setattr(PrefixCache, "reserve", lambda self, _: reserve(self, 65_536))
     monkeypatch.setattr(Engine, "_append", measured)
     engine = Engine(model, compiled=compiled, ahead=ahead)
-    settings = LOOSE.but(eos=frozenset({999}), confidence=0.0, steps=3)
+    settings = LOOSE.replace(eos=frozenset({999}), confidence=0.0, steps=3)
     engine.admit(PROMPT, settings, 0)
     list(engine.run())
     prompt, *commits = growths
@@ -269,9 +269,9 @@ def test_a_commit_writes_the_prefix_in_place(
 
 def test_eos_ends_the_text_and_is_left_out(tiny_model):
     model, _ = tiny_model
-    whole, _ = committed(run(model, PROMPT, LOOSE.but(eos=frozenset({999})), 3))
+    whole, _ = committed(run(model, PROMPT, LOOSE.replace(eos=frozenset({999})), 3))
     end = whole.index(whole[5])
-    events = run(model, PROMPT, LOOSE.but(eos=frozenset({whole[5]})), 3)
+    events = run(model, PROMPT, LOOSE.replace(eos=frozenset({whole[5]})), 3)
     assert committed(events)[0] == whole[:end]
     assert events[-1].finish_reason == "stop"
 
@@ -279,7 +279,7 @@ def test_eos_ends_the_text_and_is_left_out(tiny_model):
 def test_pinned_tokens_stand_and_the_rest_is_free(tiny_model):
     model, _ = tiny_model
     pinned = {0: 9, 5: 10, 16: 11, 31: 12}
-    settings = LOOSE.but(pinned=pinned, max_tokens=32, eos=frozenset({999}))
+    settings = LOOSE.replace(pinned=pinned, max_tokens=32, eos=frozenset({999}))
     events = run(model, PROMPT, settings, 0)
     tokens, _ = committed(events)
     assert {p: tokens[p] for p in pinned} == pinned
@@ -293,9 +293,9 @@ def test_pinned_tokens_stand_and_the_rest_is_free(tiny_model):
 
 def test_pinned_tokens_condition_their_neighbours(tiny_model):
     model, _ = tiny_model
-    settings = LOOSE.but(max_tokens=16)
+    settings = LOOSE.replace(max_tokens=16)
     free = run(model, PROMPT, settings, 0)
-    held = run(model, PROMPT, settings.but(pinned={8: 20}), 0)
+    held = run(model, PROMPT, settings.replace(pinned={8: 20}), 0)
     first = [next(e for e in es if isinstance(e, Step)) for es in (free, held)]
     others = [i for i in range(16) if i != 8]
     entropies = [np.array(e.entropy)[others] for e in first]
@@ -335,4 +335,4 @@ def test_events_can_be_read_from_another_thread(tiny_model):
 def test_ids_the_model_lacks_are_refused(tiny_model, prompt, changes, message):
     model, _ = tiny_model
     with pytest.raises(SettingsError, match=message):
-        Engine(model).admit(prompt, LOOSE.but(**changes), 0)
+        Engine(model).admit(prompt, LOOSE.replace(**changes), 0)

@@ -5,7 +5,7 @@ from tiny import VOCABULARY
 
 from mlx_dgemma import Commit, Prefilled, Step, generate, stream_generate
 from mlx_dgemma.diffusion.report import Report
-from mlx_dgemma.diffusion.writer import Writer
+from mlx_dgemma.diffusion.stop import StopFilter
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.text.replies import Answer
 
@@ -134,7 +134,7 @@ def test_a_stop_string_that_never_comes_holds_nothing_back(tiny_model):
 
 
 def test_no_draft_contains_text_of_a_held_back_stop_string():
-    """Writer: what might begin a stop string waits for the next commit."""
+    """StopFilter: what might begin a stop string waits for the next commit."""
 
     class Echo:
         def add(self, tokens):
@@ -152,7 +152,7 @@ def test_no_draft_contains_text_of_a_held_back_stop_string():
             finish_reason=reason,
         )
 
-    writer = Writer(Echo(), ["END."])
+    writer = StopFilter(Echo(), ["END."])
     assert writer.write(commit("one EN")).text == "one "
     assert writer.write(commit("Dless ")).text == "ENDless "
     assert writer.write(commit("E")).text == ""

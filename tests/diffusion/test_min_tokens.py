@@ -15,7 +15,7 @@ def run(model, prompts=(PROMPT,), **changes) -> dict[int, list]:
     engine = Engine(model)
     found = {}
     for seed, prompt in enumerate(prompts):
-        settings = model.config.settings.but(**changes)
+        settings = model.settings.replace(**changes)
         found[engine.admit(prompt, settings, seed).request] = []
     for event in engine.run():
         found[event.request].append(event)
@@ -99,14 +99,14 @@ def test_it_changes_nothing_where_it_is_not_asked_for(tiny_model):
 def test_neighbours_are_not_touched(ends_at_once):
     model, eos = ends_at_once
     engine = Engine(model)
-    shared = model.config.settings.but(eos=eos, steps=4, max_tokens=32)
+    shared = model.settings.replace(eos=eos, steps=4, max_tokens=32)
     alone = {
         s: text(run(model, eos=eos, steps=4, max_tokens=32, min_tokens=s)[0])
         for s in (0, 1)
     }
     requests = {}
     for least in (0, 1):
-        settings = shared.but(min_tokens=least)
+        settings = shared.replace(min_tokens=least)
         requests[engine.admit(PROMPT, settings, seed=0).request] = least
     together = {least: [] for least in (0, 1)}
     for event in engine.run():
@@ -133,4 +133,4 @@ def test_given_tokens_stay_given(ends_at_once):
 def test_what_cannot_be_is_refused(tiny_model, changes, told):
     model, _ = tiny_model
     with pytest.raises(SettingsError, match=told):
-        model.config.settings.but(max_tokens=256, **changes)
+        model.settings.replace(max_tokens=256, **changes)

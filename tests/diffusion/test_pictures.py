@@ -9,7 +9,7 @@ from mlx_dgemma import Commit, generate, load, stream_generate
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.prefix import Prefix
-from mlx_dgemma.diffusion.prompt import make_ready
+from mlx_dgemma.diffusion.prompt import encode_prompt
 from mlx_dgemma.errors import MediaError, SettingsError
 
 LOOSE = {"max_tokens": 32, "steps": 4, "entropy_bound": 8.0}
@@ -42,9 +42,9 @@ def test_images_before_a_text_are_parts_of_a_message(eyed):
 def prefix_of(eyed, messages, step: int) -> np.ndarray:
     """Logits of one canvas behind a prompt, encoded `step` tokens at a time."""
     model, tokenizer = eyed
-    ready, engine = make_ready(model, tokenizer, messages), Engine(model)
-    settings = model.config.settings.but(**SEE)
-    engine.admit(ready.ids, settings, 0, step, places=ready.places)
+    ready, engine = encode_prompt(model, tokenizer, messages), Engine(model)
+    settings = model.settings.replace(**SEE)
+    engine.admit(ready.ids, settings, 0, step, image_spans=ready.image_spans)
     canvas = mx.array(np.arange(16, dtype=np.int32)[None])
     return np.array(model.denoise(canvas, engine.running[0].prefix))
 
@@ -60,17 +60,17 @@ def test_any_chunks_leave_pictures_whole(eyed):
 
 def test_the_same_picture_is_not_looked_at_again(eyed, monkeypatch):
     model, tokenizer = eyed
-    looks, look = [], model.eyes.look
-    monkeypatch.setattr(model.eyes, "look", lambda *a: looks.append(1) or look(*a))
+    looks, look = [], model.vision.look
+    monkeypatch.setattr(model.vision, "look", lambda *a: looks.append(1) or look(*a))
     prefix, engine = Prefix(model), Engine(model)
-    settings = model.config.settings.but(max_tokens=16, steps=2)
+    settings = model.settings.replace(max_tokens=16, steps=2)
     found = []
     for seed, words in ((0, "ab"), (0, "abab"), (1, "ab")):
         # the picture closes a chunk, so it is kept whatever follows
         parts = text("x" * 9), picture(drawn(60, 40, seed)), text("y" * 9), text(words)
-        ready = make_ready(model, tokenizer, asked(*parts))
+        ready = encode_prompt(model, tokenizer, asked(*parts))
         given = ready.ids, settings, 0, 16
-        found.append(engine.admit(*given, prefix=prefix, places=ready.places))
+        found.append(engine.admit(*given, prefix=prefix, image_spans=ready.image_spans))
         list(engine.run())
     assert len(looks) == 2  # the first and the one with other pixels
     assert found[1].reused > 9 and found[2].reused <= 9 + 2
@@ -146,6 +146,6 @@ def test_a_video_is_its_frames_each_behind_its_time(eyed, monkeypatch):
     assert shown == [picture for _, picture in frames]
     model, tokenizer = eyed
     monkeypatch.setattr(prompt, "frame_parts", lambda path: parts[1::2])
-    ready = make_ready(model, tokenizer, "abc", videos=["a.mp4"])
-    assert [place.picture for place in ready.places] == shown
-    assert tokenizer.decode(ready.ids[ready.places[-1].end + 1 :]).endswith("abc")
+    ready = encode_prompt(model, tokenizer, "abc", videos=["a.mp4"])
+    assert [place.picture for place in ready.image_spans] == shown
+    assert tokenizer.decode(ready.ids[ready.image_spans[-1].end + 1 :]).endswith("abc")

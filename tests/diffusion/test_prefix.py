@@ -1,4 +1,4 @@
-"""A prefix lent to one request after another gives each the bits of a new one."""
+"""A prefix owner to one request after another gives each the bits of a new one."""
 
 import itertools
 
@@ -12,11 +12,11 @@ from tiny import write_tiny
 from mlx_dgemma import load
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
-from mlx_dgemma.diffusion.prefix import EARLY, Prefix, cuts
-from mlx_dgemma.diffusion.settings import Settings
+from mlx_dgemma.diffusion.prefix import EARLY, Prefix, chunk_ends
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.model.cache import MARKS, PrefixCache
 from mlx_dgemma.model.language import DiffusionGemma
+from mlx_dgemma.settings import Settings
 
 EOS = frozenset({1, 4})
 LOOSE = Settings(
@@ -45,14 +45,16 @@ IDS = st.lists(st.integers(0, 9), min_size=1, max_size=200)
 @given(tokens=IDS, more=IDS, most=st.integers(1, 60))
 def test_what_follows_a_cut_never_moves_it(tokens, more, most):
     assert (
-        cuts([*tokens, *more], EOS, most)[: len(cuts(tokens, EOS, most)) - 1]
-        == (cuts(tokens, EOS, most)[:-1])
+        chunk_ends([*tokens, *more], EOS, most)[
+            : len(chunk_ends(tokens, EOS, most)) - 1
+        ]
+        == (chunk_ends(tokens, EOS, most)[:-1])
     )
 
 
 @given(tokens=IDS, most=st.integers(1, 60))
 def test_chunks_end_behind_turns_unless_they_are_small(tokens, most):
-    ends = cuts(tokens, EOS, most)
+    ends = chunk_ends(tokens, EOS, most)
     least = -(-most // EARLY)
     assert ends[-1] == len(tokens)
     starts = [0, *ends][:-1]
@@ -66,10 +68,10 @@ def test_chunks_end_behind_turns_unless_they_are_small(tokens, most):
 
 def test_no_chunk_ends_inside_what_must_stay_whole():
     tokens = [9] * 100
-    assert cuts(tokens, EOS, 30) == [30, 60, 90, 100]
-    assert cuts(tokens, EOS, 30, [(25, 45), (75, 76), (95, 100)]) == [45, 75, 100]
-    assert cuts(tokens, EOS, 30, [(30, 60), (60, 90)]) == [30, 60, 90, 100]
-    assert cuts(tokens, EOS, 30, [(0, 100)]) == [100]
+    assert chunk_ends(tokens, EOS, 30) == [30, 60, 90, 100]
+    assert chunk_ends(tokens, EOS, 30, [(25, 45), (75, 76), (95, 100)]) == [45, 75, 100]
+    assert chunk_ends(tokens, EOS, 30, [(30, 60), (60, 90)]) == [30, 60, 90, 100]
+    assert chunk_ends(tokens, EOS, 30, [(0, 100)]) == [100]
 
 
 # --- requests ------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def assert_same(events, wanted, request=None) -> None:
 
 
 def alone(model, ids, seed, settings=LOOSE, **given) -> list:
-    """What a request without a lent prefix gives."""
+    """What a request without a owner prefix gives."""
     engine = Engine(model, **given)
     engine.admit(ids, settings, seed, MOST)
     return finish(engine)
@@ -106,7 +108,7 @@ def test_each_request_encodes_what_is_new(tiny_model):
         admitted = engine.admit(ids, LOOSE, turns, MOST, prefix=prefix)
         assert admitted.prompt_tokens == len(ids) == admitted.reused + admitted.encoded
         # back to the end of the last turn that was known; what followed is one token
-        known = cuts(ids, EOS, MOST)
+        known = chunk_ends(ids, EOS, MOST)
         assert admitted.reused == max([0, *(end for end in known if end < last)])
         assert_same(finish(engine), alone(model, ids, turns))
         last = len(ids)
@@ -118,7 +120,7 @@ def test_a_history_that_parts_goes_back_to_where_it_did(tiny_model):
     prefix, engine, ids = Prefix(model), Engine(model), history(7)
     engine.admit(ids, LOOSE, 0, MOST, prefix=prefix)
     finish(engine)
-    ends = [0, *cuts(ids, EOS, MOST)]
+    ends = [0, *chunk_ends(ids, EOS, MOST)]
     for at in (len(ids) - 2, 150, 90, 60, 5, 100):
         other = [*ids[:at], 1, *ids[at + 1 :]]
         admitted = engine.admit(other, LOOSE, at, MOST, prefix=prefix)
@@ -130,7 +132,7 @@ def test_a_history_that_parts_goes_back_to_where_it_did(tiny_model):
 def test_the_same_prompt_again_encodes_nothing(tiny_model):
     model, _ = tiny_model
     prefix, engine, ids = Prefix(model), Engine(model), history(3)
-    settings = LOOSE.but(max_tokens=16)  # no canvas is encoded
+    settings = LOOSE.replace(max_tokens=16)  # no canvas is encoded
     for seed in (0, 1):
         admitted = engine.admit(ids, settings, seed, MOST, prefix=prefix)
         assert_same(finish(engine), alone(model, ids, seed, settings))
@@ -140,8 +142,8 @@ def test_the_same_prompt_again_encodes_nothing(tiny_model):
 def test_another_chunk_size_reuses_only_what_is_cut_alike(tiny_model):
     model, _ = tiny_model
     prefix, engine, ids = Prefix(model), Engine(model), history(4)
-    assert cuts(ids, EOS, MOST) == [12, 39, 44, 76, 86, 87]
-    assert cuts(ids, EOS, 50) == [12, 39, 44, 86, 87]
+    assert chunk_ends(ids, EOS, MOST) == [12, 39, 44, 76, 86, 87]
+    assert chunk_ends(ids, EOS, 50) == [12, 39, 44, 86, 87]
     engine.admit(ids, LOOSE, 0, MOST, prefix=prefix)
     finish(engine)
     # 44, so near 39, is the mark that was given up
@@ -178,15 +180,15 @@ def test_conversations_side_by_side_change_nothing(tiny_model, unfused, given):
 def test_what_is_left_is_whole_chunks(tiny_model):
     """Whether the request ended, was cancelled, or was cancelled before a step."""
     model, _ = tiny_model
-    never = LOOSE.but(eos=frozenset({4}), confidence=0.0, max_tokens=400)
+    never = LOOSE.replace(eos=frozenset({4}), confidence=0.0, max_tokens=400)
     for ticks in (0, 3, 9, 60, 100):
         prefix, engine, ids = Prefix(model), Engine(model), history(5)
         number = engine.admit(ids, never, 3, MOST, prefix=prefix).request
-        assert prefix.busy
+        assert prefix.in_use
         for _ in range(ticks):
             engine.tick()
         engine.cancel(number)
-        assert not prefix.busy and engine._views == {}
+        assert not prefix.in_use and engine._views == {}
         assert prefix.cache.length == len(prefix) == prefix.ends[-1] >= 80
         assert prefix.keys == ids[: len(prefix)]
         again = engine.admit(ids, LOOSE, 3, MOST, prefix=prefix)
@@ -199,7 +201,7 @@ def test_an_interrupted_prefill_keeps_the_chunks_before(tiny_model, monkeypatch)
     ids = history(7)
     encode = DiffusionGemma._encode_layer
 
-    for stop in range(0, 2 * len(cuts(ids, EOS, MOST)) - 1, 3):
+    for stop in range(0, 2 * len(chunk_ends(ids, EOS, MOST)) - 1, 3):
         calls = iter(range(stop + 1))
 
         def interrupted(self, index, *given, calls=calls):
@@ -212,8 +214,8 @@ def test_an_interrupted_prefill_keeps_the_chunks_before(tiny_model, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             engine.admit(ids, LOOSE, 0, MOST, prefix=prefix)
         monkeypatch.setattr(DiffusionGemma, "_encode_layer", encode)
-        assert not prefix.busy and not engine.running
-        whole = cuts(ids, EOS, MOST)[: (stop + 1) // 2]
+        assert not prefix.in_use and not engine.running
+        whole = chunk_ends(ids, EOS, MOST)[: (stop + 1) // 2]
         assert prefix.ends == whole
         admitted = engine.admit(ids, LOOSE, 0, MOST, prefix=prefix)
         assert admitted.reused == (whole or [0])[-1]
@@ -233,7 +235,7 @@ def test_one_request_at_a_time_of_one_model(tiny_model, tmp_path):
         Engine(stranger).admit(history(1), LOOSE, 0, prefix=prefix)
     with pytest.raises(SettingsError, match="prompt holds id 99"):
         engine.admit([99], LOOSE, 0, prefix=prefix)
-    assert not prefix.busy
+    assert not prefix.in_use
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -246,7 +248,9 @@ def test_nothing_is_copied_from_turn_to_turn(
     engine, prefix = Engine(model, compiled=compiled, ahead=ahead), Prefix(model)
     reserve = PrefixCache.reserve
     monkeypatch.setattr(PrefixCache, "reserve", lambda self, _: reserve(self, 65_536))
-    settings = LOOSE.but(eos=frozenset({999}), confidence=0.0, steps=3, max_tokens=40)
+    settings = LOOSE.replace(
+        eos=frozenset({999}), confidence=0.0, steps=3, max_tokens=40
+    )
     growths: list[int] = []
     append = Engine._append
 
@@ -254,13 +258,13 @@ def test_nothing_is_copied_from_turn_to_turn(
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         append(self, canvas, *given)
-        if canvas.lent is not None:
+        if canvas.owner is not None:
             growths.append(mx.get_peak_memory() - before)
 
     monkeypatch.setattr(Engine, "_append", measured)
     ids = history(3)  # longer than a chunk
-    # another lane keeps the engine busy, which must still let go of our prefix
-    engine.admit([2, 9], settings.but(canvas_length=7, steps=99), 0)
+    # another lane keeps the engine in_use, which must still let go of our prefix
+    engine.admit([2, 9], settings.replace(canvas_length=7, steps=99), 0)
     for seed in range(4):
         number = engine.admit(ids, settings, seed, MOST, prefix=prefix).request
         events: list = []

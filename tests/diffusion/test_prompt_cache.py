@@ -14,7 +14,7 @@ from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Step
 from mlx_dgemma.diffusion.prefix import Prefix
-from mlx_dgemma.diffusion.prefix_file import fingerprint, load_prefix, save_prefix
+from mlx_dgemma.diffusion.prompt_cache import fingerprint, load_prefix, save_prefix
 from mlx_dgemma.errors import CheckpointError, SettingsError
 
 LOOSE = {"steps": 3, "entropy_bound": 8.0, "confidence": 2.0, "prefill_step_size": 32}
@@ -104,7 +104,7 @@ def test_what_cannot_be_saved_is_refused(tiny_model, saved, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_prefix(tmp_path / "none" / "a.safetensors", talk.prefix)
     prefix, engine = Prefix(model), Engine(model)
-    engine.admit([2, 3, 4], model.config.settings, 0, prefix=prefix)
+    engine.admit([2, 3, 4], model.settings, 0, prefix=prefix)
     with pytest.raises(SettingsError, match="a running request writes"):
         save_prefix(tmp_path / "a.safetensors", prefix)
     assert list(tmp_path.iterdir()) == []
@@ -258,7 +258,7 @@ def test_impossible_arrays_are_refused(tiny_model, saved, tmp_path, change, mess
 
 
 def test_fingerprints_tell_models_apart(tiny, tiny_model, tmp_path):
-    from mlx_dgemma.training.lora import LoRA, adapt
+    from mlx_dgemma.adapters.lora import LoRA, adapt
 
     known = fingerprint(tiny_model[0])
     again, _ = load(tiny)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mlx_dgemma.diffusion.settings import Settings
 from mlx_dgemma.errors import DGemmaError, SettingsError
+from mlx_dgemma.settings import Settings
 
 IMPOSSIBLE = {
     "max_tokens": [0, -1, 1.5, True, "4"],
@@ -53,12 +53,12 @@ def test_defaults_are_the_releases():
 
 def test_but_changes_only_what_is_given():
     s = Settings(steps=7)
-    assert s.but(steps=None, t_max=2.0) == Settings(steps=7, t_max=2.0)
+    assert s.replace(steps=None, t_max=2.0) == Settings(steps=7, t_max=2.0)
 
 
 def test_but_refuses_names_that_are_no_setting():
     with pytest.raises(SettingsError, match=r"'temperature' is no setting.*t_max"):
-        Settings().but(temperature=1.0)
+        Settings().replace(temperature=1.0)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 from mlx_dgemma import load
 from mlx_dgemma.diffusion import sampler
 from mlx_dgemma.diffusion.engine import Engine
-from mlx_dgemma.diffusion.settings import Settings
-from mlx_dgemma.diffusion.step import ROUND, Dials, Pins, State, Stepper
+from mlx_dgemma.diffusion.step import ROUND, Pinned, State, StepInputs, Stepper
 from mlx_dgemma.model import vocab
 from mlx_dgemma.model.cache import PrefixCache
+from mlx_dgemma.settings import Settings
 
 LENGTH = 40
 RNG = np.random.default_rng(11)
@@ -44,22 +44,22 @@ def a_state(rows: int) -> State:
     return replace(first, signal=signal, draft=mx.array(ids[1]))
 
 
-def some_dials(*numbers: tuple[float, float, float, float]) -> Dials:
+def some_dials(*numbers: tuple[float, float, float, float]) -> StepInputs:
     """Of rows of temperature, entropy bound, stability, confidence."""
     keys = [
         [sampler.fold(7, row, 0, purpose) for purpose in ("propose", "renoise")]
         for row in range(len(numbers))
     ]
     rows = [[*row, 0.9] for row in numbers]
-    return Dials(mx.array(np.array(keys)), mx.array(np.array(rows, np.float32)))
+    return StepInputs(mx.array(np.array(keys)), mx.array(np.array(rows, np.float32)))
 
 
-def some_pins(name: str, rows: int) -> tuple[np.ndarray, Pins | None]:
+def some_pins(name: str, rows: int) -> tuple[np.ndarray, Pinned | None]:
     tokens = np.full((rows, LENGTH), -1, np.int32)
     for row, position, token in PINNED[name]:
         if row < rows:
             tokens[row, position] = token
-    return tokens, Pins.of(list(tokens))
+    return tokens, Pinned.of(list(tokens))
 
 
 def close(found: mx.array, wanted, atol: float) -> None:
@@ -155,13 +155,13 @@ def test_states_are_joined_and_taken_apart():
 
 
 def test_nothing_given_needs_no_pins():
-    assert Pins.of([np.full(40, -1)] * 2) is None
+    assert Pinned.of([np.full(40, -1)] * 2) is None
 
 
 def test_free_positions_are_counted_in_rounds():
     rows = [np.full(40, -1), np.full(40, -1)]
     rows[0][3], rows[1][:20] = 9, 7
-    pins = Pins.of(rows)
+    pins = Pinned.of(rows)
     assert pins is not None
     same(pins.tokens, np.stack(rows))
     free = np.array(pins.free).tolist()
@@ -171,13 +171,13 @@ def test_free_positions_are_counted_in_rounds():
 
 
 def test_a_whole_round_of_free_positions_is_not_padded():
-    pins = Pins.of([np.array([5] * 8 + [-1] * ROUND)])
+    pins = Pinned.of([np.array([5] * 8 + [-1] * ROUND)])
     assert pins is not None
     assert np.array(pins.free).tolist() == list(range(8, 8 + ROUND))
 
 
 def test_given_everywhere_leaves_nothing_free():
-    pins = Pins.of([np.arange(40)])
+    pins = Pinned.of([np.arange(40)])
     assert pins is not None and pins.free.size == 0
 
 
@@ -269,7 +269,7 @@ def test_a_bucket_that_is_just_full_is_no_other_shape(own_model):
 
 
 def test_another_number_of_rows_is_traced_once_more(own_model):
-    one = SHORT.but(max_tokens=128)
+    one = SHORT.replace(max_tokens=128)
     engine = Engine(own_model, compiled=True)
     engine.admit(PROMPT, one, 0)
     list(engine.run())
@@ -282,10 +282,10 @@ def test_another_number_of_rows_is_traced_once_more(own_model):
 
 
 def test_other_pins_are_not_traced_again(own_model):
-    one, counts = SHORT.but(max_tokens=64), []
+    one, counts = SHORT.replace(max_tokens=64), []
     for pinned in ({3: 5}, {4: 6, 9: 7}, {n: 8 for n in range(31)}, {0: 1, 63: 2}):
         engine = Engine(own_model, compiled=True)
-        engine.admit(PROMPT, one.but(pinned=pinned), 0)
+        engine.admit(PROMPT, one.replace(pinned=pinned), 0)
         list(engine.run())
         counts.append(traces(own_model))
     assert counts == [1, 1, 1, 1]  # 63 to 33 free positions are two rounds
@@ -309,7 +309,7 @@ def test_a_compiled_step_uses_the_weights_of_today(own_model):
 def test_a_model_is_let_go_after_compiled_steps(tiny, unfused):
     model = load(tiny)[0]
     engine = Engine(model, compiled=True)
-    engine.admit(PROMPT, SHORT.but(max_tokens=64), 0)
+    engine.admit(PROMPT, SHORT.replace(max_tokens=64), 0)
     list(engine.run())
     assert traces(model) == 1
     gone = weakref.ref(model)

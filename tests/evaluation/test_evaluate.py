@@ -89,7 +89,7 @@ def test_an_answer_may_span_several_canvases(tiny_model):
 
 def test_no_step_cap_is_the_checkpoints_own(solver, puzzles):
     (result,) = evaluate(*solver, puzzles[:2])
-    assert result.steps == solver[0].config.settings.steps
+    assert result.steps == solver[0].settings.steps
     assert (result.cells, result.givens) == (None, None)
     assert 1 < result.mean_steps < result.steps
 

@@ -25,20 +25,20 @@ import peer  # noqa: E402
 
 from mlx_dgemma import backends  # noqa: E402
 from mlx_dgemma.checkpoint.config import ModelConfig, read_config  # noqa: E402
-from mlx_dgemma.checkpoint.conversion import released_config  # noqa: E402
+from mlx_dgemma.checkpoint.convert import released_config  # noqa: E402
 from mlx_dgemma.checkpoint.quantize import (  # noqa: E402
     RECIPES,
     Quantization,
     QuantizationMap,
     quantizable,
 )
-from mlx_dgemma.checkpoint.staging import write_json  # noqa: E402
 from mlx_dgemma.checkpoint.weights import (  # noqa: E402
     INDEX,
     disk_name,
     expected_shapes,
     layer_path,
 )
+from mlx_dgemma.files.atomic import write_json  # noqa: E402
 from mlx_dgemma.model.language import DiffusionGemma  # noqa: E402
 from mlx_dgemma.model.loading import join_products, load_model  # noqa: E402
 from mlx_dgemma.performance import measure  # noqa: E402
@@ -93,7 +93,7 @@ def measured(setting: Setting, precision: str) -> dict:
     join_products(model)
     found["load_seconds"] = time.perf_counter() - begun
     prompts = measure.random_prompts(model, 1, prompt)
-    job = measure.Job(prompts, canvases=3, steps=steps)
+    job = measure.Workload(prompts, canvases=3, steps=steps)
     begun = time.perf_counter()
     measure.run(model, job)
     found["first_run_seconds"] = time.perf_counter() - begun  # makes its kernels

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import write_tiny
 
 from mlx_dgemma import load
-from mlx_dgemma.model.cache import MARKS, Mark, PrefixCache, least_useful
+from mlx_dgemma.model.cache import MARKS, PrefixCache, Snapshot, least_useful
 
 TOKENS = np.random.default_rng(11).integers(0, 32, 4000).astype(np.int32)
 CANVAS = mx.array(TOKENS[:16].reshape(1, 16))
@@ -181,9 +181,9 @@ def test_few_marks_are_kept_however_many_are_made(models):
 
 
 def marks_after(columns) -> list[int]:
-    marks: list[Mark] = []
+    marks: list[Snapshot] = []
     for column in columns:
-        marks.append(Mark(column, {}))
+        marks.append(Snapshot(column, {}))
         if len(marks) > MARKS:
             marks.remove(least_useful(marks))
     return [mark.column for mark in marks]

@@ -12,11 +12,11 @@ from tiny import write_tiny
 from training.runs import write_rows
 
 from mlx_dgemma import LoRA, TrainSettings, convert, load, train
-from mlx_dgemma.diffusion.generation import load_as_stored
+from mlx_dgemma.adapters.lora import LoRALinear, adapt
+from mlx_dgemma.loading import load_as_stored
 from mlx_dgemma.model.layers import FeedForward, Linear, QuantizedLinear
 from mlx_dgemma.model.loading import join_products
 from mlx_dgemma.performance.cost import Loaded, weight_bytes
-from mlx_dgemma.training.lora import LoRALinear, adapt
 
 # the same sums; some BLAS orders those of a wider product otherwise
 ROUNDED = {"rtol": 0, "atol": 2e-5}

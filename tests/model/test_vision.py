@@ -155,23 +155,23 @@ def loaded(folder: Path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tower_is_its_formulas(towers, kind):
     model = loaded(towers[kind])
-    found = np.array(model.eyes.look(PIXELS, SEEN))
+    found = np.array(model.vision.encode_image(PIXELS, SEEN))
     assert found.shape == (6, 64)
     np.testing.assert_allclose(found, plain(towers[kind], PIXELS, SEEN), atol=2e-5)
 
 
 def test_tiles_of_patches_change_nothing(towers, tuned):
     model = loaded(towers[KINDS[0]])
-    whole = np.array(model.eyes.look(PIXELS, SEEN))
+    whole = np.array(model.vision.encode_image(PIXELS, SEEN))
     tuned(score_bytes=1)
     np.testing.assert_allclose(
-        np.array(model.eyes.look(PIXELS, SEEN)), whole, atol=1e-5
+        np.array(model.vision.encode_image(PIXELS, SEEN)), whole, atol=1e-5
     )
 
 
 def test_a_tower_in_16_bits_stays_in_them(tmp_path):
     folder = write(tmp_path / "m", mx.bfloat16)
-    soft = loaded(folder).eyes.look(PIXELS, SEEN)
+    soft = loaded(folder).vision.encode_image(PIXELS, SEEN)
     assert soft.dtype == mx.bfloat16
     exact = plain_of(folder)
     off = np.abs(np.array(soft.astype(mx.float32)) - exact)
@@ -214,7 +214,9 @@ def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
     found: list[np.ndarray] = []
     looks = [
         threading.Thread(
-            target=lambda: found.append(np.array(model.eyes.look(PIXELS, SEEN)))
+            target=lambda: found.append(
+                np.array(model.vision.encode_image(PIXELS, SEEN))
+            )
         )
         for _ in range(4)
     ]
@@ -228,11 +230,11 @@ def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
 
 
 def test_a_checkpoint_for_text_has_no_eyes(tiny):
-    assert loaded(tiny).eyes is None
+    assert loaded(tiny).vision is None
 
 
 def test_image_tokens_are_those_of_the_config(towers):
-    tokens = loaded(towers[KINDS[0]]).eyes.tokens
+    tokens = loaded(towers[KINDS[0]]).vision.tokens
     assert (tokens.image, tokens.begin, tokens.end) == (9, 7, 8)
 
 
@@ -280,7 +282,7 @@ def test_a_broken_tower_stops_images_and_not_text(towers, tmp_path, change, told
     model = loaded(folder)
     model.encode(mx.array([[3, 4, 5]]), model.make_cache())
     with pytest.raises(CheckpointError, match=told):
-        model.eyes.look(PIXELS, SEEN)
+        model.vision.encode_image(PIXELS, SEEN)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def dense(matrix: np.ndarray) -> nn.Embedding:
     return embedding
 
 
-def read(embedding, hidden, temperatures, uniforms) -> vocab.Reading:
+def read(embedding, hidden, temperatures, uniforms) -> vocab.VocabStats:
     h, t, u = (
         mx.array(np.asarray(a, np.float32)) for a in (hidden, temperatures, uniforms)
     )
@@ -66,7 +66,7 @@ def beside(p: np.ndarray, uniforms: np.ndarray, tokens: np.ndarray) -> np.ndarra
     return np.maximum(np.maximum(low - uniforms, uniforms - high), 0)
 
 
-def check(reading: vocab.Reading, exact: Exact, matrix, uniforms) -> None:
+def check(reading: vocab.VocabStats, exact: Exact, matrix, uniforms) -> None:
     np.testing.assert_array_equal(np.array(reading.argmax), exact.x.argmax(axis=-1))
     np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=1e-4)
     peaks = exact.p.max(axis=-1)
@@ -236,12 +236,15 @@ def test_sixteen_bit_hidden_states_are_read_closely(dtype, size):
     embedding = dense(rng.normal(size=(300, 32)) * 0.3)
     embedding.set_dtype(dtype)
     hidden = mx.array(rng.normal(size=(90, 32)) * size).astype(dtype)
-    warmth, uniforms = mx.full((90,), 0.7), mx.array(rng.random(90).astype(np.float32))
-    reading = vocab.read(embedding, hidden, warmth, uniforms, CAP)
+    temperature, uniforms = (
+        mx.full((90,), 0.7),
+        mx.array(rng.random(90).astype(np.float32)),
+    )
+    reading = vocab.read(embedding, hidden, temperature, uniforms, CAP)
     assert reading.signal.dtype == dtype and reading.entropy.dtype == mx.float32
     assert reading.argmax.dtype == reading.sample.dtype == mx.int32
     matrix = np.array(embedding.weight.astype(mx.float32))
-    exact = Exact.of(matrix, np.array(hidden.astype(mx.float32)), np.array(warmth))
+    exact = Exact.of(matrix, np.array(hidden.astype(mx.float32)), np.array(temperature))
     np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=0.05)
     largest = np.abs(matrix).max() * np.sqrt(32)
     found = np.array(reading.signal.astype(mx.float32))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from training.adapter_files import factors, write_peft
 
+from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.model.loading import load_model
-from mlx_dgemma.training import adapters
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -40,7 +40,7 @@ def _compare(path, oracle_path, prompt, seed, monkeypatch, **changes) -> int:
 
     config = read_config(path)
     model = load_model(path, config)
-    settings = config.settings.but(**changes)
+    settings = config.settings.replace(**changes)
     theirs = {THEIRS.get(k, k): v for k, v in changes.items()}
     if "entropy_bound" in theirs:
         bound = theirs.pop("entropy_bound")

@@ -12,11 +12,7 @@ import pytest
 from test_model_parity import assert_as_exact, ids
 
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.vision import (
-    read_vision,
-    read_vision_weights,
-    vision_shapes,
-)
+from mlx_dgemma.checkpoint.vision import read_vision, read_vision_weights, vision_shapes
 from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.model.vision import Image, Vision
 
@@ -42,10 +38,10 @@ def padded(pictures) -> tuple[np.ndarray, np.ndarray]:
     """All images as one batch, as the processor pads it, to a multiple of 9."""
     most = max(len(pixels) for pixels, _ in pictures)
     pixels = [np.pad(p, [(0, most - len(p)), (0, 0)]) for p, _ in pictures]
-    places = [
+    image_spans = [
         np.pad(q, [(0, most - len(q)), (0, 0)], constant_values=-1) for _, q in pictures
     ]
-    return np.stack(pixels), np.stack(places)
+    return np.stack(pixels), np.stack(image_spans)
 
 
 def prompt_with(sizes) -> tuple[np.ndarray, list[int]]:
@@ -179,7 +175,7 @@ def test_files_to_logits(tmp_path, sizes, budget):
         Gemma4ImageProcessorPil,
     )
 
-    from mlx_dgemma.diffusion.places import Place
+    from mlx_dgemma.diffusion.image_spans import ImageSpan
     from mlx_dgemma.media.images import Budget, read_picture
 
     path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})
@@ -187,11 +183,11 @@ def test_files_to_logits(tmp_path, sizes, budget):
     processor = Gemma4ImageProcessorPil(max_soft_tokens=budget)
     made = processor(pictures, return_tensors="np")
     given = np.asarray(made["pixel_values"]), np.asarray(made["image_position_ids"])
-    tokens, places = list(RNG.integers(10, 32, 11)), []
+    tokens, image_spans = list(RNG.integers(10, 32, 11)), []
     for image in pictures:
         read = read_picture(image, Budget(budget))
         tokens.append(BEGIN)
-        places.append(Place(len(tokens), read))
+        image_spans.append(ImageSpan(len(tokens), read))
         tokens += [IMAGE] * read.soft_tokens + [END]
     prompt, canvas = np.array([tokens]), RNG.integers(10, 32, (1, 32))
     truth, theirs = load_oracle(path, "float64"), load_oracle(path, "float32")
@@ -199,8 +195,10 @@ def test_files_to_logits(tmp_path, sizes, budget):
     reference = theirs.encode_images(prompt, *given)
     model, _ = ours(path)
     images = [
-        Image(p.start, model.eyes.look(p.picture.patches, p.picture.positions))
-        for p in places
+        Image(
+            p.start, model.vision.encode_image(p.picture.patches, p.picture.positions)
+        )
+        for p in image_spans
     ]
     soft = mx.concatenate([image.features for image in images])
     assert_as_exact("soft tokens", soft, reference[0], exact[0])

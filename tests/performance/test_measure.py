@@ -23,7 +23,7 @@ from mlx_dgemma.performance.cost import (
     step_cost,
     weight_bytes,
 )
-from mlx_dgemma.performance.measure import Job, Trial, random_prompts
+from mlx_dgemma.performance.measure import Trial, Workload, random_prompts
 from mlx_dgemma.performance.synthetic import config_tiny, synthetic_model
 from mlx_dgemma.text.chat import encode_prompt
 
@@ -97,10 +97,10 @@ def test_random_prompts_are_the_same_each_time(model):
 
 def test_a_job_changes_only_what_it_says():
     known = TINY.settings
-    job = Job([[1]], canvases=3, steps=5)
-    wanted = known.but(steps=5, max_tokens=3 * L)
-    assert job.settings(known) == wanted.but(confidence=0.0, eos=frozenset())
-    early = Job([[1]], canvases=3, steps=5, early=True)
+    job = Workload([[1]], canvases=3, steps=5)
+    wanted = known.replace(steps=5, max_tokens=3 * L)
+    assert job.settings(known) == wanted.replace(confidence=0.0, eos=frozenset())
+    early = Workload([[1]], canvases=3, steps=5, early=True)
     assert early.settings(known) == wanted
     assert known.eos and known.confidence > 0
 
@@ -113,7 +113,7 @@ def test_a_run_takes_every_step_of_every_canvas_of_every_row(
     model, witness, rows, canvases, steps
 ):
     prompts = random_prompts(model, rows, 10)
-    job = Job(prompts, canvases=canvases, steps=steps, prefill_step_size=4)
+    job = Workload(prompts, canvases=canvases, steps=steps, prefill_step_size=4)
     trial = measure.run(model, job, seed=7)
     commits, taken = events(witness, Commit), events(witness, Step)
     settings = job.settings(TINY.settings)
@@ -133,7 +133,7 @@ def test_a_run_takes_every_step_of_every_canvas_of_every_row(
 
 @pytest.mark.parametrize(("rows", "canvases", "steps"), [(1, 1, 3), (2, 3, 2)])
 def test_the_figures_of_a_run_are_of_one_time(model, rows, canvases, steps):
-    job = Job(random_prompts(model, rows, 6), canvases=canvases, steps=steps)
+    job = Workload(random_prompts(model, rows, 6), canvases=canvases, steps=steps)
     trial = measure.run(model, job)
     assert all(figure > 0 for figure in asdict(trial).values())
     wall = rows * canvases * L / trial.wall_tps
@@ -191,7 +191,7 @@ def test_ticks_that_encode_a_canvas_are_no_steps_but_take_their_time(
     monkeypatch.setattr(Scripted, "script", script)
     monkeypatch.setattr(measure, "Engine", Scripted)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=Scripted.now))
-    trial = measure.run(model, Job([[1] * 5, [2] * 5]))
+    trial = measure.run(model, Workload([[1] * 5, [2] * 5]))
     assert trial.step_seconds == 2  # of 1, 2 and 4
     assert trial.prefill_tps == 10 / 4
     assert trial.tokens_per_forward == (16 + 16 + 6 + 6) / (2 + 2 + 4 + 4)
@@ -202,7 +202,7 @@ def test_ticks_that_encode_a_canvas_are_no_steps_but_take_their_time(
 def test_a_real_prompt_ends_when_it_is_done(witness):
     sudoku, tokenizer = load("sudoku4")
     ids = encode_prompt(tokenizer, PUZZLE)
-    trial = measure.run(sudoku, Job([ids, ids], steps=16, early=True), seed=3)
+    trial = measure.run(sudoku, Workload([ids, ids], steps=16, early=True), seed=3)
     commits = events(witness, Commit)
     assert [c.finish_reason for c in commits] == ["stop", "stop"]
     assert all(c.steps < 16 for c in commits)
@@ -223,13 +223,13 @@ def test_the_median_is_that_of_each_figure_alone():
     assert Trial.median(trials[:2]).peak_bytes == 25
 
 
-# Parts
+# LayerKV
 
 
 def denoised(model):
     """The tokens of a canvas: what a change of the model would change."""
     engine = Engine(model)
-    settings = TINY.settings.but(steps=3, max_tokens=L)
+    settings = TINY.settings.replace(steps=3, max_tokens=L)
     engine.admit([1, 2, 3], settings, 5)
     return [e.tokens for e in engine.run() if isinstance(e, Commit)]
 
@@ -237,7 +237,7 @@ def denoised(model):
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 40), (3, 7)])
 def test_a_step_is_taken_apart_and_the_model_stays_as_it_was(model, rows, tokens):
     before, known = denoised(model), dict(tree_flatten(model.parameters()))
-    job = Job(random_prompts(model, rows, tokens), prefill_step_size=16)
+    job = Workload(random_prompts(model, rows, tokens), prefill_step_size=16)
     parts = asdict(measure.dissect(model, job))
     assert list(parts) == ["body", "vocabulary", "commit"]
     assert all(seconds > 0 for seconds in parts.values())
@@ -248,7 +248,7 @@ def test_a_step_is_taken_apart_and_the_model_stays_as_it_was(model, rows, tokens
 
 
 def test_a_commit_is_one_row_behind_its_prompt_in_the_chunks_of_the_job(model, witness):
-    job = Job(random_prompts(model, 2, 20), prefill_step_size=12)
+    job = Workload(random_prompts(model, 2, 20), prefill_step_size=12)
     measure.dissect(model, job)
     commits = [(1, 12), (1, 4)] * (measure.REPEATS + 1)
     assert witness.encoded == [(1, 12), (1, 8)] * 2 + commits
@@ -264,7 +264,7 @@ def test_a_step_is_read_behind_all_rows(model, monkeypatch):
         return denoise_hidden(model, canvas, view, signal)
 
     monkeypatch.setattr(DiffusionGemma, "denoise_hidden", watching)
-    measure.dissect(model, Job(random_prompts(model, 3, 5)))
+    measure.dissect(model, Workload(random_prompts(model, 3, 5)))
     assert set(shapes) == {((3, L), 3)}
 
 
@@ -290,7 +290,7 @@ def test_ceilings_count_what_is_read_and_written_and_multiplied(
 @pytest.mark.parametrize("q", [None, Quantization(bits=4)], ids=["dense", "4 bit"])
 def test_the_floor_is_that_of_a_step_under_the_ceilings_found(small, q):
     model = build(q)
-    found = measure.roofline(model, Job(random_prompts(model, 2, 30)))
+    found = measure.roofline(model, Workload(random_prompts(model, 2, 30)))
     limits = found["flops_per_second"], found["bytes_per_second"]
     costs = step_cost(TINY, Loaded.of(model), 2, 30, L)
     assert found["floor_seconds"] == floor_seconds(costs, *limits)

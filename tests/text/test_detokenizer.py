@@ -24,30 +24,30 @@ splits = st.lists(st.integers(0, 80), max_size=12)
 garbage = st.lists(st.one_of(st.integers(-3, 420), st.integers(-(2**70), 2**70)))
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
-    """What a detokenizer says when `ids` are cut at `cuts`."""
+def stream(tokenizer: Tokenizer, ids: list[int], chunk_ends: list[int]) -> list[str]:
+    """What a detokenizer says when `ids` are cut at `chunk_ends`."""
     detokenizer = tokenizer.detokenizer()
-    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    edges = [0, *sorted(min(cut, len(ids)) for cut in chunk_ends), len(ids)]
     said = [detokenizer.add(ids[a:b]) for a, b in pairwise(edges)]
     return [*said, detokenizer.finish()]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
-@given(text=texts, cuts=splits)
-def test_any_split_of_a_text_is_the_whole(loaded, name, text, cuts):
+@given(text=texts, chunk_ends=splits)
+def test_any_split_of_a_text_is_the_whole(loaded, name, text, chunk_ends):
     tokenizer = loaded[name]
     ids = tokenizer.encode(text)
-    assert "".join(stream(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+    assert "".join(stream(tokenizer, ids, chunk_ends)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
-@given(ids=garbage, cuts=splits)
-def test_any_split_of_garbage_is_the_whole(loaded, name, ids, cuts):
+@given(ids=garbage, chunk_ends=splits)
+def test_any_split_of_garbage_is_the_whole(loaded, name, ids, chunk_ends):
     tokenizer = loaded[name]
     whole = tokenizer.decode(ids)
-    assert "".join(stream(tokenizer, ids, cuts)) == whole
+    assert "".join(stream(tokenizer, ids, chunk_ends)) == whole
     assert "".join(stream(tokenizer, ids, list(range(len(ids))))) == whole
 
 

@@ -17,7 +17,7 @@ from mlx_dgemma.text.replies import (
     Answer,
     Call,
     Malformed,
-    Reader,
+    ReplyParser,
     Thought,
     merged,
     message,
@@ -40,10 +40,10 @@ def marked(tmp_path_factory) -> dict[str, Tokenizer]:
     return found
 
 
-def read(tokenizer: Tokenizer, ids, cuts=(), prompt=()) -> list:
-    """The parts of a reply whose canvases end at `cuts`."""
-    reader = Reader(tokenizer, prompt)
-    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+def read(tokenizer: Tokenizer, ids, chunk_ends=(), prompt=()) -> list:
+    """The parts of a reply whose canvases end at `chunk_ends`."""
+    reader = ReplyParser(tokenizer, prompt)
+    edges = [0, *sorted(min(cut, len(ids)) for cut in chunk_ends), len(ids)]
     parts = [part for a, b in pairwise(edges) for part in reader.add(ids[a:b])]
     return merged([*parts, *reader.finish()])
 
@@ -126,8 +126,8 @@ def test_a_reply_in_one_or_two_canvases(marked, kind, reply):
 def test_a_reply_in_three_canvases(marked, reply):
     tokenizer = marked["byte_level"]
     ids = tokenizer.encode(reply)
-    for cuts in combinations(range(len(ids) + 1), 2):
-        assert read(tokenizer, ids, cuts) == REPLIES[reply]
+    for chunk_ends in combinations(range(len(ids) + 1), 2):
+        assert read(tokenizer, ids, chunk_ends) == REPLIES[reply]
 
 
 @pytest.mark.parametrize("reply", REPLIES)
@@ -188,13 +188,13 @@ pieces = st.sampled_from(
 @relaxed
 @given(
     reply=st.lists(pieces, max_size=24),
-    cuts=st.lists(st.integers(0, 40), max_size=6),
+    chunk_ends=st.lists(st.integers(0, 40), max_size=6),
     hidden=st.sampled_from(["", "<turn|>", "<|image|>", "<tool_response|>"]),
 )
-def test_any_reply_is_what_a_plain_reading_says(marked, reply, cuts, hidden):
+def test_any_reply_is_what_a_plain_reading_says(marked, reply, chunk_ends, hidden):
     tokenizer = marked["byte_level"]
     ids = tokenizer.encode(hidden.join(reply))
-    parts = read(tokenizer, ids, cuts)
+    parts = read(tokenizer, ids, chunk_ends)
     expected = plainly("".join(SIGNS.get(piece, piece) for piece in reply))
     assert [p.text if isinstance(p, Malformed) else p for p in parts] == expected
     texts = [part.text for part in parts if not isinstance(part, Call)]
@@ -204,21 +204,21 @@ def test_any_reply_is_what_a_plain_reading_says(marked, reply, cuts, hidden):
 @relaxed
 @given(
     ids=st.lists(st.integers(-2, 430), max_size=60),
-    cuts=st.lists(st.integers(0, 60), max_size=8),
+    chunk_ends=st.lists(st.integers(0, 60), max_size=8),
 )
-def test_any_tokens_are_read_alike_however_split(marked, ids, cuts):
+def test_any_tokens_are_read_alike_however_split(marked, ids, chunk_ends):
     for tokenizer in marked.values():
-        assert read(tokenizer, ids, cuts) == read(tokenizer, ids)
+        assert read(tokenizer, ids, chunk_ends) == read(tokenizer, ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
-@given(text=st.text(max_size=20), cuts=st.lists(st.integers(0, 40), max_size=4))
-def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, cuts):
+@given(text=st.text(max_size=20), chunk_ends=st.lists(st.integers(0, 40), max_size=4))
+def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, chunk_ends):
     tokenizer = loaded[name]
     ids = tokenizer.encode(f"<|channel>thought\n{text}<channel|><turn|>hello")
     said = tokenizer.decode(ids)
-    assert read(tokenizer, ids, cuts) == ([Answer(said)] if said else [])
+    assert read(tokenizer, ids, chunk_ends) == ([Answer(said)] if said else [])
 
 
 # What the prompt left open
@@ -285,14 +285,14 @@ def rendered(tokenizer: Tokenizer, value) -> list[int]:
 @given(
     arguments=st.dictionaries(keys, values, max_size=4),
     name=st.from_regex(r"[A-Za-z0-9_./-]{1,20}", fullmatch=True),
-    cuts=st.lists(st.integers(0, 300), max_size=5),
+    chunk_ends=st.lists(st.integers(0, 300), max_size=5),
 )
-def test_any_call_is_read_as_it_was_meant(marked, arguments, name, cuts):
+def test_any_call_is_read_as_it_was_meant(marked, arguments, name, chunk_ends):
     tokenizer = marked["byte_level"]
     begin, end = tokenizer.encode("<|tool_call><tool_call|>")
     body = [*ordinary(tokenizer, f"call:{name}"), *rendered(tokenizer, arguments)]
     ids = [begin, *body, end]
-    assert read(tokenizer, ids, cuts) == [Call(name, arguments, "call_0")]
+    assert read(tokenizer, ids, chunk_ends) == [Call(name, arguments, "call_0")]
 
 
 def test_a_long_reply_takes_linear_time(marked, clock):

@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters.lora import TARGETS, LoRA, shapes
 from mlx_dgemma.checkpoint.config import ModelConfig
 from mlx_dgemma.checkpoint.weights import expected_shapes
-from mlx_dgemma.training import adapters
-from mlx_dgemma.training.lora import TARGETS, LoRA, shapes
 
 EVERY = LoRA(
     rank=3, scale=0.7, keys=tuple(k for keys in TARGETS.values() for k in keys)

@@ -15,14 +15,14 @@ from tiny import write_tiny
 from training.adapter_files import EVERY, write_adapter
 
 from mlx_dgemma import load
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters.folder import CONFIG, WEIGHTS
+from mlx_dgemma.adapters.lora import LoRA, adapt, unfreeze
 from mlx_dgemma.checkpoint.config import read_config as read_model_config
-from mlx_dgemma.checkpoint.conversion import convert
-from mlx_dgemma.checkpoint.safetensors import read_header
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import AdapterError, DGemmaError
+from mlx_dgemma.files.safetensors import read_header
 from mlx_dgemma.model.language import DiffusionGemma
-from mlx_dgemma.training import adapters
-from mlx_dgemma.training.adapters import CONFIG, WEIGHTS
-from mlx_dgemma.training.lora import LoRA, adapt, unfreeze
 
 SMALL = LoRA(rank=2, scale=1.5, num_layers=2, keys=("mlp.up_proj", "experts.down_proj"))
 

@@ -12,7 +12,7 @@ from mlx_dgemma.errors import DataError, DGemmaError
 from mlx_dgemma.text.chat import ChatTemplate, encode_prompt
 from mlx_dgemma.text.tokenizer import Tokenizer
 from mlx_dgemma.training import data
-from mlx_dgemma.training.data import Dataset, Example, Reader
+from mlx_dgemma.training.data import Dataset, Example, ExampleReader
 
 SUDOKU = Path(data.__file__).parents[1] / "assets" / "sudoku4"
 EOS, TURN_END = 1, 4
@@ -28,8 +28,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def reader(tokenizer) -> Reader:
-    return Reader(tokenizer, length=8, ends=ENDS, longest=64)
+def reader(tokenizer) -> ExampleReader:
+    return ExampleReader(tokenizer, length=8, ends=ENDS, longest=64)
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def bare() -> Tokenizer:
     return tokenizer
 
 
-def templated(template: str) -> Reader:
+def templated(template: str) -> ExampleReader:
     tokenizer = Tokenizer.from_dir(SUDOKU)
     tokenizer.chat_template = ChatTemplate(template, "here.jinja")
-    return Reader(tokenizer, length=8, ends=ENDS, longest=64)
+    return ExampleReader(tokenizer, length=8, ends=ENDS, longest=64)
 
 
 def row(*messages, **more) -> str:
@@ -194,7 +194,7 @@ def test_a_template_that_leaves_answers_out_is_refused():
 
 
 def test_without_a_template_the_prompt_is_raw_text_behind_bos(bare):
-    reader = Reader(bare, length=8, ends=ENDS, longest=64)
+    reader = ExampleReader(bare, length=8, ends=ENDS, longest=64)
     for line in (row(ASKED, ANSWERED), '{"prompt": "12", "completion": "3.4"}'):
         example = reader.example(line)
         assert list(example.prompt) == encode_prompt(bare, "12")
@@ -211,17 +211,17 @@ def test_without_a_template_the_prompt_is_raw_text_behind_bos(bare):
     ],
 )
 def test_without_a_template_there_is_one_prompt_only(bare, given):
-    reader = Reader(bare, length=8, ends=ENDS, longest=64)
+    reader = ExampleReader(bare, length=8, ends=ENDS, longest=64)
     assert "no chat template" in refusal(reader.example, given)
 
 
 @pytest.mark.parametrize("ends", [{EOS}, {TURN_END, EOS}])
 def test_answers_are_filled_with_eos_where_it_ends_an_answer(tokenizer, ends):
-    assert Reader(tokenizer, 8, frozenset(ends), 64).fill == EOS
+    assert ExampleReader(tokenizer, 8, frozenset(ends), 64).fill == EOS
 
 
 def test_a_tokenizer_whose_eos_ends_nothing_is_refused(tokenizer):
-    said = refusal(Reader, tokenizer, 8, frozenset({TURN_END}), 64)
+    said = refusal(ExampleReader, tokenizer, 8, frozenset({TURN_END}), 64)
     assert "eos" in said and "generation_config.json" in said
 
 
@@ -230,7 +230,7 @@ def test_the_named_end_of_text_fills_where_no_piece_is_called_eos():
         eos_token_id = 11
         token_id = staticmethod(lambda piece: None)
 
-    assert Reader(Other(), 8, frozenset({11, 12}), 64).fill == 11
+    assert ExampleReader(Other(), 8, frozenset({11, 12}), 64).fill == 11
 
 
 PIECES = [*"0123456789 \n.-|+", "user", "model", "<|channel>", "<|turn>"]
@@ -240,7 +240,7 @@ ANSWERS = st.lists(st.sampled_from(PIECES)).map("".join)
 @given(answer=ANSWERS, longest=st.integers(20, 80))
 @settings(max_examples=150, deadline=None)
 def test_decoding_the_response_gives_the_answer_back(tokenizer, answer, longest):
-    reader = Reader(tokenizer, length=4, ends=ENDS, longest=longest)
+    reader = ExampleReader(tokenizer, length=4, ends=ENDS, longest=longest)
     given = row(ASKED, {"role": "assistant", "content": answer})
     if not answer.strip():
         assert "empty" in refusal(reader.example, given)
@@ -287,7 +287,7 @@ def test_a_canvas_that_is_full_has_no_filling(reader):
 
 def test_an_answer_that_is_too_long_is_cut_to_whole_canvases(tokenizer, tmp_path):
     prompt = len(encode_prompt(tokenizer, "12"))
-    reader = Reader(tokenizer, 8, ENDS, longest=prompt + 8 + 8 + 7)
+    reader = ExampleReader(tokenizer, 8, ENDS, longest=prompt + 8 + 8 + 7)
     fits = {"role": "assistant", "content": "1" * 15}  # and its end: two canvases
     long = {"role": "assistant", "content": "1" * 16}
     longer = {"role": "assistant", "content": "12" * 50}
@@ -306,15 +306,15 @@ def test_an_answer_that_is_too_long_is_cut_to_whole_canvases(tokenizer, tmp_path
 @pytest.mark.parametrize("room", [0, 1, 7])
 def test_a_prompt_that_leaves_no_canvas_is_refused(tokenizer, room):
     prompt = len(encode_prompt(tokenizer, "12"))
-    narrow = Reader(tokenizer, 8, ENDS, prompt + room)
+    narrow = ExampleReader(tokenizer, 8, ENDS, prompt + room)
     said = refusal(narrow.example, row(ASKED, ANSWERED))
     assert str(prompt) in said and f"--max-seq-length {prompt + room}" in said
-    Reader(tokenizer, 8, ENDS, prompt + 8).example(row(ASKED, ANSWERED))
+    ExampleReader(tokenizer, 8, ENDS, prompt + 8).example(row(ASKED, ANSWERED))
 
 
 def test_a_prompt_longer_than_all_is_refused_too(tokenizer):
     wordy = {"role": "user", "content": "1" * 500}
-    said = refusal(Reader(tokenizer, 8, ENDS, 64).example, row(wordy, ANSWERED))
+    said = refusal(ExampleReader(tokenizer, 8, ENDS, 64).example, row(wordy, ANSWERED))
     assert "leaves no canvas of 8" in said
 
 

@@ -14,15 +14,15 @@ from tiny import write_tiny
 from training.adapter_files import EVERY, factors, write_adapter, write_peft
 
 from mlx_dgemma import load
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters.fuse import fuse
+from mlx_dgemma.adapters.lora import LoRA
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.quantize import Quantization, read_quantization
 from mlx_dgemma.checkpoint.weights import expected_shapes, layer_path
 from mlx_dgemma.errors import AdapterError, ConversionError, DGemmaError
 from mlx_dgemma.model.loading import load_model
-from mlx_dgemma.training import adapters
-from mlx_dgemma.training.fuse import fuse
-from mlx_dgemma.training.lora import LoRA
 
 BASES: dict[str, dict[str, Any] | None] = {
     "dense": None,

@@ -14,8 +14,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tiny import write_tiny
 
 from mlx_dgemma import load
+from mlx_dgemma.adapters.lora import (
+    TARGETS,
+    LoRA,
+    LoRAExpertLinear,
+    LoRALinear,
+    adapt,
+    shapes,
+    unfreeze,
+)
+from mlx_dgemma.adapters.lora import delta as delta_from
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import AdapterError, DGemmaError, SettingsError
 from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.model.layers import (
@@ -28,18 +38,6 @@ from mlx_dgemma.model.layers import (
 )
 from mlx_dgemma.model.loading import find_layer
 from mlx_dgemma.training import objective
-from mlx_dgemma.training.lora import (
-    TARGETS,
-    LoRA,
-    LoRAExpertLinear,
-    LoRALinear,
-    adapt,
-    shapes,
-    unfreeze,
-)
-from mlx_dgemma.training.lora import (
-    delta as delta_from,
-)
 from mlx_dgemma.training.objective import Batch, Sample, losses
 
 EVERY = tuple(key for keys in TARGETS.values() for key in keys)

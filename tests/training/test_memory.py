@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from training_memory import WAYS, Model, estimated, measured, shape
 
 from mlx_dgemma import convert, load
+from mlx_dgemma.adapters.lora import TARGETS, LoRA
 from mlx_dgemma.errors import HubError, SettingsError, TrainingError
 from mlx_dgemma.performance.cost import weight_bytes
 from mlx_dgemma.performance.estimate import PRECISIONS, usable_bytes
 from mlx_dgemma.training import memory
-from mlx_dgemma.training.finetune import Request
-from mlx_dgemma.training.lora import TARGETS, LoRA
+from mlx_dgemma.training.finetune import TrainRequest
 from mlx_dgemma.training.memory import NAMED, Job, Traits, advise, estimate, named
 from mlx_dgemma.training.settings import TrainSettings
 
@@ -247,7 +247,7 @@ def test_this_machine_has_memory():
 @pytest.mark.parametrize("name", NAMED)
 def test_lines_for_people(name):
     settings = TrainSettings(batch_size=1, max_seq_length=1024, grad_checkpoint=True)
-    shown = memory.lines(Request(model=name, data="", settings=settings))
+    shown = memory.lines(TrainRequest(model=name, data="", settings=settings))
     assert shown[0] == memory.HEADLINE and "not measured on a Mac" in shown[0]
     assert shown[1].startswith(f"{name}, adapters of rank 16 of all layers, adamw")
     parts = [re.fullmatch(r"([a-z ]+?) +([\d.]+) GB", line) for line in shown]
@@ -264,7 +264,7 @@ def test_lines_for_people(name):
 
 
 def test_lines_of_a_folder(tiny):
-    request = Request(model=tiny, data="", lora=None, num_layers=2)
+    request = TrainRequest(model=tiny, data="", lora=None, num_layers=2)
     shown = memory.lines(request)
     assert "all weights of the last 2 layers" in shown[1]
     assert all(line.endswith(": fits") for line in shown[-4:])
@@ -272,4 +272,4 @@ def test_lines_of_a_folder(tiny):
 
 def test_unknown_names_are_refused():
     with pytest.raises(HubError, match=r"26b-3bit: no such folder.* 26b, 26b-8bit"):
-        memory.lines(Request(model="26b-3bit", data=""))
+        memory.lines(TrainRequest(model="26b-3bit", data=""))

@@ -13,13 +13,14 @@ from mlx.utils import tree_flatten
 from training.adapter_files import PREFIX, factors, write_peft
 
 from mlx_dgemma import generate, load
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters import peft
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.conversion import convert
+from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.diffusion.sampler import fold
-from mlx_dgemma.diffusion.step import Dials, State, Stepper
+from mlx_dgemma.diffusion.step import State, StepInputs, Stepper
 from mlx_dgemma.errors import AdapterError
 from mlx_dgemma.model.loading import find_layer, load_model
-from mlx_dgemma.training import adapters, peft
 
 PATHS = (
     *(f"layers.{i}.self_attn.{part}_proj" for i in range(3) for part in "qko"),
@@ -264,7 +265,7 @@ def test_text_is_that_of_the_two_modes(tiny, one, other, tmp_path, unfused):
     assert wanted != base
     keys = np.array([[fold(3, 0, 0, purpose) for purpose in ("propose", "renoise")]])
     numbers = np.array([[0.7, 3.0, 1, 0.1, 0.9]], np.float32)
-    dials = Dials(mx.array(keys), mx.array(numbers))
+    dials = StepInputs(mx.array(keys), mx.array(numbers))
     state = State.first(CANVAS[0], 64, mx.float32)
     state = replace(state, signal=mx.random.normal(state.signal.shape))
     cache = hidden(adapted)[1]

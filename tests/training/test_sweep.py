@@ -20,7 +20,7 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit
 from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.training.data import Dataset, Example
-from mlx_dgemma.training.trainer import Plan, Trainer
+from mlx_dgemma.training.trainer import Trainer, TrainPlan
 
 LETTERS, COUNT = 4, 30
 FIRST, END = 10, 1  # ids of the letters, and of <eos>
@@ -46,7 +46,7 @@ def sweep(folder, model, levels):
         levels=levels,
         encoder_loss_weight=0,
     )
-    plan = Plan(
+    plan = TrainPlan(
         settings=settings,
         train=Dataset(tuple(orders(2000))),
         valid=None,
@@ -59,7 +59,7 @@ def sweep(folder, model, levels):
     for steps in (1, 16):
         engine, right = Engine(model), 0
         for seed in range(COUNT):
-            engine.admit([2, 3], model.config.settings.but(steps=steps), seed)
+            engine.admit([2, 3], model.settings.replace(steps=steps), seed)
         for event in engine.run():
             if isinstance(event, Commit):
                 right += sorted(event.tokens) == list(range(FIRST, FIRST + LETTERS))

@@ -15,9 +15,10 @@ from runs import command, environment, run, write_rows
 from tiny import write_tiny
 
 from mlx_dgemma import LoRA, TrainSettings, convert, load, train
+from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.errors import DataError, SettingsError, TrainingError
-from mlx_dgemma.training import adapters, record
-from mlx_dgemma.training.finetune import Request, measure, prepare
+from mlx_dgemma.training import record
+from mlx_dgemma.training.finetune import TrainRequest, measure, prepare
 from mlx_dgemma.training.record import Saved, Trained, Validated
 from mlx_dgemma.training.trainer import STATE
 from mlx_dgemma.training.update import Gradients
@@ -58,7 +59,7 @@ def data(tmp_path_factory):
 def request(tiny, data, out, *, resume=False, lora=None, full=False, **changes):
     lora = None if full else lora or LoRA(rank=4)
     settings = TrainSettings(**SHORT | changes)
-    return Request(
+    return TrainRequest(
         model=tiny,
         data=data,
         adapter_path=out,
@@ -280,7 +281,7 @@ def test_layers_run_again_train_alike(tiny, data, tmp_path):
 
 def test_a_run_begins_from_other_weights(tiny, data, tmp_path):
     _, first = finished(request(tiny, data, tmp_path / "a"))
-    asked = Request(
+    asked = TrainRequest(
         model=tiny,
         data=data,
         adapter_path=tmp_path / "b",

@@ -10,11 +10,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.files import Keys, read_json
-from ..checkpoint.safetensors import read_header
-from ..checkpoint.staging import replace, save_arrays
 from ..checkpoint.weights import FLOATS
 from ..errors import AdapterError, ConfigError, SettingsError
+from ..files.atomic import replace, save_arrays
+from ..files.json import Keys, read_json
+from ..files.safetensors import read_header
 from ..model.language import DiffusionGemma
 from . import peft
 from .lora import LoRA, adapt, shapes
@@ -73,9 +73,9 @@ def read_config(folder: Path) -> LoRA | None:
             raise keys.refuse("lora_parameters", "is missing; is this mlx-lm's format?")
         chosen = parameters.array("keys")
         return LoRA(
-            rank=parameters.whole("rank", None, 1, 2**16),
-            scale=parameters.real("scale", None),
-            num_layers=keys.whole("num_layers", -1, -1, 2**16),
+            rank=parameters.integer("rank", None, 1, 2**16),
+            scale=parameters.number("scale", None),
+            num_layers=keys.integer("num_layers", -1, -1, 2**16),
             **({} if chosen is None else {"keys": tuple(chosen)}),
         )
     except (ConfigError, SettingsError) as error:

@@ -71,7 +71,7 @@ class Keys:
         self._seen.add(key)
         return self._values.get(key)
 
-    def whole(self, key: str, default: int | None, least: int, most: int) -> int:
+    def integer(self, key: str, default: int | None, least: int, most: int) -> int:
         value = self._get(key)
         if value is None:
             value = default
@@ -83,7 +83,7 @@ class Keys:
             raise self.refuse(key, f"is {value}; it must be from {least} to {most}")
         return value
 
-    def real(self, key: str, default: float | None, *, zero: bool = False) -> float:
+    def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
         """A number above 0, or from 0 up if `zero`."""
         value = self._get(key)
         if value is None:

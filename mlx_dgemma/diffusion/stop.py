@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..errors import SettingsError
-from ..text.replies import Answer, Malformed, Part, Reader, merged
+from ..text.replies import Answer, Malformed, Part, ReplyParser, merged
 from .events import Commit
 
 
@@ -18,7 +18,7 @@ def stops(stop: str | Sequence[str]) -> Sequence[str]:
     return several
 
 
-class Writer:
+class StopFilter:
     """Puts text and parts into commits, and ends the reply at the first stop string.
 
     The text of a commit is its answer; thoughts and calls are parts of it alone, and
@@ -26,7 +26,7 @@ class Writer:
     string is held back until the next commit decides.
     """
 
-    def __init__(self, reader: Reader, stop: Sequence[str] = ()):
+    def __init__(self, reader: ReplyParser, stop: Sequence[str] = ()):
         self._reader = reader
         self._stop = stop
         self._held: list[Part] = []

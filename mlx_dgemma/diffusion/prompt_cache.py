@@ -16,10 +16,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import __version__
-from ..checkpoint.safetensors import TensorInfo, read_header
-from ..checkpoint.staging import replace
 from ..errors import CheckpointError
-from ..model.cache import Mark, Parts, PrefixCache
+from ..files.atomic import replace
+from ..files.safetensors import TensorInfo, read_header
+from ..model.cache import LayerKV, PrefixCache, Snapshot
 from ..model.language import DiffusionGemma
 from .prefix import Prefix
 
@@ -35,7 +35,7 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
     """
     path = Path(path).expanduser()
     prefix.check_free()
-    if not prefix.settle():
+    if not prefix.trim():
         raise CheckpointError(f"{path}: nothing is encoded yet; ask something first")
     arrays = {
         "keys": mx.array(np.array([divmod(k, WORD) for k in prefix.keys], np.int64)),
@@ -206,10 +206,10 @@ def _wanted(
 
 def _parts(
     cache: PrefixCache, arrays: dict[str, mx.array], columns: list[int]
-) -> tuple[list[Parts], list[Mark]]:
+) -> tuple[list[LayerKV], list[Snapshot]]:
     """What `PrefixCache.resume` takes."""
 
-    def parts(name: str) -> Parts:
+    def parts(name: str) -> LayerKV:
         found, j = [], 0
         while (array := arrays.get(name.format(j))) is not None:
             found.append(array)
@@ -219,7 +219,7 @@ def _parts(
     history = [parts(f"full.{i}.{{}}") for i in range(len(cache.history))]
     sliding = [i for i, layer in enumerate(cache.layers) if layer.keep is not None]
     marks = [
-        Mark(column, {i: parts(f"sliding.{i}.{{}}.{column}") for i in sliding})
+        Snapshot(column, {i: parts(f"sliding.{i}.{{}}.{column}") for i in sliding})
         for column in columns
     ]
     mx.eval([mark.windows for mark in marks])  # read now, whatever becomes of the file

@@ -11,7 +11,7 @@ WORD = 2**60  # of a digest, enough to tell pictures apart
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageSpan:
     """A picture whose soft tokens take the ids from `start` on."""
 
     start: int
@@ -27,11 +27,11 @@ class Place:
         return self.start, self.end
 
 
-def keys_of(ids: Sequence[int], places: Sequence[Place]) -> list[int]:
+def keys_of(ids: Sequence[int], image_spans: Sequence[ImageSpan]) -> list[int]:
     """What is encoded, one number for each token: its id, or a number below 0 that
     stands for a picture and the place in it."""
     keys = list(ids)
-    for place in places:
+    for place in image_spans:
         first = int(place.picture.digest[:15], 16) * WORD
         count = place.end - place.start
         keys[place.start : place.end] = [-1 - first - i for i in range(count)]

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoint import staging
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.conversion import (
+from ..checkpoint.convert import (
     CARD,
     SHARD_BYTES,
     Converted,
@@ -16,10 +15,12 @@ from ..checkpoint.conversion import (
     open_source,
 )
 from ..checkpoint.plan import Blocks, Change, Planner
-from ..checkpoint.safetensors import read_header
 from ..checkpoint.weights import Files, expected_shapes
 from ..errors import AdapterError
-from . import adapters, peft
+from ..files import atomic as staging
+from ..files.safetensors import read_header
+from . import folder as adapters
+from . import peft
 from .lora import delta
 
 

@@ -4,12 +4,13 @@ Knows nothing of files, models or text. The defaults are those of the released
 checkpoint; a checkpoint's own `generation_config.json` replaces them on load.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from ..errors import SettingsError
+from .errors import SettingsError
 
 MAX_CANVAS_LENGTH = 65_536
 MAX_COUNT = 1_000_000  # of denoising steps, and of canvases that must agree
@@ -40,11 +41,6 @@ class Settings:
     sampler           "entropy-bound", or "confidence": reveal for good whatever
                       argmax is likely enough, at least one position per step
     min_probability   how likely that is, for the sampler "confidence"
-    trim_eos          stop denoising what lies behind an accepted eos
-    freeze            stop denoising positions that are sure and stable, and look at
-                      all of them once more before the commit
-    signal_top_k      make the self-conditioning signal of this many tokens where they
-                      hold all but 2^-9 of the probability; 0: of all tokens
 
     Raises SettingsError naming the setting, its value and the allowed range.
     """
@@ -62,9 +58,6 @@ class Settings:
     min_tokens: int = 0
     sampler: str = SAMPLERS[0]
     min_probability: float = 0.9
-    trim_eos: bool = False
-    freeze: bool = False
-    signal_top_k: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.eos, Set | list | tuple):
@@ -76,17 +69,16 @@ class Settings:
         # copies: what the caller does with theirs later is no concern of ours
         object.__setattr__(self, "eos", frozenset(self.eos))
         object.__setattr__(self, "pinned", dict(self.pinned))
-        whole("max_tokens", self.max_tokens, 1, MAX_TOKEN)
-        whole("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
-        whole("steps", self.steps, 1, MAX_COUNT)
-        whole("stability", self.stability, 0, MAX_COUNT)
+        check_int("max_tokens", self.max_tokens, 1, MAX_TOKEN)
+        check_int("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
+        check_int("steps", self.steps, 1, MAX_COUNT)
+        check_int("stability", self.stability, 0, MAX_COUNT)
         _real("entropy_bound", self.entropy_bound, positive=True)
         _real("t_max", self.t_max, positive=True)
         _real("t_min", self.t_min)
         _real("confidence", self.confidence)
         _real("min_probability", self.min_probability)
-        whole("signal_top_k", self.signal_top_k, 0, MAX_TOKEN)
-        whole("min_tokens", self.min_tokens, 0, MAX_TOKEN)
+        check_int("min_tokens", self.min_tokens, 0, MAX_TOKEN)
         if self.min_tokens > self.max_tokens:
             raise SettingsError(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
@@ -95,12 +87,6 @@ class Settings:
             raise SettingsError(
                 f"sampler is {self.sampler!r}; supported: {', '.join(SAMPLERS)}"
             )
-        if self.pinned and (self.freeze or self.trim_eos):
-            raise SettingsError("freeze and trim_eos do not go with pinned tokens")
-        if self.freeze and self.min_tokens:
-            raise SettingsError("freeze does not go with min_tokens")
-        if self.freeze and self.sampler != SAMPLERS[0]:
-            raise SettingsError(f"freeze needs the sampler {SAMPLERS[0]!r}")
         if self.t_min > self.t_max:
             raise SettingsError(
                 f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
@@ -111,12 +97,12 @@ class Settings:
                 f"must be at least {COLDEST}"
             )
         for token in self.eos:
-            whole("eos", token, 0, MAX_TOKEN)
+            check_int("eos", token, 0, MAX_TOKEN)
         for position, token in self.pinned.items():
-            whole("pinned position", position, 0, MAX_TOKEN)
-            whole(f"pinned[{position}]", token, 0, MAX_TOKEN)
+            check_int("pinned position", position, 0, MAX_TOKEN)
+            check_int(f"pinned[{position}]", token, 0, MAX_TOKEN)
 
-    def but(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """These settings with some changed; None means "leave as it is".
 
         Raises SettingsError for a name that is no setting.
@@ -127,7 +113,9 @@ class Settings:
                 raise SettingsError(
                     f"{name!r} is no setting; the settings are {', '.join(known)}"
                 )
-        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+        return dataclasses.replace(
+            self, **{k: v for k, v in changes.items() if v is not None}
+        )
 
     @property
     def canvases(self) -> int:
@@ -144,7 +132,7 @@ class Settings:
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
 
 
-def whole(name: str, value: object, least: int, most: int | None = None) -> None:
+def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raise SettingsError unless `value` is a whole number of the range."""
     allowed = f"a whole number from {least}" + (f" to {most}" if most else " up")
     if not isinstance(value, int) or isinstance(value, bool):

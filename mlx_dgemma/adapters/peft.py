@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.files import Keys, read_json
-from ..checkpoint.safetensors import TensorInfo, read_header
 from ..checkpoint.weights import FLOATS, VISION, expected_shapes
 from ..errors import AdapterError, ConfigError
-from ..model.language import Apart, DiffusionGemma, branch
+from ..files.json import Keys, read_json
+from ..files.safetensors import TensorInfo, read_header
+from ..model.language import DiffusionGemma, EncoderLayers, branch
 from ..model.loading import find_layer
 from .lora import LoRAExpertLinear, LoRALinear
 
@@ -134,7 +134,7 @@ def put(model: DiffusionGemma, imported: Imported) -> None:
     if model.apart is not None or any(adapted):
         raise AdapterError("the model has an adapter already; load it anew")
     if not imported.shared:
-        model.apart = Apart([branch(layer) for layer in model.layers])
+        model.apart = EncoderLayers([branch(layer) for layer in model.layers])
         for path, low in imported.encoder.items():
             _, index, inside = path.split(".", 2)
             _wrap(model.apart.layers[int(index)], inside, low)
@@ -238,11 +238,11 @@ def _check_shape(
 
 def _strength(keys: Keys, module: str) -> tuple[int, float]:
     """Rank and scale of a module's adapter."""
-    rank, alpha = keys.whole("r", None, 1, 2**16), keys.real("lora_alpha", None)
+    rank, alpha = keys.integer("r", None, 1, 2**16), keys.number("lora_alpha", None)
     for own, name in _matching(keys, "rank_pattern", module):
-        rank = own.whole(name, None, 1, 2**16)
+        rank = own.integer(name, None, 1, 2**16)
     for own, name in _matching(keys, "alpha_pattern", module):
-        alpha = own.real(name, None)
+        alpha = own.number(name, None)
     rooted = keys.one_of("use_rslora", False, (False, True))
     return rank, alpha / (math.sqrt(rank) if rooted else rank)
 

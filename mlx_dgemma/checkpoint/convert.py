@@ -16,12 +16,13 @@ import mlx.core as mx
 
 from .. import backends
 from ..errors import ConversionError
+from ..files import atomic as staging
+from ..files.safetensors import Pending, write_file
 from ..text.tokenizer import Tokenizer
-from . import hub, staging
+from . import hub
 from .config import ModelConfig, read_config
-from .plan import DTYPES, Plan, Planner
+from .plan import DTYPES, ConversionPlan, Planner
 from .quantize import RECIPES, Quantization, QuantizationMap
-from .safetensors import Pending, write_file
 from .weights import INDEX, SINGLE, VISION, Layout, expected_shapes, read_layout
 
 SHARD_BYTES = 5 * 10**9  # what mlx-lm writes
@@ -149,7 +150,7 @@ def open_source(
 
 
 def carry_out(
-    plan: Plan,
+    plan: ConversionPlan,
     layout: Layout,
     config: ModelConfig,
     target: Path,
@@ -207,7 +208,7 @@ def _check_choice(name: str, value: str | None, known: Iterable[str | None]) -> 
 
 def _write(
     folder: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     config: ModelConfig,
     source: Path,
     shard_bytes: int,
@@ -283,7 +284,7 @@ def released_config(
     return raw
 
 
-def _bits_per_weight(plan: Plan, config: ModelConfig) -> float:
+def _bits_per_weight(plan: ConversionPlan, config: ModelConfig) -> float:
     weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
     stored = sum(t.nbytes for n, t in plan.tensors.items() if not n.startswith(VISION))
     return 8 * stored / weights

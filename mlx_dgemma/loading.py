@@ -1,0 +1,41 @@
+"""From a name to a model and its tokenizer: what most programs call first."""
+
+from pathlib import Path
+
+from .adapters import folder as adapters
+from .checkpoint import hub
+from .checkpoint.config import read_config
+from .model.language import DiffusionGemma
+from .model.loading import join_products, load_model
+from .text.tokenizer import Tokenizer
+
+
+def load(
+    path_or_id: str | Path,
+    adapter_path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """Return a model and its tokenizer from a folder, a hub id or a built-in name.
+
+    adapter_path    a folder written by `mlx_dgemma.lora`, or by PEFT; the adapter is
+                    put beside the weights
+
+    Every weight is in memory when this returns, so the model may be used from any
+    thread. Raises DGemmaError with one line that says what is wrong.
+    """
+    model, tokenizer = load_as_stored(path_or_id, revision=revision)
+    if adapter_path is not None:
+        adapters.load(model, adapter_path)
+    join_products(model)
+    return model, tokenizer
+
+
+def load_as_stored(
+    path_or_id: str | Path, *, revision: str | None = None
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """`load` for training: every layer under its name on disk, on every device."""
+    folder = hub.resolve(path_or_id, revision)
+    config = read_config(folder)
+    tokenizer = Tokenizer.from_dir(folder)
+    return load_model(folder, config), tokenizer
