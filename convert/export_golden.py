@@ -84,11 +84,11 @@ def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
 def prompt_of(puzzle: int) -> list[int]:
     """The rendered prompt of a held-out puzzle."""
     sys.path.insert(0, str(ROOT))
-    from mlx_dgemma.text.chat import encode_prompt
+    from mlx_dgemma.text.chat import chat_ids
     from mlx_dgemma.text.tokenizer import Tokenizer
 
     text, _ = held_out(len(RUNS))[puzzle]
-    return encode_prompt(Tokenizer.from_dir(ASSETS / MODEL), text)
+    return chat_ids(Tokenizer.from_dir(ASSETS / MODEL), text)
 
 
 @click.command()

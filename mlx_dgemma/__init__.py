@@ -41,7 +41,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "fuse": "adapters.fuse",
     "generate": "diffusion.generation",
-    "load": "diffusion.generation",
+    "load": "loading",
     "stream_generate": "diffusion.generation",
     "train": "training.finetune",
 }

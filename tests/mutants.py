@@ -34,9 +34,10 @@ class Mutant:
 
 
 def mutants() -> list[Mutant]:
-    """All of them, from mutants.toml."""
-    with (ROOT / "tests" / "mutants.toml").open("rb") as file:
-        return [Mutant(**entry) for entry in tomllib.load(file)["mutant"]]
+    """Return all of them, from tests/mutants/*.toml."""
+    files = sorted((ROOT / "tests" / "mutants").glob("*.toml"))
+    tables = [tomllib.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [Mutant(**entry) for table in tables for entry in table["mutant"]]
 
 
 def killed(mutant: Mutant) -> str:
@@ -74,10 +75,10 @@ def killed(mutant: Mutant) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", default="", help="mutants whose formula has this word"
+        "--only", default="", help="mutants whose file or formula has this word"
     )
     only = parser.parse_args().only
-    chosen = [m for m in mutants() if only in m.formula]
+    chosen = [m for m in mutants() if only in f"{m.file} {m.formula}"]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(killed, chosen))
     for mutant, test in zip(chosen, results, strict=True):

@@ -229,14 +229,14 @@ def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
     from ..loading import load
     from ..performance import synthetic
     from ..performance.measure import Workload, random_prompts
-    from ..text.chat import encode_prompt
+    from ..text.chat import chat_ids
 
     prompts = None
     if options.model is not None:
         model, tokenizer = load(options.model, revision=options.revision)
         name = options.model
         if options.prompt is not None:
-            prompts = [encode_prompt(tokenizer, options.prompt)] * options.batch_size
+            prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
     else:
         assert options.synthetic is not None
         quantization = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_messages
+from ..text.chat import Prompt, encode_chat
 from ..text.pictures import expand
 from ..text.tokenizer import Tokenizer
 from .image_spans import ImageSpan
@@ -42,7 +42,7 @@ def encode_prompt(
     """
     if images or videos:
         prompt = _illustrated(prompt, images, videos)
-    ids, sources = encode_messages(
+    ids, sources = encode_chat(
         tokenizer, prompt, system=system, thinking=thinking, tools=tools
     )
     if model.vision is None:

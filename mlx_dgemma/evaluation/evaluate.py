@@ -12,7 +12,7 @@ from ..diffusion.events import Commit
 from ..errors import DataError, SettingsError, TokenizerError
 from ..model.language import DiffusionGemma
 from ..settings import Settings, check_int
-from ..text.chat import encode_prompt
+from ..text.chat import chat_ids
 from ..text.tokenizer import Tokenizer
 from . import sudoku
 
@@ -121,7 +121,7 @@ def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
     """Ids of a row's prompt. Raises DataError naming the row."""
     try:
         if row.tools is None:
-            return encode_prompt(tokenizer, row.prompt)
+            return chat_ids(tokenizer, row.prompt)
         messages = row.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]

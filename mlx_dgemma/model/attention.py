@@ -53,12 +53,12 @@ def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
     )
 
 
-def rotate(x: mx.array, tables: Tables) -> mx.array:
+def rotate(x: mx.array, query_rope: Tables) -> mx.array:
     """Rotary embedding of (B, H, T, head_dim), halves as pairs.
 
-    The tables are of the first pairs; the others stand still.
+    The query_rope are of the first pairs; the others stand still.
     """
-    cos, sin = (table.astype(x.dtype) for table in tables)
+    cos, sin = (table.astype(x.dtype) for table in query_rope)
     turning, half = cos.shape[-1], x.shape[-1] // 2
     left, right = x[..., :turning], x[..., half : half + turning]
     left, right = left * cos - right * sin, right * cos + left * sin
@@ -182,15 +182,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
         self.k_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
 
-    def write(self, x: mx.array, tables: Tables, cache: LayerCache) -> None:
+    def write(self, x: mx.array, query_rope: Tables, cache: LayerCache) -> None:
         """Append (B, T, D) to the prefix; attend to nothing."""
-        cache.append(*self.keep(x, tables))
+        cache.append(*self.project_kv(x, query_rope))
 
     def encode(
         self,
         x: mx.array,
-        tables: Tables,
-        turns: Tables,
+        query_rope: Tables,
+        key_rope: Tables,
         cache: LayerCache,
         span: Span,
         mask_of: MaskOf,
@@ -198,25 +198,25 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Causal attention of (B, T, D) to the prefix and itself; writes the cache.
 
-        tables are of the T tokens, turns of all they see; span is what that is, they
+        query_rope are of the T tokens, key_rope of all they see; span is what that is, they
         included; mask_of gives the mask of a tile; blocks are the images among them.
         """
-        kept = cache.append(*self.keep(x, tables))
-        return self.attend_causal(x, kept, tables, turns, span, mask_of, blocks)
+        kept = cache.append(*self.project_kv(x, query_rope))
+        return self.attend_causal(x, kept, query_rope, key_rope, span, mask_of, blocks)
 
     def attend_causal(
         self,
         x: mx.array,
         kept: LayerKV,
-        tables: Tables,
-        turns: Tables,
+        query_rope: Tables,
+        key_rope: Tables,
         span: Span,
         mask_of: MaskOf,
         blocks: Blocks = (),
     ) -> mx.array:
         """`encode` where the cache is not ours to write: kept is of all in the span."""
-        keys, values = self._keys_values(kept, turns)
-        queries = self._queries(x, tables)
+        keys, values = self._keys_values(kept, key_rope)
+        queries = self._queries(x, query_rope)
         most = self._tile(len(x), keys.shape[2])
         if self.window is not None:
             most = min(most, max(self.window // 2, 16))
@@ -241,21 +241,21 @@ class Attention(nn.Module):
     def denoise(
         self,
         x: mx.array,
-        tables: Tables,
-        turns: Tables,
+        query_rope: Tables,
+        key_rope: Tables,
         prefix: LayerKV,
         mask: mx.array | None,
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself.
 
-        tables are of the canvas, turns of prefix and canvas.
+        query_rope are of the canvas, key_rope of prefix and canvas.
         """
-        parts = self.keep(x, tables)
+        parts = self.project_kv(x, query_rope)
         if prefix:
             pairs = zip(prefix, parts, strict=True)
             parts = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
-        keys, values = self._keys_values(parts, turns)
-        queries = self._queries(x, tables)
+        keys, values = self._keys_values(parts, key_rope)
+        queries = self._queries(x, query_rope)
         outputs: list[mx.array] = []
         device = backends.current()
         most = self._tile(len(x), keys.shape[2])
@@ -272,26 +272,30 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def keep(self, x: mx.array, tables: Tables) -> LayerKV:
+    def project_kv(self, x: mx.array, query_rope: Tables) -> LayerKV:
         """What to keep of tokens, each part (B, K, T, head_dim)."""
         projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
         if not self.sliding:
             return (projected,)
         values = self._heads(self.v_proj(x)).swapaxes(1, 2)
-        keys = rotate(self.k_norm(projected), tables)
+        keys = rotate(self.k_norm(projected), query_rope)
         return keys, mx.fast.rms_norm(values, None, self.eps)
 
-    def _keys_values(self, parts: LayerKV, turns: Tables) -> tuple[mx.array, mx.array]:
-        """Keys and values of what was kept; turns are of the same columns."""
+    def _keys_values(
+        self, parts: LayerKV, key_rope: Tables
+    ) -> tuple[mx.array, mx.array]:
+        """Keys and values of what was kept; key_rope are of the same columns."""
         if self.sliding:
             keys, values = parts
             return keys, values
         (projected,) = parts
         values = mx.fast.rms_norm(projected, None, self.eps)
-        return rotate(self.k_norm(projected), turns), values
+        return rotate(self.k_norm(projected), key_rope), values
 
-    def _queries(self, x: mx.array, tables: Tables) -> mx.array:
-        return rotate(self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2), tables)
+    def _queries(self, x: mx.array, query_rope: Tables) -> mx.array:
+        return rotate(
+            self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2), query_rope
+        )
 
     def _output(self, tiles: list[mx.array]) -> mx.array:
         y = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)

@@ -187,7 +187,7 @@ class PrefixCache:
             for layer in config.layers
         ]
         # cos and sin of every column's position, for the layers that turn keys later
-        self.turns = {
+        self.key_rope = {
             layer: LayerCache(None, slack)
             for layer in config.layers
             if not layer.sliding
@@ -213,7 +213,7 @@ class PrefixCache:
 
     @property
     def _entries(self) -> list[LayerCache]:
-        return [*self.layers, *self.turns.values()]
+        return [*self.layers, *self.key_rope.values()]
 
     def reserve(self, tokens: int) -> None:
         """Make room for a prefix of that many tokens at the first append."""
@@ -282,7 +282,7 @@ class PrefixCache:
                 restored = True
             else:
                 layer.rewind(column)
-        for entry in self.turns.values():
+        for entry in self.key_rope.values():
             entry.rewind(column)
         self.columns = column
         self.marks = [mark for mark in self.marks if mark.column <= column]

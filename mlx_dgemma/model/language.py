@@ -41,13 +41,13 @@ class View:
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
     prefixes: list[LayerKV]  # nothing where the prefix is empty
-    tables: list[Tables]  # of the canvases' own positions
-    turns: list[Tables]  # of the prefixes' and their own, where keys are turned late
+    query_rope: list[Tables]  # of the canvases' own positions
+    key_rope: list[Tables]  # of the prefixes' and their own, where keys are turned late
     masks: list[mx.array | None]
 
     @property
     def arrays(self) -> list[list]:
-        return [self.prefixes, self.tables, self.turns, self.masks]
+        return [self.prefixes, self.query_rope, self.key_rope, self.masks]
 
 
 class Layer(nn.Module):
@@ -88,8 +88,8 @@ class Layer(nn.Module):
 class _Seen:
     """What tokens being encoded see in layers of one kind."""
 
-    tables: Tables  # of their own positions
-    turns: Tables  # of all they see, where keys are turned late
+    query_rope: Tables  # of their own positions
+    key_rope: Tables  # of all they see, where keys are turned late
     mask_of: MaskOf
     blocks: Blocks
 
@@ -172,7 +172,7 @@ class DiffusionGemma(nn.Module):
             h = self._encode_layer(index, h, seen[self.config.layers[index]], cache)
         last, kind = self.encoder_layers[-1], self.config.layers[-1]
         x, entry = last.input_layernorm(h), cache.layers[-1]
-        last.self_attn.write(x, seen[kind].tables, entry)
+        last.self_attn.write(x, seen[kind].query_rope, entry)
 
     def encode_hidden(
         self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image] = ()
@@ -205,11 +205,11 @@ class DiffusionGemma(nn.Module):
         """
         layers = self.config.layers
         room = [layer.room if bucketed else 0 for layer in cache.layers]
-        tables = self._tables(cache, cache.columns, length)
-        turns = tables | {
+        query_rope = self._tables(cache, cache.columns, length)
+        key_rope = query_rope | {
             kind: tuple(map(_behind, entry.read(entry.room if bucketed else 0), own))
-            for kind, entry in cache.turns.items()
-            if (own := tables[kind]) and cache.columns
+            for kind, entry in cache.key_rope.items()
+            if (own := query_rope[kind]) and cache.columns
         }
         masks = self._per_kind(
             lambda i: canvas_mask(
@@ -222,8 +222,8 @@ class DiffusionGemma(nn.Module):
         )
         return View(
             [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
-            [tables[kind] for kind in layers],
-            [turns[kind] for kind in layers],
+            [query_rope[kind] for kind in layers],
+            [key_rope[kind] for kind in layers],
             [masks[kind] for kind in layers],
         )
 
@@ -239,7 +239,9 @@ class DiffusionGemma(nn.Module):
         through runs each layer on hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
-        seen = zip(view.prefixes, view.tables, view.turns, view.masks, strict=True)
+        seen = zip(
+            view.prefixes, view.query_rope, view.key_rope, view.masks, strict=True
+        )
         for layer, (prefix, *rest) in zip(self.layers, seen, strict=True):
             h = through(layer, partial(_denoise_layer, layer, *rest), h, prefix)
         return self.norm(h)
@@ -284,14 +286,15 @@ class DiffusionGemma(nn.Module):
         # what can be refused, before the cache knows
         embedded = placed(self.embed(tokens), images)
         cache.begin(rows, new)
-        tables = self._tables(cache, cache.columns - new, new)
-        turns = tables | {
-            kind: entry.append(*tables[kind]) for kind, entry in cache.turns.items()
+        query_rope = self._tables(cache, cache.columns - new, new)
+        key_rope = query_rope | {
+            kind: entry.append(*query_rope[kind])
+            for kind, entry in cache.key_rope.items()
         }
         masks, first = self._per_kind(self._masks), cache.columns - new
         blocks = tuple((first + image.start, first + image.end) for image in images)
         return embedded, {
-            k: _Seen(tables[k], turns[k], masks[k], blocks) for k in tables
+            k: _Seen(query_rope[k], key_rope[k], masks[k], blocks) for k in query_rope
         }
 
     def _masks(self, index: int) -> MaskOf:
@@ -314,8 +317,8 @@ class DiffusionGemma(nn.Module):
         layer, entry = self.encoder_layers[index], cache.layers[index]
         attend = partial(
             layer.self_attn.encode,
-            tables=seen.tables,
-            turns=seen.turns,
+            query_rope=seen.query_rope,
+            key_rope=seen.key_rope,
             cache=entry,
             span=cache.span(entry, h.shape[1]),
             mask_of=seen.mask_of,
@@ -333,7 +336,7 @@ class DiffusionGemma(nn.Module):
     def _tables(
         self, cache: PrefixCache, column: int, count: int
     ) -> dict[LayerConfig, Tables]:
-        """Rope tables of `count` columns from `column`, per kind of layer."""
+        """Rope query_rope of `count` columns from `column`, per kind of layer."""
         positions = np.arange(column, column + count) - np.array(cache.starts)[:, None]
         return {
             kind: rope_tables(kind.rope, kind.head_dim, positions)
@@ -347,16 +350,16 @@ Through = Callable[..., Any]
 
 def _denoise_layer(
     layer: Layer,
-    tables: Tables,
-    turns: Tables,
+    query_rope: Tables,
+    key_rope: Tables,
     mask: mx.array | None,
     h: mx.array,
     prefix: LayerKV,
 ) -> mx.array:
     attend = partial(
         layer.self_attn.denoise,
-        tables=tables,
-        turns=turns,
+        query_rope=query_rope,
+        key_rope=key_rope,
         prefix=prefix,
         mask=mask,
     )

@@ -99,7 +99,7 @@ class ChatTemplate:
             ) from None
 
 
-def encode_prompt(
+def chat_ids(
     tokenizer: "Tokenizer",
     prompt: Prompt,
     *,
@@ -122,7 +122,7 @@ def encode_prompt(
     return ids
 
 
-def encode_messages(
+def encode_chat(
     tokenizer: "Tokenizer",
     prompt: Prompt,
     *,
@@ -132,7 +132,7 @@ def encode_messages(
 ) -> tuple[list[int], list[Any]]:
     """Ids of a prompt that may hold pictures, and the pictures' sources in order.
 
-    Arguments as of `encode_prompt`; content may hold image parts too, see
+    Arguments as of `chat_ids`; content may hold image parts too, see
     `text.pictures`. Each puts the template's image token into the ids once, for
     `pictures.expand` to make room.
     """

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, DGemmaError
-from ..text.chat import REASONING, ROLES, encode_prompt
+from ..text.chat import REASONING, ROLES, chat_ids
 from ..text.tokenizer import Tokenizer
 
 FILES = {"train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
@@ -142,7 +142,7 @@ class ExampleReader:
         if tokenizer.chat_template is None:
             if len(before) != 1 or tools:
                 raise DataError("the tokenizer has no chat template: one prompt only")
-            prompt = encode_prompt(tokenizer, before[0]["content"])
+            prompt = chat_ids(tokenizer, before[0]["content"])
             return tuple(prompt), (*tokenizer.encode(answer), self.fill)
         rendered = tokenizer.apply_chat_template(before, tools=tools)
         # what the template writes behind an answer, found with a mark in its place

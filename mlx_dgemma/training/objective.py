@@ -88,8 +88,8 @@ class Batch:
         """Everything in it that differs between batches of one shape."""
         sight = self.sight
         parts = [
-            [part[kind] for kind in sight.tables]
-            for part in (sight.tables, sight.causal, sight.canvas)
+            [part[kind] for kind in sight.query_rope]
+            for part in (sight.query_rope, sight.causal, sight.canvas)
         ]
         return [self.tokens, self.noisy, self.conditioned, self.weights, *parts]
 
@@ -97,7 +97,7 @@ class Batch:
         """This batch with `arrays` of another of its shape."""
         tokens, noisy, conditioned, weights, *parts = arrays
         sight = Sight(
-            *(dict(zip(self.sight.tables, part, strict=True)) for part in parts)
+            *(dict(zip(self.sight.query_rope, part, strict=True)) for part in parts)
         )
         return Batch(
             tokens, noisy, conditioned, weights, sight, self.column, self.guesses

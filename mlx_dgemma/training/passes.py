@@ -24,11 +24,11 @@ from ..model.language import DiffusionGemma, Layer, View
 class Sight:
     """What S columns of tokens see, by kind of layer, as arrays alone.
 
-    tables are of all columns. causal (B|1, 1, S, S) says who sees whom while encoding,
+    query_rope are of all columns. causal (B|1, 1, S, S) says who sees whom while encoding,
     canvas (B|1, 1, 1, keys + L) which keys a canvas at column P sees.
     """
 
-    tables: dict[LayerConfig, Tables]
+    query_rope: dict[LayerConfig, Tables]
     causal: dict[LayerConfig, mx.array]
     canvas: dict[LayerConfig, mx.array]
 
@@ -38,9 +38,9 @@ class Sight:
     ) -> "Sight":
         """starts: the first column of each row that is no padding; prefix: P."""
         positions = np.arange(columns) - np.array(starts)[:, None]
-        tables, causal, canvas = {}, {}, {}
+        query_rope, causal, canvas = {}, {}, {}
         for kind in dict.fromkeys(config.layers):
-            tables[kind] = rope_tables(kind.rope, kind.head_dim, positions)
+            query_rope[kind] = rope_tables(kind.rope, kind.head_dim, positions)
             window = config.sliding_window if kind.sliding else None
             mask = causal_mask(columns, Span(0, columns, starts), window)
             causal[kind] = mask if isinstance(mask, mx.array) else _triangle(columns)
@@ -49,7 +49,7 @@ class Sight:
             mask = canvas_mask(config.canvas_length, seen, always=True)
             assert mask is not None
             canvas[kind] = mask
-        return cls(tables, causal, canvas)
+        return cls(query_rope, causal, canvas)
 
 
 def first_seen(config: ModelConfig, kind: LayerConfig, column: int) -> int:
@@ -69,9 +69,9 @@ def encode(
     h, kept, columns = model.embed(tokens), [], tokens.shape[1]
     span = Span(0, columns, (0,))
     for layer, kind in zip(model.encoder_layers, model.config.layers, strict=True):
-        tables = tuple(table[:, :, :columns] for table in sight.tables[kind])
+        query_rope = tuple(table[:, :, :columns] for table in sight.query_rope[kind])
         mask_of = _tiles_of(sight.causal[kind])
-        run = partial(_encode_layer, layer, tables, span, mask_of)
+        run = partial(_encode_layer, layer, query_rope, span, mask_of)
         h, parts = through(again)(layer, run, h)
         kept.append(parts)
     return model.norm(h), kept
@@ -99,17 +99,17 @@ def visible(
     config: ModelConfig, kept: list[LayerKV], sight: Sight, column: int, length: int
 ) -> View:
     """What a canvas of `length` at `column` sees of the encoded columns."""
-    prefixes, tables, turns = [], [], []
+    prefixes, query_rope, key_rope = [], [], []
     for kind, parts in zip(config.layers, kept, strict=True):
         seen = slice(first_seen(config, kind, column), column)
         prefixes.append(tuple(part[:, :, seen] for part in parts))
-        whole = sight.tables[kind]
+        whole = sight.query_rope[kind]
         own = slice(column, column + length)
-        tables.append(tuple(table[:, :, own] for table in whole))
+        query_rope.append(tuple(table[:, :, own] for table in whole))
         behind = slice(seen.start, column + length)
-        turns.append(tuple(table[:, :, behind] for table in whole))
+        key_rope.append(tuple(table[:, :, behind] for table in whole))
     masks: list[mx.array | None] = [sight.canvas[kind] for kind in config.layers]
-    return View(prefixes, tables, turns, masks)
+    return View(prefixes, query_rope, key_rope, masks)
 
 
 def through(again: bool) -> Callable[..., Any]:
@@ -133,13 +133,15 @@ def _checkpointed(layer: Layer, run: Callable[..., Any], *given: Any) -> Any:
 
 
 def _encode_layer(
-    layer: Layer, tables: Tables, span: Span, mask_of: MaskOf, h: mx.array
+    layer: Layer, query_rope: Tables, span: Span, mask_of: MaskOf, h: mx.array
 ) -> tuple[mx.array, LayerKV]:
     kept: list[LayerKV] = []
 
     def attend(x: mx.array) -> mx.array:
-        kept.append(layer.self_attn.keep(x, tables))
-        return layer.self_attn.attend_causal(x, kept[0], tables, tables, span, mask_of)
+        kept.append(layer.self_attn.project_kv(x, query_rope))
+        return layer.self_attn.attend_causal(
+            x, kept[0], query_rope, query_rope, span, mask_of
+        )
 
     h = layer(h, attend, layer.encoder_scalar)
     return h, kept[0]

@@ -26,7 +26,7 @@ from sudoku import held_out  # noqa: E402
 from mlx_dgemma import load, stream_generate  # noqa: E402
 from mlx_dgemma.diffusion.engine import Engine  # noqa: E402
 from mlx_dgemma.diffusion.events import Commit, Step  # noqa: E402
-from mlx_dgemma.text.chat import encode_prompt  # noqa: E402
+from mlx_dgemma.text.chat import chat_ids  # noqa: E402
 
 SEEDS = 50
 AS_ON_A_GPU = {"compiled": True, "ahead": True}
@@ -39,7 +39,7 @@ def denoise(model, tokenizer, batch: int, prefill: int, **engine) -> list[dict]:
         denoiser = Engine(model, **engine)
         rows: dict[int, dict] = {}
         for seed in range(start, min(start + batch, SEEDS)):
-            ids = encode_prompt(tokenizer, PUZZLES[seed][0])
+            ids = chat_ids(tokenizer, PUZZLES[seed][0])
             admitted = denoiser.admit(ids, model.settings, seed, prefill)
             rows[admitted.request] = {"seed": seed, "steps": []}
         for event in denoiser.run():

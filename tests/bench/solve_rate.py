@@ -29,7 +29,7 @@ from mlx_dgemma.checkpoint.hub import resolve  # noqa: E402
 from mlx_dgemma.diffusion.engine import Engine  # noqa: E402
 from mlx_dgemma.diffusion.events import Commit  # noqa: E402
 from mlx_dgemma.model import vocab  # noqa: E402
-from mlx_dgemma.text.chat import encode_prompt  # noqa: E402
+from mlx_dgemma.text.chat import chat_ids  # noqa: E402
 
 ROWS = 50  # puzzles denoised together
 RECIPES = {
@@ -61,7 +61,7 @@ def solve(model, tokenizer, pairs, steps: int | None) -> tuple[float, float]:
         engine = Engine(model)
         answers = {}
         for seed, (puzzle, answer) in enumerate(pairs[start : start + ROWS], start):
-            ids = encode_prompt(tokenizer, puzzle)
+            ids = chat_ids(tokenizer, puzzle)
             answers[engine.admit(ids, settings, seed).request] = answer
         for event in engine.run():
             if isinstance(event, Commit):
@@ -89,7 +89,7 @@ def sweep(name: str, pairs, steps: list[int], oracle: bool) -> None:
 def recipes(name: str, pairs) -> None:
     """Every recipe against the dense checkpoint."""
     dense, tokenizer = load(name)
-    prompts = [encode_prompt(tokenizer, puzzle) for puzzle, _ in pairs[:ROWS]]
+    prompts = [chat_ids(tokenizer, puzzle) for puzzle, _ in pairs[:ROWS]]
     canvas = np.random.default_rng(0).integers(
         0, dense.config.vocab_size, (ROWS, dense.config.canvas_length)
     )
@@ -132,7 +132,7 @@ def shortcuts(name: str, pairs) -> None:
             texts, taken, started = [], 0, time.perf_counter()
             for seed, (puzzle, _) in enumerate(pairs):
                 engine = Engine(model)
-                engine.admit(encode_prompt(tokenizer, puzzle), settings, seed)
+                engine.admit(chat_ids(tokenizer, puzzle), settings, seed)
                 for event in engine.run():
                     if isinstance(event, Commit):
                         texts.append(tokenizer.decode(event.tokens))

@@ -10,7 +10,7 @@ from mlx_dgemma import Commit, Prefilled, Step, load, stream_generate
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.chat import encode_prompt
+from mlx_dgemma.text.chat import chat_ids
 
 LOOSE = {"steps": 3, "entropy_bound": 8.0, "confidence": 2.0, "prefill_step_size": 32}
 LONG = LOOSE | {"eos": frozenset({999}), "max_tokens": 48}  # always three canvases
@@ -70,7 +70,7 @@ def test_twenty_conversations_of_six_turns_with_edits_of_the_past(stubbed):
             assert bits(events) == bits(wanted)
             text = "".join(e.text for e in wanted if isinstance(e, Commit))
             assert talk.messages == [*said, {"role": "assistant", "content": text}]
-            ids = encode_prompt(tokenizer, said)
+            ids = chat_ids(tokenizer, said)
             assert events[0] is talk.stats
             assert events[0].prompt_tokens == len(ids)
             # at most a chunk before what is new, and what is new

@@ -16,7 +16,7 @@ from mlx_dgemma.evaluation.evaluate import (
     table,
 )
 from mlx_dgemma.evaluation.sudoku import draw, score
-from mlx_dgemma.text.chat import encode_prompt
+from mlx_dgemma.text.chat import chat_ids
 
 USER = {"role": "user", "content": "1"}
 ANSWER = {"role": "assistant", "content": "2"}
@@ -125,7 +125,7 @@ def test_a_conversation_is_prompted_as_for_generating(tiny_model, ids_seen):
     talk = [{"role": "system", "content": "a"}, USER, ANSWER, USER]
     evaluate(*tiny_model, [Row(talk, "x"), Row("1", "x")], steps=[1])
     _, tokenizer = tiny_model
-    assert ids_seen == [encode_prompt(tokenizer, p) for p in (talk, "1")]
+    assert ids_seen == [chat_ids(tokenizer, p) for p in (talk, "1")]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Masks and rotary tables are functions of integers: checked against their words."""
+"""Masks and rotary query_rope are functions of integers: checked against their words."""
 
 from functools import partial
 
@@ -74,9 +74,9 @@ def test_canvas_sees_prefix_and_itself_but_no_padding():
 
 def test_rope_turns_pairs_of_halves():
     rope = Rope(theta=10_000.0, rotated=4)
-    tables = rope_tables(rope, 8, np.array([[0, 1, 7]]))
+    query_rope = rope_tables(rope, 8, np.array([[0, 1, 7]]))
     x = mx.random.normal((1, 2, 3, 8), key=mx.random.key(0))
-    turned = np.array(rotate(x, tables), np.float64)
+    turned = np.array(rotate(x, query_rope), np.float64)
     x = np.array(x, np.float64)
     for place, position in enumerate([0, 1, 7]):
         for pair in range(4):
@@ -95,9 +95,9 @@ def test_rope_turns_pairs_of_halves():
 
 
 def test_proportional_rope_leaves_the_other_pairs_alone():
-    tables = rope_tables(Rope(theta=1e6, rotated=2), 16, np.array([[5]]))
+    query_rope = rope_tables(Rope(theta=1e6, rotated=2), 16, np.array([[5]]))
     x = mx.random.normal((1, 1, 1, 16), key=mx.random.key(1))
-    turned = np.array(rotate(x, tables))
+    turned = np.array(rotate(x, query_rope))
     still = [2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15]
     np.testing.assert_array_equal(turned[..., still], np.array(x)[..., still])
     assert (turned[..., [0, 1, 8, 9]] != np.array(x)[..., [0, 1, 8, 9]]).all()
@@ -111,8 +111,8 @@ def test_rope_factor_stretches_positions():
 
 def test_far_positions_keep_their_precision():
     """cos of an angle of 200,000 is right to float32, whatever the device."""
-    tables = rope_tables(Rope(theta=1e4, rotated=1), 2, np.array([[200_000]]))
-    assert abs(tables[0].item() - np.cos(200_000.0)) < 1e-6
+    query_rope = rope_tables(Rope(theta=1e4, rotated=1), 2, np.array([[200_000]]))
+    assert abs(query_rope[0].item() - np.cos(200_000.0)) < 1e-6
 
 
 @given(
@@ -218,16 +218,16 @@ def test_tiles_do_not_live_side_by_side(tiny_model, tuned, mode):
     layer, tokens = model.layers[-1].self_attn, 2048
     tuned(score_bytes=1 << 20)
     x = mx.random.normal((1, tokens, 64), key=mx.random.key(2))
-    tables = rope_tables(Rope(theta=1e4, rotated=16), 32, np.arange(tokens)[None])
-    mx.eval(x, tables)
+    query_rope = rope_tables(Rope(theta=1e4, rotated=16), 32, np.arange(tokens)[None])
+    mx.eval(x, query_rope)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     if mode == "denoise":
-        y = layer.denoise(x, tables, tables, (), None)
+        y = layer.denoise(x, query_rope, query_rope, (), None)
     else:
         cache, span = LayerCache(None, 0), Span(0, tokens, (0,))
         mask_of = partial(causal_mask, window=None)
-        y = layer.encode(x, tables, tables, cache, span, mask_of)
+        y = layer.encode(x, query_rope, query_rope, cache, span, mask_of)
     mx.eval(y)
     scores = 4 * tokens * tokens * 4  # of 4 heads, in float32
     # a few tiles of 1/64 are in flight, each as scores, exponents and weights

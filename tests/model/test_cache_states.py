@@ -190,10 +190,10 @@ def marks_after(columns) -> list[int]:
 
 
 def test_the_newest_marks_stay_and_old_ones_thin_out():
-    for turns in range(6, 60):
-        kept = marks_after(range(100, 100 * turns + 1, 100))
-        assert kept == sorted(kept) and kept[-1] == 100 * turns
-        assert kept[-2] >= 100 * (turns - 2)
+    for key_rope in range(6, 60):
+        kept = marks_after(range(100, 100 * key_rope + 1, 100))
+        assert kept == sorted(kept) and kept[-1] == 100 * key_rope
+        assert kept[-2] >= 100 * (key_rope - 2)
     # a long beginning is worth more than the small steps behind it
     assert marks_after([5000, *range(5010, 5100, 10)])[0] == 5000
 

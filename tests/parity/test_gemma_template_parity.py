@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_chat_template_parity import called, load, model, user
 
 from mlx_dgemma.errors import TokenizerError
-from mlx_dgemma.text.chat import encode_messages
+from mlx_dgemma.text.chat import encode_chat
 from mlx_dgemma.text.tools import declared, linked
 
 pytestmark = pytest.mark.parity
@@ -297,7 +297,7 @@ def test_encoding_messages_is_what_transformers_does(both):
         ]
 
     tools = TOOLS["nested"]
-    ids, sources = encode_messages(
+    ids, sources = encode_chat(
         ours,
         talk('{"city": "Oslo"}', said, [url]),
         thinking=True,

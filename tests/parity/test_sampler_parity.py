@@ -99,11 +99,11 @@ def test_trained_weights_stop_early(seed, monkeypatch):
     """sudoku4 as shipped: canvases end when stable and confident, at the same step."""
     from sudoku import held_out
 
-    from mlx_dgemma.text.chat import encode_prompt
+    from mlx_dgemma.text.chat import chat_ids
     from mlx_dgemma.text.tokenizer import Tokenizer
 
     path = ASSETS / "sudoku4"
     puzzle, _ = held_out(8, 0)[seed]
-    prompt = encode_prompt(Tokenizer.from_dir(path), puzzle)
+    prompt = chat_ids(Tokenizer.from_dir(path), puzzle)
     steps = _compare(path, path, prompt, seed, monkeypatch)
     assert steps < read_config(path).settings.steps

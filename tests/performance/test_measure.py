@@ -25,7 +25,7 @@ from mlx_dgemma.performance.cost import (
 )
 from mlx_dgemma.performance.measure import Trial, Workload, random_prompts
 from mlx_dgemma.performance.synthetic import config_tiny, synthetic_model
-from mlx_dgemma.text.chat import encode_prompt
+from mlx_dgemma.text.chat import chat_ids
 
 TINY = config_tiny()
 L = TINY.canvas_length
@@ -201,7 +201,7 @@ def test_ticks_that_encode_a_canvas_are_no_steps_but_take_their_time(
 
 def test_a_real_prompt_ends_when_it_is_done(witness):
     sudoku, tokenizer = load("sudoku4")
-    ids = encode_prompt(tokenizer, PUZZLE)
+    ids = chat_ids(tokenizer, PUZZLE)
     trial = measure.run(sudoku, Workload([ids, ids], steps=16, early=True), seed=3)
     commits = events(witness, Commit)
     assert [c.finish_reason for c in commits] == ["stop", "stop"]

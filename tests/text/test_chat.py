@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_tokenizers import MARKED, byte_level
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
-from mlx_dgemma.text.chat import encode_messages, encode_prompt
+from mlx_dgemma.text.chat import chat_ids, encode_chat
 from mlx_dgemma.text.pictures import expand, picture_sources
 from mlx_dgemma.text.tokenizer import Tokenizer
 
@@ -63,64 +63,64 @@ def refusal(kind: type[Exception], call, *args, **kwargs) -> str:
 
 
 def test_a_text_is_one_user_message(tokenizer):
-    ids = encode_prompt(tokenizer, "hello")
+    ids = chat_ids(tokenizer, "hello")
     assert shown(tokenizer, ids) == "<bos><|turn>user\nhello<turn|><|turn>model\n"
     assert ids[0] == BOS
     assert ids.count(BOS) == 1
 
 
 def test_thinking_is_off_unless_asked_for(tokenizer):
-    assert "<think>" not in shown(tokenizer, encode_prompt(tokenizer, "a"))
-    thinking = encode_prompt(tokenizer, "a", thinking=True)
+    assert "<think>" not in shown(tokenizer, chat_ids(tokenizer, "a"))
+    thinking = chat_ids(tokenizer, "a", thinking=True)
     assert shown(tokenizer, thinking).endswith("model\n<think>")
 
 
 @pytest.mark.parametrize("prompt", ["hi", [USER]])
 def test_system_is_put_in_front(tokenizer, prompt):
-    ids = encode_prompt(tokenizer, prompt, system="be kind")
-    assert ids == encode_prompt(tokenizer, [SYSTEM, USER])
+    ids = chat_ids(tokenizer, prompt, system="be kind")
+    assert ids == chat_ids(tokenizer, [SYSTEM, USER])
     assert shown(tokenizer, ids).startswith("<bos><|turn>system\nbe kind<turn|>")
 
 
 def test_messages_are_not_changed(tokenizer):
     messages = [dict(USER)]
-    encode_prompt(tokenizer, messages, system="be kind")
+    chat_ids(tokenizer, messages, system="be kind")
     assert messages == [USER]
 
 
 def test_text_parts_are_text(tokenizer):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     message = {"role": "user", "content": parts}
-    assert encode_prompt(tokenizer, [message]) == encode_prompt(tokenizer, "hi")
+    assert chat_ids(tokenizer, [message]) == chat_ids(tokenizer, "hi")
 
 
 def test_a_call_of_tools_needs_no_content(tokenizer):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}
-    ids = encode_prompt(tokenizer, [USER, call])
+    ids = chat_ids(tokenizer, [USER, call])
     assert "<|turn>assistant\n<turn|>" in shown(tokenizer, ids)
     message = refusal(
-        SettingsError, encode_prompt, tokenizer, [USER, {**call, "tool_calls": []}]
+        SettingsError, chat_ids, tokenizer, [USER, {**call, "tool_calls": []}]
     )
     assert message == "message 1: content is NoneType; it must be text or text parts"
 
 
 @pytest.mark.parametrize("ids", [[5, 6], (5, 6), range(5, 7)])
 def test_ids_are_used_as_they_are(tokenizer, plain, ids):
-    assert encode_prompt(tokenizer, ids) == [5, 6]
-    assert encode_prompt(plain, ids) == [5, 6]
+    assert chat_ids(tokenizer, ids) == [5, 6]
+    assert chat_ids(plain, ids) == [5, 6]
 
 
 def test_without_template_text_is_raw_behind_bos(plain):
-    raw = encode_prompt(plain, "hello")
+    raw = chat_ids(plain, "hello")
     assert shown(plain, raw) == "<bos>hello"
-    assert encode_prompt(plain, "<bos>hello") == raw
-    assert encode_prompt(plain, "") == [BOS]
+    assert chat_ids(plain, "<bos>hello") == raw
+    assert chat_ids(plain, "") == [BOS]
 
 
 @settings(deadline=None, max_examples=60)
 @given(text=st.text())
 def test_every_text_arrives_whole(plain, text):
-    ids = encode_prompt(plain, text)
+    ids = chat_ids(plain, text)
     assert ids[0] == BOS
     assert plain.decode(ids[1:], skip_special_tokens=False) == text
 
@@ -178,25 +178,25 @@ def test_every_text_arrives_whole(plain, text):
     ],
 )
 def test_a_bad_prompt_is_refused(tokenizer, prompt, options, why):
-    assert why in refusal(SettingsError, encode_prompt, tokenizer, prompt, **options)
+    assert why in refusal(SettingsError, chat_ids, tokenizer, prompt, **options)
 
 
 @pytest.mark.parametrize(
     "option", [{"system": "x"}, {"thinking": True}, {"tools": [TOOL]}]
 )
 def test_without_template_only_plain_text_is_possible(plain, option):
-    message = refusal(SettingsError, encode_prompt, plain, "hi", **option)
+    message = refusal(SettingsError, chat_ids, plain, "hi", **option)
     assert message == (
         f"{next(iter(option))} cannot be used: the tokenizer has no chat template"
     )
-    message = refusal(TokenizerError, encode_prompt, plain, [USER])
+    message = refusal(TokenizerError, chat_ids, plain, [USER])
     assert "no chat template; add chat_template.jinja" in message
 
 
 def test_an_empty_prompt_without_bos_is_refused(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_dir(tmp_path)
-    assert "prompt is empty" in refusal(SettingsError, encode_prompt, tokenizer, "")
+    assert "prompt is empty" in refusal(SettingsError, chat_ids, tokenizer, "")
 
 
 def test_apply_chat_template_can_tokenize(tokenizer):
@@ -211,10 +211,10 @@ def test_apply_chat_template_can_tokenize(tokenizer):
 @pytest.mark.parametrize("prompt", ["hi", [USER]])
 def test_tools_reach_the_template(tmp_path, prompt):
     tokenizer = make(tmp_path, "{{ tools | tojson }}|")
-    shown_tools = shown(tokenizer, encode_prompt(tokenizer, prompt, tools=[TOOL]))
+    shown_tools = shown(tokenizer, chat_ids(tokenizer, prompt, tools=[TOOL]))
     assert shown_tools == json.dumps([TOOL]) + "|"
     for none in (None, []):
-        assert shown(tokenizer, encode_prompt(tokenizer, prompt, tools=none)) == "null|"
+        assert shown(tokenizer, chat_ids(tokenizer, prompt, tools=none)) == "null|"
 
 
 def test_messages_of_tools_are_completed(tmp_path):
@@ -222,7 +222,7 @@ def test_messages_of_tools_are_completed(tmp_path):
     call = {"id": "x", "function": {"name": "f", "arguments": '{"a": 1}'}}
     asked = {"role": "assistant", "content": None, "tool_calls": [call]}
     answer = {"role": "tool", "content": "2", "tool_call_id": "x"}
-    ids = encode_prompt(tokenizer, [USER, asked, answer])
+    ids = chat_ids(tokenizer, [USER, asked, answer])
     read = {"id": "x", "function": {"name": "f", "arguments": {"a": 1}}}
     assert json.loads(shown(tokenizer, ids)) == [
         {"role": "assistant", "tool_calls": [read]},
@@ -260,7 +260,7 @@ def test_pictures_are_one_token_each_and_their_sources(seeing):
         {"role": "user", "content": "and"},
         {"role": "user", "content": (URL, WHAT, image(data))},
     ]
-    ids, sources = encode_messages(seeing, messages, system="be kind")
+    ids, sources = encode_chat(seeing, messages, system="be kind")
     assert sources == ["a.png", "data:,", data]
     assert picture_sources(messages) == sources
     text, _, rendered = shown(seeing, ids).partition("|[")
@@ -274,8 +274,8 @@ def test_pictures_are_one_token_each_and_their_sources(seeing):
 
 @pytest.mark.parametrize("prompt", ["hi", [USER], [5, 6]])
 def test_without_pictures_both_encode_alike(tokenizer, prompt):
-    ids, sources = encode_messages(tokenizer, prompt)
-    assert (ids, sources) == (encode_prompt(tokenizer, prompt), [])
+    ids, sources = encode_chat(tokenizer, prompt)
+    assert (ids, sources) == (chat_ids(tokenizer, prompt), [])
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,13 @@ def test_without_pictures_both_encode_alike(tokenizer, prompt):
 )
 def test_a_bad_picture_is_refused(seeing, part, why):
     messages = [{"role": "user", "content": [WHAT, part]}]
-    assert why in refusal(SettingsError, encode_messages, seeing, messages)
+    assert why in refusal(SettingsError, encode_chat, seeing, messages)
 
 
 @pytest.mark.parametrize("part", [image("a.png"), URL])
 def test_text_prompts_hold_no_pictures(seeing, part):
     messages = [{"role": "user", "content": [WHAT, part]}]
-    message = refusal(SettingsError, encode_prompt, seeing, messages)
+    message = refusal(SettingsError, chat_ids, seeing, messages)
     assert message.endswith("this version reads text only")
 
 
@@ -322,7 +322,7 @@ def test_pictures_get_their_room(ids, counts, expected):
 def test_no_text_can_spell_a_picture(seeing, counts):
     token = seeing.token_id("<|image|>")
     content = [image("a.png"), {"type": "text", "text": "<|image|>"}]
-    ids, _ = encode_messages(seeing, [{"role": "user", "content": content}])
+    ids, _ = encode_chat(seeing, [{"role": "user", "content": content}])
     # one shown in front of the bar, one spelled; the rest is the echo behind it
     ids = ids[: ids.index(seeing.encode("|")[0])]
     assert refusal(SettingsError, expand, ids, token, 8, 9, counts) == (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.errors import DataError, DGemmaError
-from mlx_dgemma.text.chat import ChatTemplate, encode_prompt
+from mlx_dgemma.text.chat import ChatTemplate, chat_ids
 from mlx_dgemma.text.tokenizer import Tokenizer
 from mlx_dgemma.training import data
 from mlx_dgemma.training.data import Dataset, Example, ExampleReader
@@ -89,7 +89,7 @@ def test_what_comes_before_is_rendered_as_for_generating(reader, tokenizer, befo
     example = reader.example(row(*before, ANSWERED))
     rendered = tokenizer.apply_chat_template(before, add_generation_prompt=True)
     assert list(example.prompt) == tokenizer.encode(rendered)
-    assert list(example.prompt) == encode_prompt(tokenizer, before)
+    assert list(example.prompt) == chat_ids(tokenizer, before)
     answer = tokenizer.encode("3.4")
     assert list(example.response) == [*answer, TURN_END]  # and no `<|turn>model`
     assert example.fill == EOS
@@ -197,7 +197,7 @@ def test_without_a_template_the_prompt_is_raw_text_behind_bos(bare):
     reader = ExampleReader(bare, length=8, ends=ENDS, longest=64)
     for line in (row(ASKED, ANSWERED), '{"prompt": "12", "completion": "3.4"}'):
         example = reader.example(line)
-        assert list(example.prompt) == encode_prompt(bare, "12")
+        assert list(example.prompt) == chat_ids(bare, "12")
         assert bare.decode(example.prompt, skip_special_tokens=False) == "<bos>12"
         assert list(example.response) == [*bare.encode("3.4"), EOS]
 
@@ -286,7 +286,7 @@ def test_a_canvas_that_is_full_has_no_filling(reader):
 
 
 def test_an_answer_that_is_too_long_is_cut_to_whole_canvases(tokenizer, tmp_path):
-    prompt = len(encode_prompt(tokenizer, "12"))
+    prompt = len(chat_ids(tokenizer, "12"))
     reader = ExampleReader(tokenizer, 8, ENDS, longest=prompt + 8 + 8 + 7)
     fits = {"role": "assistant", "content": "1" * 15}  # and its end: two canvases
     long = {"role": "assistant", "content": "1" * 16}
@@ -305,7 +305,7 @@ def test_an_answer_that_is_too_long_is_cut_to_whole_canvases(tokenizer, tmp_path
 
 @pytest.mark.parametrize("room", [0, 1, 7])
 def test_a_prompt_that_leaves_no_canvas_is_refused(tokenizer, room):
-    prompt = len(encode_prompt(tokenizer, "12"))
+    prompt = len(chat_ids(tokenizer, "12"))
     narrow = ExampleReader(tokenizer, 8, ENDS, prompt + room)
     said = refusal(narrow.example, row(ASKED, ANSWERED))
     assert str(prompt) in said and f"--max-seq-length {prompt + room}" in said
