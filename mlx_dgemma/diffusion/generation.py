@@ -12,7 +12,7 @@ from ..text.replies import ReplyParser
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event
-from .prompt import EncodedPrompt, chat_ids
+from .prompt import EncodedPrompt, encode_prompt
 from .stop import StopFilter, stops
 
 
@@ -74,7 +74,7 @@ def stream_generate(
     if seed is None:
         seed = secrets.randbelow(2**32)
     check_int("seed", seed, 0)
-    ready = chat_ids(
+    ready = encode_prompt(
         model,
         tokenizer,
         prompt,
