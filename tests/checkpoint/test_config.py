@@ -268,7 +268,7 @@ def test_impossible_values_are_refused_by_file_and_key(tmp_path, name):
         (b'{"t_max": NaN}', "NaN"),
         (b'{"t_max": -Infinity}', "Infinity"),
         (b'{"a": "\xff"}', "UTF-8 at byte 7"),
-        (b"\xef\xbb\xbf{}"XXBOM
+        (b"\xef\xbb\xbf{}", "BOM"),
         (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "a number is too long"),
     ],
