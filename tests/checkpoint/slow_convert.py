@@ -38,7 +38,7 @@ def told(kind: str, function):
 
 
 if __name__ == "__main__":
-    staging._fsync = told("fsync", staging._fsync)
+    staging.fsync = told("fsync", staging.fsync)
     Path.rename = told("rename", Path.rename)
     shutil.copyfile = told("copy", shutil.copyfile)
     shutil.rmtree = told("remove", shutil.rmtree)

@@ -14,7 +14,7 @@ from tiny import tiny_config, write_tiny
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.checkpoint.weights import open_files
+from mlx_dgemma.checkpoint.weights import read_tensors
 from mlx_dgemma.errors import CheckpointError, ConversionError
 from mlx_dgemma.model.loading import load_model
 
@@ -53,7 +53,7 @@ def test_a_conversion_is_the_same_whatever_was_converted_before(tiny, tmp_path):
 
 def test_dense_names_on_disk_are_the_releases(tiny, tmp_path):
     convert(tiny, tmp_path / "out")
-    assert set(open_files(tmp_path / "out").tensors) == set(open_files(tiny).tensors)
+    assert set(read_tensors(tmp_path / "out")) == set(read_tensors(tiny))
 
 
 def test_a_tied_copy_is_not_written(tiny, tmp_path):
@@ -179,7 +179,7 @@ def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
         held = mx.load(str(file))
         assert all(index["weight_map"][name] == file.name for name in held)
         assert sum(a.nbytes for a in held.values()) <= limit or len(held) == 1
-    assert len(index["weight_map"]) == len(open_files(one).tensors)
+    assert len(index["weight_map"]) == len(read_tensors(one))
     np.testing.assert_array_equal(
         logits(load_model(many, read_config(many))),
         logits(load_model(one, read_config(one))),
@@ -188,7 +188,7 @@ def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
 
 def test_a_limit_below_every_tensor_gives_each_its_file(tiny, tmp_path):
     converted = convert(tiny, tmp_path / "out", shard_bytes=1)
-    assert converted.shards == len(open_files(tiny).tensors)
+    assert converted.shards == len(read_tensors(tiny))
     load_model(tmp_path / "out", read_config(tmp_path / "out"))
 
 
@@ -202,7 +202,7 @@ def test_a_sharded_source_is_converted_like_a_single_file(tiny, tmp_path):
 def test_progress_counts_every_tensor_to_the_end(tiny, tmp_path):
     calls: list[tuple[str, int, int]] = []
     converted = convert(tiny, tmp_path / "out", progress=lambda *a: calls.append(a))
-    assert {name for name, _, _ in calls} == set(open_files(tmp_path / "out").tensors)
+    assert {name for name, _, _ in calls} == set(read_tensors(tmp_path / "out"))
     done = [done for _, done, _ in calls]
     assert done == sorted(done)
     assert done[-1] == converted.bytes
@@ -266,5 +266,5 @@ def test_too_little_disk_names_what_is_needed_and_what_is_there(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_234_567)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    needed = open_files(tiny).nbytes + 64 * 2**20
+    needed = read_tensors(tiny).nbytes + 64 * 2**20
     refused(tmp_path, tiny, f"{needed:,}", "1,234,567")

@@ -13,7 +13,7 @@ from tiny import write_tiny
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.checkpoint.weights import open_files
+from mlx_dgemma.checkpoint.weights import read_tensors
 from mlx_dgemma.model.loading import load_model
 
 DECODER = "model.decoder."
@@ -93,9 +93,7 @@ def test_overrides_are_written_by_path_on_disk_as_mlx_lm_does(tiny, tmp_path):
         assert quantization.pop(f"{layer}.experts.down_proj") == narrow
         assert f"{layer}.experts.gate_up_proj" not in quantization
     assert all(spec == EIGHT for spec in quantization.values())
-    found = {
-        n.removesuffix(".scales") for n in open_files(out).tensors if "scales" in n
-    }
+    found = {n.removesuffix(".scales") for n in read_tensors(out) if "scales" in n}
     experts = {
         f"{x}.experts.{p}" for x in layers for p in ("down_proj", "gate_up_proj")
     }
@@ -153,7 +151,7 @@ def test_dequantizing_obeys_dtype(quantised, tmp_path):
 
 
 def test_quantised_names_on_disk_are_mlx_vlms(quantised):
-    names = open_files(quantised).tensors
+    names = read_tensors(quantised)
     for part in ("weight", "scales", "biases"):
         assert f"{DECODER}layers.0.experts.gate_up_proj.{part}" in names
         assert f"{DECODER}embed_tokens.{part}" in names

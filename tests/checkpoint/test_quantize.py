@@ -74,9 +74,9 @@ def test_what_mlx_cannot_do_is_refused_by_flag(change, named):
     [("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
 )
 def test_defaults_are_the_modes_own_and_mlxs(mode, bits, size):
-    found = Quantization.of(mode, None, None)
+    found = Quantization.with_defaults(mode, None, None)
     assert found == Quantization(mode=mode, bits=bits, group_size=size)
-    ours = found.apply(weight(4, 64))
+    ours = found.quantize(weight(4, 64))
     theirs = mx.quantize(weight(4, 64), mode=mode)
     for part, array in zip(ours.values(), theirs, strict=True):
         assert mx.array_equal(part, array).item()
@@ -84,9 +84,9 @@ def test_defaults_are_the_modes_own_and_mlxs(mode, bits, size):
 
 def test_what_is_given_replaces_a_default():
     wanted = Quantization(mode="affine", bits=3, group_size=128)
-    assert Quantization.of("affine", 3, 128) == wanted
+    assert Quantization.with_defaults("affine", 3, 128) == wanted
     with pytest.raises(ConversionError, match="nosuch"):
-        Quantization.of("nosuch", None, None)
+        Quantization.with_defaults("nosuch", None, None)
 
 
 # Against mlx itself
@@ -95,21 +95,21 @@ def test_what_is_given_replaces_a_default():
 @pytest.mark.parametrize("q", EVERY, ids=named)
 def test_a_fitting_quantisation_packs_as_mlx_does(q):
     for width in WIDTHS:
-        fitting = q.fits((2, 6, width))
+        fitting = q.fit_to_shape((2, 6, width))
         assert (fitting is None) == (width % 32 != 0)
         if fitting is None:
             continue
-        parts = fitting.apply(weight(2, 6, width))
+        parts = fitting.quantize(weight(2, 6, width))
         shapes = {name: array.shape for name, array in parts.items()}
-        assert shapes == fitting.packed((2, 6, width))
+        assert shapes == fitting.packed_shapes((2, 6, width))
         for name, array in parts.items():
-            assert array.dtype == (fitting.coded(name) or mx.float32)
+            assert array.dtype == (fitting.storage_dtype(name) or mx.float32)
 
 
 @pytest.mark.parametrize("q", EVERY, ids=named)
 def test_groups_shrink_only_as_far_as_a_width_needs(q):
     for width in WIDTHS:
-        fitting = q.fits((6, width))
+        fitting = q.fit_to_shape((6, width))
         if fitting is None:
             continue
         assert (fitting.bits, fitting.mode) == (q.bits, q.mode)
@@ -119,19 +119,19 @@ def test_groups_shrink_only_as_far_as_a_width_needs(q):
 
 def test_a_larger_group_than_asked_for_is_never_chosen():
     small = Quantization(group_size=32)
-    assert small.fits((4, 128)) == small
-    assert Quantization(group_size=128).fits((4, 96)) == small
-    assert Quantization(group_size=128).fits((4, 40)) is None
+    assert small.fit_to_shape((4, 128)) == small
+    assert Quantization(group_size=128).fit_to_shape((4, 96)) == small
+    assert Quantization(group_size=128).fit_to_shape((4, 40)) is None
 
 
 @pytest.mark.parametrize("q", EVERY, ids=named)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_undo_is_mlxs_dequantize(q, dtype):
     dense = weight(2, 4, 128).astype(dtype)
-    parts = q.apply(dense)
+    parts = q.quantize(dense)
     spec = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
     theirs = mx.dequantize(*mx.quantize(dense, **spec), **spec, dtype=dtype)
-    ours = q.undo(parts, dtype)
+    ours = q.dequantize(parts, dtype)
     assert ours.dtype == dtype
     assert mx.array_equal(ours, theirs).item()
 
@@ -165,7 +165,7 @@ def test_uniform_treats_every_layer_alike():
 
 
 @pytest.mark.parametrize(
-    "base", [Quantization(bits=3), Quantization.of("mxfp4", 4, 32)]
+    "base", [Quantization(bits=3), Quantization.with_defaults("mxfp4", 4, 32)]
 )
 def test_mixed_keeps_all_but_the_experts_at_8_bits(base):
     mixed, path = RECIPES["mixed"], "model.decoder.layers.0"
@@ -200,7 +200,7 @@ def test_the_layout_is_mlx_lms():
 
 def test_what_is_silent_is_the_modes_default():
     found = read_quantization({"quantization": {"mode": "nvfp4"}}, "c")
-    assert found.default == Quantization.of("nvfp4", None, None)
+    assert found.default == Quantization.with_defaults("nvfp4", None, None)
     found = read_quantization({"quantization": {"group_size": 32, "bits": 8}}, "c")
     assert found.default == Quantization(group_size=32, bits=8)
 
@@ -318,7 +318,7 @@ def test_other_peoples_quantisation_is_refused_with_advice(
 
 
 def test_8_bit_floats_are_refused_with_advice(folder, tiny):
-    from mlx_dgemma.checkpoint.weights import open_files
+    from mlx_dgemma.checkpoint.weights import read_tensors
 
     name = "model.decoder.norm.weight"
     header = {name: {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
@@ -326,7 +326,7 @@ def test_8_bit_floats_are_refused_with_advice(folder, tiny):
     content = len(text).to_bytes(8, "little") + text + bytes(4)
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{name}: .*F8_E4M3.* bfloat16 release"):
-        open_files(folder)
+        read_tensors(folder)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -342,7 +342,7 @@ def test_weights_stored_in_other_groups_than_declared_are_refused(folder):
 
 
 def test_weights_stored_in_another_mode_than_declared_are_refused(folder):
-    edit(folder, quantization=asdict(Quantization.of("mxfp4", None, None)))
+    edit(folder, quantization=asdict(Quantization.with_defaults("mxfp4", None, None)))
     refused(folder, CheckpointError, "model.decoder.")
 
 

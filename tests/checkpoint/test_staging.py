@@ -220,7 +220,7 @@ def test_a_name_too_long_for_the_staging_folder_is_refused(tiny, tmp_path):
 def test_every_file_is_durable_before_the_folder_gets_its_name(
     tiny, tmp_path, monkeypatch
 ):
-    events, rename, fsync = [], Path.rename, staging._fsync
+    events, rename, fsync = [], Path.rename, staging.fsync
 
     def note_rename(path: Path, target: Path):
         events.append("named")
@@ -231,7 +231,7 @@ def test_every_file_is_durable_before_the_folder_gets_its_name(
         fsync(path)
 
     monkeypatch.setattr(Path, "rename", note_rename)
-    monkeypatch.setattr(staging, "_fsync", note_fsync)
+    monkeypatch.setattr(staging, "fsync", note_fsync)
     convert(tiny, tmp_path / "out")
     before = events[: events.index("named")]
     assert set(before) >= set(listing(tmp_path / "out"))

@@ -14,7 +14,7 @@ from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.weights import (
     disk_name,
     expected_shapes,
-    open_files,
+    read_tensors,
     parameter_name,
     read_layout,
     tied_to,
@@ -172,11 +172,11 @@ def test_shards_load_as_one_file_does(tiny, folder, tensors, config):
 def test_the_index_wins_over_a_single_file(folder, tensors):
     save_shards(folder, tensors)
     (folder / WEIGHTS).write_bytes(b"left over from something else")
-    assert len(open_files(folder).tensors) == len(tensors)
+    assert len(read_tensors(folder)) == len(tensors)
 
 
 def test_nbytes_is_what_the_tensors_hold(tiny, tensors):
-    assert open_files(tiny).nbytes == sum(array.nbytes for array in tensors.values())
+    assert read_tensors(tiny).nbytes == sum(array.nbytes for array in tensors.values())
 
 
 def test_the_model_is_ready_for_any_thread(tiny, config):

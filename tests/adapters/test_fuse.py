@@ -11,7 +11,7 @@ import pytest
 from checkpoint.folders import edited, listing, logits, read_json, same, tensors
 from mlx.utils import tree_flatten
 from tiny import write_tiny
-from training.adapter_files import EVERY, factors, write_adapter, write_peft
+from adapters.adapter_files import EVERY, factors, write_adapter, write_peft
 
 from mlx_dgemma import load
 from mlx_dgemma.adapters import folder as adapters
@@ -88,9 +88,9 @@ def by_hand(base: Path, adapter: Path, lora: LoRA) -> dict[str, mx.array]:
             found[f"{layer}.weight"] = (weight + lora.scale * delta).astype(dtype)
             continue
         q = quantization.of(layer_path(layer))
-        parts = {p: found[f"{layer}.{p}"] for p in q.packed(expected(config, layer))}
-        weight = q.undo(parts, mx.float32) + lora.scale * delta
-        for part, array in q.apply(weight.astype(dtype)).items():
+        parts = {p: found[f"{layer}.{p}"] for p in q.packed_shapes(expected(config, layer))}
+        weight = q.dequantize(parts, mx.float32) + lora.scale * delta
+        for part, array in q.quantize(weight.astype(dtype)).items():
             found[f"{layer}.{part}"] = array
     return found
 
@@ -212,7 +212,7 @@ def test_fine_tuned_weights_are_rounded_as_the_layer_they_replace(
         layer, _, last = name.rpartition(".")
         if last == "weight" and array.ndim > 1:
             q: Quantization = quantization.of(layer_path(layer))
-            parts = q.apply(array)
+            parts = q.quantize(array)
             wanted |= {f"{layer}.{part}": parts[part] for part in parts}
         else:
             wanted[name] = array

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.folders import bits, logits
 from mlx.utils import tree_flatten, tree_unflatten
 from tiny import write_tiny
-from training.adapter_files import EVERY, write_adapter
+from adapters.adapter_files import EVERY, write_adapter
 
 from mlx_dgemma import load
 from mlx_dgemma.adapters import folder as adapters
@@ -381,15 +381,15 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "file.json"
     path.write_text("old")
     with pytest.raises(OSError, match="No space"):
-        adapters.replace(path, half)
+        write_atomically(path, half)
     assert everything(tmp_path) == {"file.json": b"old"}
-    adapters.replace(path, lambda partial: partial.write_text("new"))
+    write_atomically(path, lambda partial: partial.write_text("new"))
     assert everything(tmp_path) == {"file.json": b"new"}
 
 
 def test_a_first_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space"):
-        adapters.replace(tmp_path / "file.json", half)
+        write_atomically(tmp_path / "file.json", half)
     assert everything(tmp_path) == {}
 
 

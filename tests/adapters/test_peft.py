@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoint.folders import CANVAS, PROMPT, logits
 from mlx.utils import tree_flatten
-from training.adapter_files import PREFIX, factors, write_peft
+from adapters.adapter_files import PREFIX, factors, write_peft
 
 from mlx_dgemma import generate, load
 from mlx_dgemma.adapters import folder as adapters
