@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint.folders import edited, listing, logits, read_json, same, tensors
+from checkpoint.folders import copied, listing, logits, read_json, same, tensors
 from mlx.utils import tree_flatten
 from tiny import write_tiny
 from adapters.adapter_files import EVERY, factors, write_adapter, write_peft
@@ -151,7 +151,7 @@ def test_what_is_rounded_again_stays_near_model_and_adapter(
 def test_a_weight_keeps_its_dtype_and_is_added_to_in_float32(
     tiny, adapter, tmp_path, dtype, quantised
 ):
-    base = edited(tiny, tmp_path / "base", dtype=dtype)
+    base = copied(tiny, tmp_path / "base", dtype=dtype)
     if quantised:
         convert(base, tmp_path / "q", quantize=True)
         base = tmp_path / "q"
@@ -268,7 +268,7 @@ def test_a_fused_model_can_be_fused_again(tiny, adapter, some, tmp_path):
 def test_the_vision_tower_is_kept_as_it_is(tiny, some, tmp_path):
     vision = {"model.encoder.vision_tower.x.weight": mx.arange(6).reshape(2, 3) / 7}
     config = {"vision_config": {"hidden_size": 3}}
-    base = edited(tiny, tmp_path / "base", more=vision, config=config)
+    base = copied(tiny, tmp_path / "base", more=vision, config=config)
     fuse(base, some, tmp_path / "out")
     found = tensors(tmp_path / "out")
     same({name: found[name] for name in vision}, vision)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from folders import edited, listing, logits, read_json, same, tensors
+from folders import copied, listing, logits, read_json, same, tensors
 from tiny import tiny_config, write_tiny
 
 from mlx_dgemma import load
@@ -38,7 +38,7 @@ def quantised(tiny, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_a_dense_conversion_keeps_every_value_bit_for_bit(tiny, tmp_path, dtype):
-    source = edited(tiny, tmp_path / "source", dtype=dtype)
+    source = copied(tiny, tmp_path / "source", dtype=dtype)
     convert(source, tmp_path / "out")
     same(tensors(tmp_path / "out"), tensors(source))
 
@@ -58,7 +58,7 @@ def test_dense_names_on_disk_are_the_releases(tiny, tmp_path):
 
 def test_a_tied_copy_is_not_written(tiny, tmp_path):
     copies = {"lm_head.weight": mx.zeros((32, 64))}
-    source = edited(tiny, tmp_path / "source", more=copies)
+    source = copied(tiny, tmp_path / "source", more=copies)
     convert(source, tmp_path / "out")
     same(tensors(tmp_path / "out"), tensors(tiny))
 
@@ -67,7 +67,7 @@ def test_a_tied_copy_is_not_written(tiny, tmp_path):
 def test_dtype_is_of_every_dense_tensor_and_said_in_the_config(tiny, tmp_path, dtype):
     text = tiny_config()["text_config"] | {"dtype": "float32"}
     config = {"dtype": "float32", "torch_dtype": "float32", "text_config": text}
-    source = edited(tiny, tmp_path / "source", config=config)
+    source = copied(tiny, tmp_path / "source", config=config)
     convert(source, tmp_path / "out", dtype=dtype)
     wanted = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
     found = tensors(tmp_path / "out")
@@ -78,7 +78,7 @@ def test_dtype_is_of_every_dense_tensor_and_said_in_the_config(tiny, tmp_path, d
 
 
 def test_without_dtype_the_sources_own_is_kept_in_what_stays_dense(tiny, tmp_path):
-    source = edited(tiny, tmp_path / "source", dtype=mx.bfloat16)
+    source = copied(tiny, tmp_path / "source", dtype=mx.bfloat16)
     convert(source, tmp_path / "out", quantize=True)
     found = tensors(tmp_path / "out")
     assert found["norm.weight"].dtype == mx.bfloat16
@@ -93,7 +93,7 @@ def test_without_dtype_the_sources_own_is_kept_in_what_stays_dense(tiny, tmp_pat
 )
 def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
     config = {"vision_config": {"hidden_size": 3}}
-    source = edited(tiny, tmp_path / "source", more=VISION, config=config)
+    source = copied(tiny, tmp_path / "source", more=VISION, config=config)
     converted = convert(source, tmp_path / "out", **how)
     found = tensors(tmp_path / "out")
     same({name: found[name] for name in VISION}, VISION)
@@ -110,7 +110,7 @@ def test_transformers_layout_becomes_the_releases(tiny, tmp_path):
     text = tiny_config()["text_config"]
     del text["global_head_dim"], text["num_global_key_value_heads"]
     text["per_layer_config"] = {"2": {"head_dim": 32, "num_key_value_heads": 1}}
-    source = edited(tiny, tmp_path / "source", config={"text_config": text})
+    source = copied(tiny, tmp_path / "source", config={"text_config": text})
     convert(source, tmp_path / "out")
     assert read_json(tmp_path / "out") == tiny_config()
     theirs = read_config(source)
@@ -128,7 +128,7 @@ def test_shapes_the_releases_layout_cannot_say_keep_their_own(tmp_path):
 
 def test_keys_of_others_are_kept(tiny, tmp_path):
     config = {"architectures": ["X"], "image_token_id": 9}
-    source = edited(tiny, tmp_path / "source", config=config)
+    source = copied(tiny, tmp_path / "source", config=config)
     convert(source, tmp_path / "out")
     assert read_json(tmp_path / "out").items() >= config.items()
 
