@@ -1,17 +1,13 @@
-"""Which layers are quantised how, what config.json says of it, and what is rounded."""
+"""Which layers are quantised how, and what config.json says of it."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.utils
 import numpy as np
 import pytest
-from checkpoint.folders import copied, logits, read_json, same, tensors
-from tiny import write_tiny
+from checkpoint.folders import copied, read_json, tensors
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
@@ -23,7 +19,7 @@ from mlx_dgemma.checkpoint.quantize import (
     quantizable,
     read_quantization,
 )
-from mlx_dgemma.checkpoint.weights import expected_shapes, read_tensors
+from mlx_dgemma.checkpoint.weights import expected_shapes
 from mlx_dgemma.errors import CheckpointError, ConfigError, ConversionError
 from mlx_dgemma.model.loading import load_model
 
@@ -295,108 +291,3 @@ def test_parts_that_are_missing_or_of_another_dtype_are_named(
         array = tensors(quantised).get(name.removeprefix(DECODER), mx.ones((64, 1)))
         array = array.astype(dtype)
     refused(copied(quantised, tmp_path / "m", more={name: array}), named)
-
-
-# What a conversion rounds
-
-# How a weight of inner width 64 or 128 is stored, and one of 32: experts' down_proj.
-ROUNDED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    f"affine-{bits}": (
-        {"q_bits": bits},
-        {"group_size": 64, "bits": bits, "mode": "affine"},
-        {"group_size": 32, "bits": bits, "mode": "affine"},
-    )
-    for bits in (2, 3, 4, 5, 6, 8)
-}
-for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
-    spec = {"group_size": size, "bits": bits, "mode": mode}
-    ROUNDED[mode] = ({"q_mode": mode}, spec, spec)
-EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
-
-
-def by_hand(tiny: Path, spec_of: Callable[[str, int], dict[str, Any]]) -> np.ndarray:
-    """Logits of the dense model, its weights rounded by mlx as they would be."""
-    model = load_model(tiny, read_config(tiny))
-    rounded = []
-    for name, weight in mlx.utils.tree_flatten(model.parameters()):
-        if weight.ndim < 2:
-            continue
-        spec = spec_of(name, weight.shape[-1])
-        parts = mx.quantize(weight, **spec)
-        rounded.append((name, mx.dequantize(*parts, **spec, dtype=mx.float32)))
-    model.load_weights(rounded, strict=False)
-    return logits(model)
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_quantised_logits_are_those_of_weights_rounded_by_hand(tiny, tmp_path, name):
-    how, wide, narrow = ROUNDED[name]
-    converted = convert(tiny, tmp_path / "q", quantize=True, **how)
-    found = logits(load_model(tmp_path / "q", read_config(tmp_path / "q")))
-    wanted = by_hand(tiny, lambda _, width: narrow if width == 32 else wide)
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
-    exact = logits(load_model(tiny, read_config(tiny)))
-    assert np.abs(wanted - exact).max() > 0.02  # rounding shows, and alike
-    assert converted.bits_per_weight < 32 / 2
-    # and back
-    convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
-    values = {}
-    for parameter, array in tensors(tiny).items():
-        values[parameter] = array
-        if array.ndim >= 2:
-            spec = narrow if array.shape[-1] == 32 else wide
-            parts = mx.quantize(array, **spec)
-            values[parameter] = mx.dequantize(*parts, **spec, dtype=mx.float32)
-    same(tensors(tmp_path / "dense"), values)
-    keys = read_json(tmp_path / "dense").keys()
-    assert not keys & {"quantization", "quantization_config"}
-
-
-def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
-    out = tmp_path / "out"
-    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
-    _, wide, narrow = ROUNDED["affine-3"]
-
-    def spec(name: str, width: int) -> dict[str, Any]:
-        if ".experts." in name:
-            return narrow if width == 32 else wide
-        return EIGHT
-
-    found = logits(load_model(out, read_config(out)))
-    np.testing.assert_allclose(found, by_hand(tiny, spec), atol=2e-4)
-    # overrides are written by path on disk, as mlx-lm does
-    quantization = read_json(out)["quantization"]
-    assert read_json(out)["quantization_config"] == quantization
-    assert {k: quantization.pop(k) for k in wide} == wide
-    names = read_tensors(out)
-    layers = {n.removesuffix(".scales") for n in names if n.endswith(".scales")}
-    for layer in layers:
-        fits = layer.endswith("experts.gate_up_proj")
-        found = quantization.pop(layer, None)
-        special = narrow if ".experts." in layer else EIGHT
-        assert found == (None if fits else special)
-    assert not quantization
-    assert f"{DECODER}layers.0.experts.gate_up_proj.biases" in names
-    assert "model.encoder.language_model.layers.0.layer_scalar" in names
-
-
-def test_layers_no_group_divides_stay_dense_and_are_reported(tmp_path):
-    source = write_tiny(tmp_path / "source", intermediate_size=40, attention_bias=True)
-    converted = convert(source, tmp_path / "out", quantize=True, q_bits=8)
-    dense = {f"{DECODER}layers.{i}.mlp.down_proj" for i in range(3)}
-    assert set(converted.dense) == dense | {f"{DECODER}self_conditioning.down_proj"}
-    regrouped = {f"{DECODER}layers.{i}.experts.down_proj": 32 for i in range(3)}
-    assert converted.regrouped == regrouped
-    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
-    assert model.layers[0].mlp.down_proj.weight.shape == (64, 40)
-    bias = "layers.0.self_attn.k_proj.bias"
-    kept = [{bias: tensors(folder)[bias]} for folder in (tmp_path / "out", source)]
-    same(*kept)
-    exact = logits(load_model(source, read_config(source)))
-    assert np.abs(logits(model) - exact).max() < 1
-
-
-def test_dequantizing_obeys_dtype(quantised, tmp_path):
-    convert(quantised, tmp_path / "out", dequantize=True, dtype="bfloat16")
-    found = tensors(tmp_path / "out").values()
-    assert {array.dtype for array in found} == {mx.bfloat16}

@@ -1,4 +1,4 @@
-"""Under a conversion's own name there is nothing or everything, whatever happens."""
+"""Files and folders: under their own name there is nothing or everything."""
 
 import errno
 import os
@@ -12,27 +12,25 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from checkpoint.folders import listing, tensors
 from tiny import write_tiny
 
 from mlx_dgemma.checkpoint import convert as conversion
-from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import ConversionError
-from mlx_dgemma.files import atomic as staging
-from mlx_dgemma.model.loading import load_model
+from mlx_dgemma.files import atomic
+from mlx_dgemma.files.atomic import save_arrays, write_atomically
 
 DRIVER = Path(__file__).with_name("slow_convert.py")
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def whole(folder: Path, source: Path) -> None:
     """The folder holds the source's model, complete."""
-    ours = load_model(folder, read_config(folder))
-    theirs = load_model(source, read_config(source))
-    assert mx.array_equal(ours.embed_tokens.weight, theirs.embed_tokens.weight).item()
+    ours, theirs = tensors(folder), tensors(source)
+    assert ours.keys() == theirs.keys()
+    name = "embed_tokens.weight"
+    assert mx.array_equal(ours[name], theirs[name]).item()
     card = {"README.md"}  # a source may have none
     assert {*listing(folder)} - card == {*listing(source)} - card
 
@@ -53,7 +51,7 @@ def out(older, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def dead() -> int:
-    """The id of a process that is no more."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -66,6 +64,70 @@ def alive() -> Iterator[int]:
     yield process.pid
     process.kill()
     process.wait()
+
+
+# One file
+
+
+def half(path: Path) -> None:
+    path.write_bytes(b"half")
+    raise FULL
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_failed_write_leaves_the_old_file_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_atomically(path, half)
+    assert contents(tmp_path) == {}
+    path.write_text("old")
+    for error in (OSError("odd"), RuntimeError(), KeyboardInterrupt(), MemoryError()):
+
+        def torn(file, arrays, metadata, error=error) -> None:
+            file.write(b"torn")
+            raise error
+
+        monkeypatch.setattr(mx, "save_safetensors", torn)
+        with pytest.raises(type(error)):
+            save_arrays(path, {"a": mx.ones((3,))})
+        assert contents(tmp_path) == {"file.json": b"old"}
+    write_atomically(path, lambda partial: partial.write_text("new"))
+    assert contents(tmp_path) == {"file.json": b"new"}
+    with pytest.raises(OSError, match=f"No such file or directory: '{tmp_path}/a/b'"):
+        write_atomically(tmp_path / "a" / "b", half)
+
+
+def test_a_file_gets_its_name_only_when_it_is_durable(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+    synced = []
+
+    def fsync(handle: int) -> None:
+        synced.append(sorted(contents(tmp_path)))
+        assert path.read_text() == "old"
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        save_arrays(path, {"a": mx.ones((3,))})
+    assert synced == [[".partial-a.safetensors", "a.safetensors"]]
+    assert contents(tmp_path) == {"a.safetensors": b"old"}
+
+
+def test_links_and_modes_are_kept(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    save_arrays(link, {"a": mx.ones((2,))}, {"iteration": "7"})
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    arrays, metadata = mx.load(str(real), format="safetensors", return_metadata=True)
+    assert arrays["a"].tolist() == [1, 1]
+    assert metadata == {"format": "mlx", "iteration": "7"}
+    assert listing(tmp_path) == ["link", "real"]
 
 
 # What may be written to
@@ -159,9 +221,6 @@ def broken_after(count: int, error: BaseException):
     return write_some
 
 
-FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("error", [FULL, OSError("odd"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("there", [True, False], ids=["overwriting", "new"])
 def test_a_failure_midway_leaves_everything_as_it_was(
@@ -220,7 +279,7 @@ def test_a_name_too_long_for_the_staging_folder_is_refused(tiny, tmp_path):
 def test_every_file_is_durable_before_the_folder_gets_its_name(
     tiny, tmp_path, monkeypatch
 ):
-    events, rename, fsync = [], Path.rename, staging.fsync
+    events, rename, fsync = [], Path.rename, atomic.fsync
 
     def note_rename(path: Path, target: Path):
         events.append("named")
@@ -231,12 +290,49 @@ def test_every_file_is_durable_before_the_folder_gets_its_name(
         fsync(path)
 
     monkeypatch.setattr(Path, "rename", note_rename)
-    monkeypatch.setattr(staging, "fsync", note_fsync)
+    monkeypatch.setattr(atomic, "fsync", note_fsync)
     convert(tiny, tmp_path / "out")
     before = events[: events.index("named")]
     assert set(before) >= set(listing(tmp_path / "out"))
     assert before[-1] == f".out.partial-{os.getpid()}"  # then the names in it
     assert events[-1] == tmp_path.name  # and last its own name
+
+
+# Others who use the target meanwhile
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_a_conversion_is_not_deleted(tiny, tmp_path, overwrite):
+    """The target was free when the conversion began; somebody used it meanwhile."""
+    out = tmp_path / "out"
+
+    def somebody(name, done, total):
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("ten years of work")
+
+    with pytest.raises(ConversionError, match=r"exists|is no model folder"):
+        convert(tiny, out, progress=somebody, overwrite=overwrite)
+    assert listing(tmp_path) == ["out"]
+    assert (out / "thesis.txt").read_text() == "ten years of work"
+
+
+def test_a_second_conversion_to_the_same_target_does_not_disturb_the_first(
+    tiny, tmp_path
+):
+    out = tmp_path / "out"
+    refused = []
+
+    def again(name, done, total):
+        if not refused:
+            refused.append(None)
+            with pytest.raises(ConversionError, match="another conversion") as error:
+                convert(tiny, out)
+            refused[0] = str(error.value)
+
+    convert(tiny, out, progress=again)
+    assert "out: another conversion to it is running" in refused[0]
+    whole(out, tiny)
+    assert listing(tmp_path) == ["out"]
 
 
 # What other processes left
@@ -323,7 +419,7 @@ def kill(source: Path, target: Path, step: str, delay: float = 0.0) -> None:
         [sys.executable, DRIVER, source, target, step],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(staging.__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(atomic.__file__).parents[2])},
     )
     with process:
         assert process.stdout is not None
