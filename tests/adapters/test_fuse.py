@@ -88,7 +88,9 @@ def by_hand(base: Path, adapter: Path, lora: LoRA) -> dict[str, mx.array]:
             found[f"{layer}.weight"] = (weight + lora.scale * delta).astype(dtype)
             continue
         q = quantization.of(layer_path(layer))
-        parts = {p: found[f"{layer}.{p}"] for p in q.packed_shapes(expected(config, layer))}
+        parts = {
+            p: found[f"{layer}.{p}"] for p in q.packed_shapes(expected(config, layer))
+        }
         weight = q.dequantize(parts, mx.float32) + lora.scale * delta
         for part, array in q.quantize(weight.astype(dtype)).items():
             found[f"{layer}.{part}"] = array
