@@ -1,6 +1,5 @@
 """PEFT's folders: what is one adapter, what is two, and what is refused."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.diffusion.sampler import fold
 from mlx_dgemma.diffusion.step import State, StepInputs, Stepper
-from mlx_dgemma.errors import AdapterError
+from mlx_dgemma.errors import AdapterError, CheckpointError
 from mlx_dgemma.model.loading import find_layer, load_model
 
 PATHS = (
@@ -83,16 +82,6 @@ def hidden(model):
 # One adapter
 
 
-def test_who_wrote_a_folder_is_told_by_its_configuration(config, one, tmp_path):
-    assert peft.is_peft(write_peft(tmp_path / "a", {"decoder": one}))
-    config = tmp_path / "a" / "adapter_config.json"
-    for content in ('{"fine_tune_type": "lora"}', "{", "[]", '{"peft_type": null}'):
-        config.write_text(content)
-        assert not peft.is_peft(tmp_path / "a")
-    assert not peft.is_peft(tmp_path)
-    assert not peft.is_peft(tmp_path / "none")
-
-
 def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
     modes = {"decoder": one | alone, "encoder": one}
     model = adapted(tiny, write_peft(tmp_path / "a", modes))
@@ -101,22 +90,17 @@ def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
     assert not tree_flatten(model.trainable_parameters())
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_adapters_of_low_precision_are_multiplied_in_float32(
-    tiny, one, tmp_path, dtype
-):
+def test_adapters_of_low_precision_are_multiplied_in_float32(tiny, one, tmp_path):
     half = {
-        path: tuple(mx.array(side).astype(dtype) for side in pair)
+        path: tuple(mx.array(side).astype(mx.bfloat16) for side in pair)
         for path, pair in one.items()
     }
-    model = adapted(
-        tiny, write_peft(tmp_path / "a", {"decoder": half, "encoder": half})
-    )
+    folder = write_peft(tmp_path / "a", {"decoder": half, "encoder": half})
     floats = {
         path: tuple(np.array(side.astype(mx.float32)) for side in pair)
         for path, pair in half.items()
     }
-    near(logits(model), logits(added(tiny, floats)))
+    near(logits(adapted(tiny, folder)), logits(added(tiny, floats)))
 
 
 def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path):
@@ -190,16 +174,6 @@ def test_each_mode_runs_with_its_own_adapter(
     quick = model.make_cache()
     model.encode(PROMPT, quick)
     near(model.denoise(CANVAS, quick, signal), model.denoise(CANVAS, ours, signal))
-
-
-def test_one_adapter_for_both_or_their_sum_would_be_wrong(tiny, one, other, tmp_path):
-    folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
-    exact = logits(adapted(tiny, folder))
-    both = {p: (np.vstack([one[p][0], other[p][0]]),) for p in one}
-    both = {p: (a, np.hstack([one[p][1], other[p][1]])) for p, (a,) in both.items()}
-    for wrong in (one, other, both):
-        found = logits(added(tiny, wrong))
-        assert np.abs(found - exact).max() > 0.1 * np.abs(exact).max()
 
 
 def test_the_modes_share_every_weight_and_nothing_is_counted_twice(
@@ -370,7 +344,7 @@ def test_a_tensor_that_belongs_to_no_layer_is_named(config, tmp_path, name):
 def test_an_adapter_of_another_model_names_tensor_and_shapes(config, tmp_path):
     layers = factors(config, ("layers.0.mlp.down_proj",))
     ((a, b),) = layers.values()
-    for number, pair in enumerate([(a[:, :-1], b), (a, b[:-1]), (a[:-1], b)]):
+    for number, pair in enumerate([(a[:, :-1], b), (a, b[:-1])]):
         wrong = {"layers.0.mlp.down_proj": pair}
         folder = write_peft(tmp_path / str(number), {"encoder": wrong})
         refused(folder, config, "down_proj.lora_", "has shape [")
@@ -390,7 +364,9 @@ def test_vision_is_let_pass_only_if_it_adds_nothing(config, one, tmp_path):
 
 
 def test_files_that_are_missing_or_torn_are_named(config, one, tmp_path):
+    assert not peft.is_peft(tmp_path)
     folder = write_peft(tmp_path / "a", {"decoder": one})
+    assert peft.is_peft(folder)
     weights = folder / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
@@ -398,27 +374,24 @@ def test_files_that_are_missing_or_torn_are_named(config, one, tmp_path):
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     refused(folder, config, "pickle", "safe_serialization")
     weights.write_bytes(content[:-9])
-    with pytest.raises(Exception, match="truncated"):
+    with pytest.raises(CheckpointError, match="truncated"):
         peft.read(folder, config)
+    for content in ('{"fine_tune_type": "lora"}', "{", "[]", '{"peft_type": null}'):
+        (folder / "adapter_config.json").write_text(content)
+        assert not peft.is_peft(folder)
 
 
 def test_a_model_takes_one_adapter_only(tiny, one, other, tmp_path):
-    cases = {"decoder": one, "encoder": other}, {"encoder": one}, {"decoder": one}
-    for number, modes in enumerate(cases):
-        folder = write_peft(tmp_path / str(number), modes)
-        model = adapted(tiny, folder)
-        with pytest.raises(AdapterError, match="already"):
-            adapters.load(model, folder)
-
-
-def test_nothing_is_changed_by_what_is_refused(tiny, one, tmp_path):
-    folder = write_peft(tmp_path / "a", {"decoder": one}, use_dora=True)
+    folder = write_peft(tmp_path / "dora", {"decoder": one}, use_dora=True)
     model = load_model(tiny, read_config(tiny))
     before = logits(model)
     with pytest.raises(AdapterError, match="DoRA"):
         adapters.load(model, folder)
     np.testing.assert_array_equal(logits(model), before)
-    written = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(written | {"use_dora": 0}))
-    adapters.load(model, folder)
-    assert np.abs(logits(model) - before).max() > 0.1
+    cases = {"decoder": one, "encoder": other}, {"encoder": one}, {"decoder": one}
+    for number, modes in enumerate(cases):
+        folder = write_peft(tmp_path / str(number), modes)
+        model = adapted(tiny, folder)
+        assert np.abs(logits(model) - before).max() > 0.1
+        with pytest.raises(AdapterError, match="already"):
+            adapters.load(model, folder)
