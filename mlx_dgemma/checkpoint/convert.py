@@ -16,7 +16,7 @@ import mlx.core as mx
 from .. import backends
 from ..errors import ConversionError
 from ..files import atomic
-from ..files.safetensors import LazyTensor, write_file
+from ..files.safetensors import write_file
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .config import ModelConfig, read_config
@@ -186,56 +186,33 @@ def write_checkpoint(
     """
     atomic.check_disk(target, plan.nbytes)
     source = plan.layout.folder
+    config = released_config(plan.layout.config, plan.quantization, plan.dtype)
+    shards = _split(plan.tensors, shard_bytes)
+    converted = Converted(
+        path=target,
+        source_bytes=plan.layout.nbytes,
+        bytes=plan.nbytes,
+        shards=len(shards),
+        bits_per_weight=plan.bits_per_weight,
+        dense=tuple(plan.dense),
+        regrouped=plan.regrouped,
+    )
+    plan.tensors.clear()  # so that each array is freed once it is written
     with atomic.staged(target, overwrite) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
-        shards = _write_weights(folder, plan, shard_bytes, progress)
-        config = released_config(plan.layout.config, plan.quantization, plan.dtype)
+        _write_weights(folder, shards, converted.bytes, progress)
         atomic.write_json(folder / "config.json", config)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     if upload_repo is not None:
         hub.upload(target, upload_repo)
-    return Converted(
-        path=target,
-        source_bytes=plan.layout.nbytes,
-        bytes=plan.nbytes,
-        shards=shards,
-        bits_per_weight=plan.bits_per_weight,
-        dense=tuple(plan.dense),
-        regrouped=plan.regrouped,
-    )
+    return converted
 
 
-def _write_weights(
-    folder: Path, plan: ConversionPlan, shard_bytes: int, progress: Progress | None
-) -> int:
-    """Write weight files, and their index if there are several; return how many."""
-    shards = _split(plan.tensors, shard_bytes)
-    files = [SINGLE]
-    if (count := len(shards)) > 1:
-        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    done, total = 0, plan.nbytes
-    weight_map: dict[str, str] = {}
-    cache_limit = mx.set_cache_limit(0)  # freed buffers would add up to a shard
-    try:
-        for file, tensors in zip(files, shards, strict=True):
-            weight_map |= dict.fromkeys(tensors, file)
-            for tensor, size in write_file(folder / file, tensors):
-                done += size
-                if progress is not None:
-                    progress(tensor, done, total)
-    finally:
-        mx.set_cache_limit(cache_limit)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        atomic.write_json(folder / INDEX, index)
-    return count
-
-
-def _split(tensors: dict[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
-    """Deal tensors out to shards of at most `limit` bytes, or of one tensor."""
-    shards: list[dict[str, LazyTensor]] = [{}]
+def _split(tensors: dict[str, mx.array], limit: int) -> dict[str, dict[str, mx.array]]:
+    """Return files of at most `limit` bytes, or of one tensor, by their names."""
+    shards: list[dict[str, mx.array]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > limit:
@@ -243,7 +220,35 @@ def _split(tensors: dict[str, LazyTensor], limit: int) -> list[dict[str, LazyTen
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    return shards
+    if (count := len(shards)) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{i:05}-of-{count:05}.safetensors": shard
+        for i, shard in enumerate(shards, 1)
+    }
+
+
+def _write_weights(
+    folder: Path,
+    shards: dict[str, dict[str, mx.array]],
+    total: int,
+    progress: Progress | None,
+) -> None:
+    """Write weight files, and their index if there are several."""
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    done = 0
+    cache_limit = mx.set_cache_limit(0)  # freed buffers would add up to a shard
+    try:
+        for file, tensors in shards.items():
+            for name, size in write_file(folder / file, tensors):
+                done += size
+                if progress is not None:
+                    progress(name, done, total)
+    finally:
+        mx.set_cache_limit(cache_limit)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        atomic.write_json(folder / INDEX, index)
 
 
 def released_config(

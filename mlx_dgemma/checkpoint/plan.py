@@ -1,21 +1,23 @@
-"""What a conversion writes, decided from headers: no weight is read yet."""
+"""What a conversion writes: MLX arrays whose shapes are known, not yet evaluated.
+
+No weight is read before its turn to be written: arrays of MLX are computed on demand.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import mlx.core as mx
 
-from ..files.safetensors import LazyTensor, TensorInfo, load_tensors
+from ..files.safetensors import load_tensors
 from .quantize import RECIPES, Quantization, QuantizationMap, quantizable
 from .weights import VISION, Layout, disk_name, expected_shapes, layer_path
 
 NORM = "norm.weight"  # never quantised: the model computes in its dtype
 
-# Rows of a dense weight's first axis in float32: each expert apart, else all at once.
+# Rows of a weight's first axis in float32: each expert apart, else all at once.
 Blocks = Iterator[tuple[slice, mx.array]]
-# From those to the rows that replace them. A change that ignores them reads nothing.
+# From those to the rows that replace them. What it does not use is never read.
 Change = Callable[[Blocks], Iterator[mx.array]]
 
 
@@ -24,7 +26,7 @@ class ConversionPlan:
     """Every tensor to be written, and what the configuration will say of them."""
 
     layout: Layout
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    tensors: dict[str, mx.array] = field(default_factory=dict)
     quantization: QuantizationMap | None = None
     dense: list[str] = field(default_factory=list)
     regrouped: dict[str, int] = field(default_factory=dict)
@@ -82,101 +84,57 @@ def plan_conversion(
                      become dense
     changes          parameter -> what is done to its weight; all others stay
     """
-    plan = ConversionPlan(layout)
+    plan, changes = ConversionPlan(layout), changes or {}
     if keep_quantized:
         plan.quantization = layout.quantization
     elif base is not None:
         plan.quantization = QuantizationMap(base)
+    source = load_tensors(layout.parameters)
     for parameter, shape in expected_shapes(layout.config).items():
-        source = Source(layout, parameter, shape, (changes or {}).get(parameter))
-        if keep_quantized:
-            chosen = source.quantization
+        layer, change = parameter.removesuffix(".weight"), changes.get(parameter)
+        stored = layout.quantized.get(layer)
+        chosen = stored if keep_quantized else plan.choose(parameter, shape, recipe)
+        if stored is None:
+            parts, own = {"weight": source[parameter]}, parameter
         else:
-            chosen = plan.choose(parameter, shape, recipe)
-        plan.tensors |= source.converted(chosen, dtype)
-    for name, info in layout.tensors.items():
-        if name.startswith(VISION):
-            plan.tensors[name] = _copy(info)
+            names = stored.packed_shapes(shape)
+            parts, own = {part: source[f"{layer}.{part}"] for part in names}, NORM
+        if chosen is None or chosen != stored or change is not None:
+            weight = _weight(parts, stored, change, dtype or source[own].dtype)
+            parts = {"weight": weight} if chosen is None else chosen.quantize(weight)
+        if chosen is None:
+            plan.tensors[disk_name(parameter)] = parts["weight"]
+        else:
+            path = layer_path(layer)
+            plan.tensors |= {f"{path}.{part}": array for part, array in parts.items()}
+    vision = {n: info for n, info in layout.tensors.items() if n.startswith(VISION)}
+    plan.tensors |= load_tensors(vision)
     return plan
 
 
-@dataclass(frozen=True)
-class Source:
-    """A parameter of the source, dense or quantised, and the change to be made."""
+def _weight(
+    parts: dict[str, mx.array],
+    stored: Quantization | None,
+    change: Change | None,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """Return the dense weight of stored parts, changed if that is asked."""
 
-    layout: Layout
-    parameter: str
-    shape: tuple[int, ...]
-    change: Change | None
+    def dense(rows: slice, dtype: mx.Dtype) -> mx.array:
+        some = {name: part[rows] for name, part in parts.items()}
+        if stored is None:
+            return some["weight"].astype(dtype)
+        return stored.dequantize(some, dtype)
 
-    @property
-    def layer(self) -> str:
-        return self.parameter.removesuffix(".weight")
-
-    @property
-    def quantization(self) -> Quantization | None:
-        return self.layout.quantized.get(self.layer)
-
-    @property
-    def parts(self) -> dict[str, TensorInfo]:
-        """What the source stores of it: weight, or weight, scales (and biases)."""
-        parameters = self.layout.parameters
-        if self.quantization is None:
-            return {"weight": parameters[self.parameter]}
-        parts = self.quantization.packed_shapes(self.shape)
-        return {part: parameters[f"{self.layer}.{part}"] for part in parts}
-
-    def converted(
-        self, chosen: Quantization | None, dtype: mx.Dtype | None
-    ) -> dict[str, LazyTensor]:
-        """Return the tensors to be written by their names on disk."""
-        path = layer_path(self.layer)
-        if chosen is not None and chosen == self.quantization and self.change is None:
-            return {f"{path}.{part}": _copy(info) for part, info in self.parts.items()}
-        if dtype is None:  # what was quantised has no dtype of its own
-            own = self.parameter if self.quantization is None else NORM
-            dtype = self.layout.parameters[own].dtype
-        if chosen is None:
-            read = partial(self.read, dtype)
-            return {disk_name(self.parameter): LazyTensor(dtype, self.shape, read)}
-        parts: dict[str, mx.array] = {}
-
-        def compute(part: str) -> mx.array:
-            if not parts:  # all parts come from one reading of the weight
-                parts.update(chosen.quantize(self.read(dtype)))
-                mx.eval(parts)
-            return parts.pop(part)
-
-        return {
-            f"{path}.{part}": LazyTensor(
-                chosen.storage_dtype(part) or dtype, shape, partial(compute, part)
-            )
-            for part, shape in chosen.packed_shapes(self.shape).items()
-        }
-
-    def read(self, dtype: mx.Dtype) -> mx.array:
-        """Return the dense weight, changed if that is asked."""
-        if self.change is None:
-            return self._dense(load_tensors(self.parts), dtype)
-        rows = []
-        for block in self.change(self._blocks()):
-            rows.append(block.astype(dtype))
-            mx.eval(rows[-1])  # one block in float32 at a time
-        return mx.concatenate(rows)
-
-    def _blocks(self) -> Blocks:
-        parts = load_tensors(self.parts)
-        mx.eval(parts)
-        experts = [slice(i, i + 1) for i in range(self.shape[0])]
-        for rows in experts if len(self.shape) > 2 else [slice(None)]:
-            some = {name: part[rows] for name, part in parts.items()}
-            yield rows, self._dense(some, mx.float32)
-
-    def _dense(self, parts: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        if self.quantization is None:
-            return parts["weight"].astype(dtype)
-        return self.quantization.dequantize(parts, dtype)
-
-
-def _copy(info: TensorInfo) -> LazyTensor:
-    return LazyTensor(info.dtype, info.shape, lambda: load_tensors({0: info})[0])
+    if change is None:
+        return dense(slice(None), dtype)
+    count = len(parts["weight"]) if parts["weight"].ndim > 2 else 0
+    experts = [slice(i, i + 1) for i in range(count)]
+    blocks = ((rows, dense(rows, mx.float32)) for rows in experts or [slice(None)])
+    changed = [block.astype(dtype) for block in change(blocks)]
+    if len(changed) == 1:
+        return changed[0]
+    weight = mx.zeros((count, *changed[0].shape[1:]), dtype)
+    for rows, block in zip(experts, changed, strict=True):
+        weight[rows] = block  # in place: concatenating would hold all twice
+    return weight

@@ -182,51 +182,32 @@ def load_tensors(infos: Mapping[Key, TensorInfo]) -> dict[Key, mx.array]:
     return {key: files[info.file][info.name] for key, info in infos.items()}
 
 
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor to be written: dtype and shape now, values when it is its turn."""
+def write_file(path: Path, tensors: dict[str, mx.array]) -> Iterator[tuple[str, int]]:
+    """Write tensors in order and take them out of the dict; yield (name, bytes).
 
-    dtype: mx.Dtype
-    shape: tuple[int, ...]
-    compute: Callable[[], mx.array]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.size
-
-
-def write_file(path: Path, tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, int]]:
-    """Write tensors in order; yield (name, bytes) after each.
-
-    The file is durable before the last yield returns. One tensor is in memory at a
-    time.
+    Arrays that are not evaluated yet are computed one at a time. The file is durable
+    before the last yield returns.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, array in tensors.items():
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
         }
-        offset += tensor.nbytes
+        offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned data, as other writers leave it
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            file.write(_bytes(name, tensor))
-            yield name, tensor.nbytes
+        for name in list(tensors):
+            array = tensors.pop(name)
+            array = mx.contiguous(array.reshape(-1) if array.ndim == 0 else array)
+            data: Any = mx.view(array, mx.uint8)
+            del array
+            file.write(memoryview(data))
+            yield name, data.nbytes
+            del data
         file.flush()
         os.fsync(file.fileno())
-
-
-def _bytes(name: str, tensor: LazyTensor) -> memoryview:
-    array: Any = tensor.compute()
-    if array.shape != tensor.shape or array.dtype != tensor.dtype:
-        raise CheckpointError(
-            f"{name}: became {array.dtype} {list(array.shape)} "
-            f"instead of {tensor.dtype} {list(tensor.shape)}"
-        )
-    array = mx.contiguous(array.reshape(-1) if array.ndim == 0 else array)
-    return memoryview(mx.view(array, mx.uint8))  # type: ignore[arg-type]
