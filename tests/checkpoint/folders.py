@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.checkpoint.weights import parameter_name
+from mlx_dgemma.checkpoint.weights import parameter_name, read_tensors
 from mlx_dgemma.model.language import DiffusionGemma
 
 PROMPT = mx.array([[2, 3, 9, 10, 11, 12, 13, 14, 15, 16, 4]])
@@ -78,3 +78,11 @@ def read_json(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def whole(folder: Path, source: Path) -> None:
+    """The folder holds the source's model, complete."""
+    assert read_tensors(folder).keys() == read_tensors(source).keys()
+    same(tensors(folder), tensors(source))
+    card = {"README.md"}  # a source may have none
+    assert {*listing(folder)} - card == {*listing(source)} - card

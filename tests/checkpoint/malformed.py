@@ -161,8 +161,6 @@ def photos(folder: Path, out: Path) -> None:
 ROPE = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e6}}
 PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
 TWICE = "model.decoder.layers.0.experts.down_proj.weight"
-COPY = "model.encoder.language_model.x.weight"
-TOWER = "model.encoder.vision_tower.x"
 ABSENT = "model-00003-of-00003.safetensors"
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -174,7 +172,6 @@ FOLDERS: list[tuple[Break, str]] = [
     (put(CONFIG, "[1, 2]"), "config.json … not an object"),
     (put(CONFIG, '{"model_type": "di'), "config.json: broken JSON … line 1"),
     (put(CONFIG, b'{"a": "\xff"}'), "config.json: not UTF-8"),
-    (put(CONFIG, "{}".encode("utf-16")), "config.json: not UTF-8"),
     (made_folder(CONFIG), "config.json … directory"),
     (put(CONFIG, "[" * 10_000 + "]" * 10_000), "config.json: is nested too deeply"),
     (put(CONFIG, '{"model_type": ' + "9" * 5000 + "}"), "config.json … too long"),
@@ -183,28 +180,17 @@ FOLDERS: list[tuple[Break, str]] = [
     (keys(auto_map={"A": "m.A"}), "config.json: auto_map"),
     (keys(tie_word_embeddings=False), "tie_word_embeddings"),
     (keys(text_config=None), "text_config is missing"),
-    (text(num_hidden_layers=-2), "num_hidden_layers is -2"),
     (text(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
-    (text(hidden_size=2**60), "hidden_size"),
-    (text(vocab_size=10**15), "vocab_size"),
-    (text(hidden_size="64"), "hidden_size is '64'"),
     (text(rms_norm_eps=10**400), "rms_norm_eps is inf"),
-    (keys(canvas_length=0), "canvas_length is 0"),
     (keys(canvas_length=True), "canvas_length is True"),
     (text(layer_types=["x"] * 3), "layer_types[0] is 'x'"),
-    (text(layer_types=["sliding_attention"] * 3), "must end with 'full_attention'"),
-    (text(num_key_value_heads=3), "num_attention_heads is 4"),
     (text(top_k_experts=9), "top_k_experts is 9"),
     (text(rope_parameters=ROPE), "rope_type is 'yarn'"),
-    (text(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'"),
     (keys(eos_token_id="<eos>"), "eos_token_id is '<eos>'"),
     (keys(eos_token_id=[99]), "eos_token_id is [99]"),
     (put(GENERATION, "{"), "generation_config.json: broken JSON … line 1"),
     (made_folder(GENERATION), "generation_config.json … directory"),
-    (keys(GENERATION, t_max=0), "generation_config.json: t_max … above 0"),
     (keys(GENERATION, t_min=0.9, t_max=0.1), "generation_config.json: t_min … t_max"),
-    (keys(GENERATION, max_denoising_steps=0), "max_denoising_steps is 0"),
-    (keys(GENERATION, eos_token_id=["a"]), "generation_config.json: eos_token_id"),
     (keys(GENERATION, sampler_config={"_cls_name": "Other"}), "_cls_name is 'Other'"),
     (gone(WEIGHTS), "has neither model.safetensors nor model.safetensors.index.json"),
     (put(WEIGHTS, b""), "model.safetensors: 0 bytes"),
@@ -214,7 +200,6 @@ FOLDERS: list[tuple[Break, str]] = [
     (put(WEIGHTS, b"\x10" + bytes(7) + b"{" * 16), "model.safetensors: broken header"),
     (made_folder(WEIGHTS), "model.safetensors … directory"),
     (header(dtype="F8_E4M3"), f"{NORM}: dtype F8_E4M3"),
-    (header(dtype=[]), f"{NORM}: dtype []"),
     (header(shape=[-64]), f"{NORM}: broken header entry"),
     (header(data_offsets=[0, 256]), "overlap"),
     (header(shape=[65]), f"{NORM}: 256 bytes … needs 260"),
@@ -222,9 +207,7 @@ FOLDERS: list[tuple[Break, str]] = [
     (tensor(NORM, mx.ones(63)), f"{NORM} has shape [63] … [64]"),
     (tensor(NORM, None), f"missing tensors: {NORM}"),
     (tensor("extra", mx.ones(1)), "unexpected tensors: extra"),
-    (tensor(COPY, mx.ones(1)), f"unexpected tensors: {COPY}"),
     (tensor(TWICE, mx.ones((4, 64, 32))), "unexpected tensors … experts.down_proj"),
-    (tensor(TOWER, mx.ones(1)), f"unexpected tensors: {TOWER}"),
     (pickled, "pytorch_model.bin … run code"),
     (index(**{NORM: ""}), f"{INDEX}: does not name {NORM}"),
     (index(**{NORM: ABSENT}), f"{ABSENT}: no such file"),

@@ -2,50 +2,23 @@
 
 import errno
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoint.folders import listing, same, tensors
-from tiny import write_tiny
+from checkpoint.folders import listing, whole
 
 from mlx_dgemma.checkpoint import convert as conversion
 from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.checkpoint.weights import read_tensors
 from mlx_dgemma.errors import ConversionError
 from mlx_dgemma.files import atomic
 from mlx_dgemma.files.atomic import save_arrays, write_atomically
 
-DRIVER = Path(__file__).with_name("slow_convert.py")
 FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-def whole(folder: Path, source: Path) -> None:
-    """The folder holds the source's model, complete."""
-    assert read_tensors(folder).keys() == read_tensors(source).keys()
-    same(tensors(folder), tensors(source))
-    card = {"README.md"}  # a source may have none
-    assert {*listing(folder)} - card == {*listing(source)} - card
-
-
-@pytest.fixture(scope="module")
-def older(tmp_path_factory) -> Path:
-    """Another model, with a file that the tiny one lacks."""
-    folder = write_tiny(tmp_path_factory.mktemp("older") / "model", seed=1)
-    (folder / "LICENSE").write_text("of old")
-    return folder
-
-
-@pytest.fixture
-def out(older, tmp_path) -> Path:
-    """A target at which a model lies already, alone in its parent."""
-    return shutil.copytree(older, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -339,63 +312,3 @@ def test_a_replaced_model_whose_successor_died_is_put_back(tiny, older, tmp_path
     refused(tiny, tmp_path / "out", "--overwrite")
     whole(tmp_path / "out", tiny)
     assert listing(tmp_path) == ["out"]
-
-
-# SIGKILL
-
-
-def kill(source: Path, target: Path, step: str, delay: float = 0.0) -> None:
-    """Start a conversion with --overwrite and kill it at that step."""
-    process = subprocess.Popen(
-        [sys.executable, DRIVER, source, target, step],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(atomic.__file__).parents[2])},
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "there\n"
-        time.sleep(delay)
-        process.kill()
-
-
-RNG = random.Random(0)
-STEPS = [f"tensor-{RNG.randrange(1, 60)}", "copy-1", "fsync-3", "rename-1"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", STEPS)
-def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(
-    tiny, tmp_path, step
-):
-    target = tmp_path / "out"
-    kill(tiny, target, step)
-    assert not target.exists()
-    assert len(listing(tmp_path)) == 1  # what it was writing
-    convert(tiny, target)
-    whole(target, tiny)
-    assert listing(tmp_path) == ["out"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["rename-1", "rename-2", "remove-1"])
-def test_killed_at_the_renames_the_old_or_the_new_model_stands(tiny, older, out, step):
-    kill(tiny, out, step)
-    if step == "rename-2":
-        assert not out.exists()
-        refused(tiny, out, "--overwrite")  # puts it back
-    whole(out, tiny if step == "remove-1" else older)
-    convert(tiny, out, overwrite=True)
-    whole(out, tiny)
-    assert listing(out.parent) == ["out"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [RNG.random() * 0.25 for _ in range(3)])
-def test_killed_at_any_moment_old_or_new_stands_whole(tiny, older, out, delay):
-    kill(tiny, out, "slow", delay)
-    if out.exists():
-        whole(out, older if (out / "LICENSE").exists() else tiny)
-    convert(tiny, out, overwrite=True)
-    whole(out, tiny)
-    assert listing(out.parent) == ["out"]

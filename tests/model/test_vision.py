@@ -251,13 +251,13 @@ def test_image_tokens_are_those_of_the_config(towers):
         ),
         (
             lambda w: w.update({f"{ROOT}vision_tower.std_bias": mx.zeros((3,))}),
-            r"std_bias has shape \[3\].*needs floats of \[24\]",
+            r"std_bias has shape \[3\].*needs \[24\]",
         ),
         (
             lambda w: w.update(
                 {f"{ROOT}vision_tower.std_bias": mx.zeros(24, mx.int32)}
             ),
-            "std_bias has .*int32",
+            "std_bias holds .*int32",
         ),
         (
             lambda w: w.update({f"{ROOT}vision_tower.x.scales": mx.zeros((1,))}),

@@ -169,8 +169,8 @@ def test_a_word_vocabulary_without_unknown_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ('{"bos_token": ', "tokenizer_config.json: broken JSON at line 1"),
-        ("[1]", "tokenizer_config.json: must hold a JSON object"),
+        ('{"bos_token": ', "tokenizer_config.json: broken JSON (Expecting value: line 1"),
+        ("[1]", "tokenizer_config.json: is list, not an object"),
         ('{"bos_token": "<none>"}', "bos_token is '<none>', which the vocabulary"),
         ('{"pad_token": "<none>"}', "pad_token is '<none>', which the vocabulary"),
         ('{"bos_token": 3}', "bos_token must be text"),

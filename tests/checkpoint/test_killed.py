@@ -1,0 +1,110 @@
+"""A conversion that is killed: its target holds the old model, the new one or nothing.
+
+    python test_killed.py SOURCE TARGET STEP
+
+converts, but says "there" before a step, as `tensor-12`, `copy-1`, `fsync-2` or
+`rename-1`, and waits to be killed. With `slow` it takes a moment for each step.
+"""
+
+import collections
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoint.folders import listing, whole
+
+from mlx_dgemma.checkpoint.convert import convert
+from mlx_dgemma.errors import ConversionError
+from mlx_dgemma.files import atomic
+
+ROOT = Path(__file__).parents[2]
+
+
+def kill(source: Path, target: Path, step: str, delay: float = 0.0) -> None:
+    """Start a conversion with --overwrite and kill it at that step."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, source, target, step],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        time.sleep(delay)
+        process.kill()
+
+
+RNG = random.Random(0)
+STEPS = [f"tensor-{RNG.randrange(1, 60)}", "copy-1", "fsync-3", "rename-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_conversion_leaves_no_target_and_the_next_one_clears_up(
+    tiny, tmp_path, step
+):
+    target = tmp_path / "out"
+    kill(tiny, target, step)
+    assert not target.exists()
+    assert len(listing(tmp_path)) == 1  # what it was writing
+    convert(tiny, target)
+    whole(target, tiny)
+    assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["rename-1", "rename-2", "remove-1"])
+def test_killed_at_the_renames_the_old_or_the_new_model_stands(tiny, older, out, step):
+    kill(tiny, out, step)
+    if step == "rename-2":
+        assert not out.exists()
+        with pytest.raises(ConversionError, match="--overwrite"):
+            convert(tiny, out)  # puts it back
+    whole(out, tiny if step == "remove-1" else older)
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [RNG.random() * 0.25 for _ in range(3)])
+def test_killed_at_any_moment_old_or_new_stands_whole(tiny, older, out, delay):
+    kill(tiny, out, "slow", delay)
+    if out.exists():
+        whole(out, older if (out / "LICENSE").exists() else tiny)
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
+
+
+def main(source: str, target: str, stop: str) -> None:
+    counts: collections.Counter[str] = collections.Counter()
+
+    def step(kind: str) -> None:
+        counts[kind] += 1
+        if f"{kind}-{counts[kind]}" == stop:
+            print("there", flush=True)
+            time.sleep(60)
+        elif stop == "slow":
+            time.sleep(0.003)
+
+    def stepping(kind: str, function):
+        return lambda *args, **kwargs: (step(kind), function(*args, **kwargs))[1]
+
+    atomic.fsync = stepping("fsync", atomic.fsync)
+    Path.rename = stepping("rename", Path.rename)
+    shutil.copyfile = stepping("copy", shutil.copyfile)
+    shutil.rmtree = stepping("remove", shutil.rmtree)
+    if stop == "slow":
+        print("there", flush=True)
+    convert(source, target, overwrite=True, progress=lambda *_: step("tensor"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
