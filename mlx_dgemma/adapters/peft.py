@@ -113,8 +113,10 @@ def read(folder: Path, config: ModelConfig) -> PeftAdapter:
         arrays = load_tensors(infos)
         for module in _modules(path, infos):
             names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+            if missing := [name for name in names if name not in infos]:
+                raise AdapterError(f"{path}: missing tensors: {missing[0]}")
             if module.startswith(VISION):
-                if names[1] in arrays and mx.any(arrays[names[1]]).item():
+                if mx.any(arrays[names[1]]).item():
                     raise AdapterError(
                         f"{path}: {names[1]} adapts vision, but only text can be "
                         "adapted; train with the vision tower frozen"
@@ -126,7 +128,7 @@ def read(folder: Path, config: ModelConfig) -> PeftAdapter:
             sides = zip(names, ((rank, inputs), (outputs, rank)), strict=True)
             check_tensors(
                 path,
-                {name: infos[name] for name in names if name in infos},
+                {name: infos[name] for name in names},
                 {n: Expected(shape, source="rank and model") for n, shape in sides},
                 error=misfit,
             )

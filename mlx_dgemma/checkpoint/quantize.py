@@ -99,21 +99,17 @@ class Quantization:
         return mx.dequantize(*arrays, **asdict(self), dtype=dtype)
 
 
+# from the path of a layer on disk, and what is asked for
 Recipe = Callable[[str, Quantization], Quantization]
 EIGHT_BITS = Quantization(bits=8)
 
 
-def uniform(layer: str, base: Quantization) -> Quantization:
-    """Every layer alike."""
-    return base
-
-
-def mixed(layer: str, base: Quantization) -> Quantization:
-    """Experts as asked for; attention, dense MLP, router, embeddings at 8 bits."""
-    return base if ".experts." in layer else EIGHT_BITS
-
-
-RECIPES: dict[str, Recipe] = {"uniform": uniform, "mixed": mixed}
+RECIPES: dict[str, Recipe] = {
+    # every layer as asked for
+    "uniform": lambda layer, base: base,
+    # experts as asked for; attention, dense MLP, router, embedding at 8 bits
+    "mixed": lambda layer, base: base if ".experts." in layer else EIGHT_BITS,
+}
 
 
 def quantizable(parameter: str, shape: tuple[int, ...]) -> bool:
