@@ -33,7 +33,6 @@ import tables  # noqa: E402
 from parts import Part, Setting  # noqa: E402
 
 from mlx_dgemma import backends  # noqa: E402
-from mlx_dgemma.performance import devices  # noqa: E402
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "numpy")
 
@@ -47,7 +46,7 @@ def survey(setting: Setting) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "device": devices.survey(),
+        "device": backends.describe(),
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -140,11 +139,10 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 def listed(wanted: list[Part]) -> str:
     """What a run would do here."""
-    device = backends.chosen().backend
-    limits = device.limits()
+    device = backends.current()
     lines = [f"on {device.name}: {device.description()}"]
     for part in wanted:
-        free = limits.free or limits.memory
+        free = device.info_number("free_memory") or device.memory()
         why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device.name)
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
