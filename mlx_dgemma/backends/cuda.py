@@ -40,14 +40,11 @@ class CUDA(Backend):
         if PTX_CACHE in os.environ:
             return
         # a folder for each of what kernels depend on, which their file names leave out
-        library, architecture = (
-            installation.installed()[-1:],
-            self.info()["architecture"],
-        )
-        made_for = "-".join(["mlx", version("mlx"), *library, str(architecture)])
+        architecture = str(self.info().get("architecture"))
+        kernels = "-".join([version("mlx"), *installation.installed(), architecture])
         try:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = cache / "mlx-dgemma" / "ptx" / made_for
+            folder = cache / "mlx-dgemma" / "ptx" / kernels
             folder.mkdir(parents=True, exist_ok=True)
             os.environ[PTX_CACHE] = str(folder)
         except (OSError, RuntimeError):  # no place to write to, or no home

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,8 +45,15 @@ def survey(setting: Setting) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    device = backends.current()
+    chosen = {
+        "name": device.name,
+        "device": device.description(),
+        "memory": device.info_number("free_memory") or device.memory(),
+        "numbers": asdict(device),
+    }
     return {
-        "device": backends.describe(),
+        "device": {"chosen": chosen},
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -112,8 +119,7 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         "parts": {},
     }
     chosen = found["machine"].get("device", {}).get("chosen", {})
-    limits, device = chosen.get("limits", {}), chosen.get("name")
-    free = limits.get("free") or limits.get("memory")
+    free, device = chosen.get("memory"), chosen.get("name")
     for part in wanted:
         part = replace(part, memory=0, disk=0) if rehearsal else part
         left = budget - (time.perf_counter() - begun)
