@@ -20,7 +20,7 @@ from ..checkpoint.weights import FLOATS, VISION, expected_shapes
 from ..errors import AdapterError, ConfigError
 from ..files.json import Keys, read_json
 from ..files.safetensors import TensorInfo, read_header
-from ..model.language import DiffusionGemma, EncoderLayers, branch
+from ..model.language import DiffusionGemma, branch
 from ..model.loading import find_layer
 from .lora import LoRAExpertLinear, LoRALinear
 
@@ -130,14 +130,14 @@ def put(model: DiffusionGemma, imported: Imported) -> None:
     Where the modes differ, the encoder gets layers of its own that share every weight
     with the decoder's. Raises AdapterError if the model has adapters.
     """
-    adapted = (isinstance(m, LoRALinear | LoRAExpertLinear) for m in model.modules())
-    if model.apart is not None or any(adapted):
+    modules = [m for one in (model, *model.encoder_layers) for m in one.modules()]
+    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in modules):
         raise AdapterError("the model has an adapter already; load it anew")
     if not imported.shared:
-        model.apart = EncoderLayers([branch(layer) for layer in model.layers])
+        model.encoder_layers = tuple(branch(layer) for layer in model.layers)
         for path, low in imported.encoder.items():
             _, index, inside = path.split(".", 2)
-            _wrap(model.apart.layers[int(index)], inside, low)
+            _wrap(model.encoder_layers[int(index)], inside, low)
     for path, low in imported.decoder.items():
         _wrap(model, path, low)
     mx.eval(model.parameters(), [one.parameters() for one in model.encoder_layers])

@@ -23,7 +23,7 @@ from .canvas import BatchKey, Canvas, PendingStep, dials, joined, pins
 from .events import Commit, Event, Prefilled, Step
 from .image_spans import ImageSpan, keys_of
 from .prefix import Prefix, chunk_ends
-from .step import State, Stepper
+from .step import State, stepper_for
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 
@@ -201,10 +201,7 @@ class Engine:
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of these canvases, and look at nothing."""
         lane = canvases[0].lane
-        stepper = self.model.programs.get(
-            (Stepper, self._compiled, lane.config),
-            lambda: Stepper(self.model, compiled=self._compiled, config=lane.config),
-        )
+        stepper = stepper_for(self.model, lane.config, compiled=self._compiled)
         state, outcome = stepper(
             joined(canvases),
             self._seen(canvases),

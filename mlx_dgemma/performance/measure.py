@@ -177,7 +177,7 @@ def _parts_of_a_step(
         return model.denoise_hidden(canvas, view, signal).flatten(0, 1)
 
     def vocabulary(hidden: mx.array) -> list[mx.array]:
-        return model.read(hidden, temperature, uniforms).arrays
+        return model.vocab_stats(hidden, temperature, uniforms).arrays
 
     if compiles:
         body, vocabulary = mx.compile(body), mx.compile(vocabulary)

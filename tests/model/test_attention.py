@@ -1,4 +1,4 @@
-"""Masks and rotary query_rope are functions of integers: checked against their words."""
+"""Masks and rope tables are functions of integers: checked against their words."""
 
 from functools import partial
 
