@@ -310,7 +310,7 @@ class PrefixCache:
         return [entry.read() for entry in self._entries if entry.lookback is None]
 
     def resume(self, history: Sequence[LayerKV], snapshots: Sequence[Snapshot]) -> None:
-        """Make the empty cache the one-row cache of these; the last snapshot is its end."""
+        """Fill the empty cache as one row of these; it ends at the last snapshot."""
         full = [entry for entry in self._entries if entry.lookback is None]
         for entry, parts in zip(full, history, strict=True):
             entry.append(*parts)
