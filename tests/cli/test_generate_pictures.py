@@ -13,8 +13,8 @@ QUICK = ["--seed", "0", "--max-tokens", "16", "--steps", "3", "--prompt", "abc"]
 
 
 @pytest.fixture(scope="module")
-def tiny_vision(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_vision")
+def eyed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eyed")
     for seed in (0, 1):
         drawn(60, 40, seed).save(folder / f"{seed}.png")
     return write_tiny_vision(folder / "m").parent
@@ -24,11 +24,11 @@ def run(folder, *given):
     return CliRunner().invoke(main, ["--model", str(folder / "m"), *QUICK, *given])
 
 
-def test_pictures_stand_in_front_of_the_prompt_in_order(tiny_vision):
-    one, other = str(tiny_vision / "0.png"), str(tiny_vision / "1.png")
+def test_pictures_stand_in_front_of_the_prompt_in_order(eyed):
+    one, other = str(eyed / "0.png"), str(eyed / "1.png")
     sizes = {}
     for given in ((), ("--image", one), ("--image", one, "--image", other)):
-        ended = run(tiny_vision, *given)
+        ended = run(eyed, *given)
         assert ended.exit_code == 0, ended.stderr
         sizes[len(given) // 2] = int(ended.stderr.split()[0])
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 10
@@ -43,21 +43,21 @@ def test_pictures_stand_in_front_of_the_prompt_in_order(tiny_vision):
         (__file__, "no PNG, JPEG, WebP or GIF"),
     ],
 )
-def test_what_is_no_picture_is_one_line(tiny_vision, source, told):
-    ended = run(tiny_vision, "--image", source)
+def test_what_is_no_picture_is_one_line(eyed, source, told):
+    ended = run(eyed, "--image", source)
     assert (ended.exit_code, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: picture 1: ") and told in line
 
 
-def test_a_video_that_is_none_is_one_line(tiny_vision):
-    ended = run(tiny_vision, "--video", str(tiny_vision / "0.png"))
+def test_a_video_that_is_none_is_one_line(eyed):
+    ended = run(eyed, "--video", str(eyed / "0.png"))
     assert ended.exit_code == 1
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_checkpoint_for_text_says_so(tiny, tiny_vision):
-    command = ["--model", str(tiny), *QUICK, "--image", str(tiny_vision / "0.png")]
+def test_a_checkpoint_for_text_says_so(tiny, eyed):
+    command = ["--model", str(tiny), *QUICK, "--image", str(eyed / "0.png")]
     ended = CliRunner().invoke(main, command)
     assert ended.exit_code == 1 and "reads text only" in ended.stderr
 

@@ -17,33 +17,31 @@ SEE = {"max_tokens": 16, "steps": 4}
 
 
 @pytest.fixture(scope="module")
-def tiny_vision(tmp_path_factory):
-    return load(write_tiny_vision(tmp_path_factory.mktemp("tiny_vision") / "m"))
+def eyed(tmp_path_factory):
+    return load(write_tiny_vision(tmp_path_factory.mktemp("eyed") / "m"))
 
 
-def test_what_is_seen_changes_the_answer(tiny_vision):
+def test_what_is_seen_changes_the_answer(eyed):
     answers = {
-        generate(*tiny_vision, "abc", images=[drawn(70, 50, seed)], seed=0, **LOOSE)
+        generate(*eyed, "abc", images=[drawn(70, 50, seed)], seed=0, **LOOSE)
         for seed in range(6)
     }
     assert len(answers) > 1
-    same = [generate(*tiny_vision, "abc", images=[drawn(70, 50)], seed=0, **LOOSE)] * 2
-    assert same[0] == generate(
-        *tiny_vision, "abc", images=[drawn(70, 50)], seed=0, **LOOSE
-    )
+    same = [generate(*eyed, "abc", images=[drawn(70, 50)], seed=0, **LOOSE)] * 2
+    assert same[0] == generate(*eyed, "abc", images=[drawn(70, 50)], seed=0, **LOOSE)
 
 
-def test_images_before_a_text_are_parts_of_a_message(tiny_vision):
+def test_images_before_a_text_are_parts_of_a_message(eyed):
     image = drawn(70, 50)
     messages = asked(picture(image), text("abc"))
-    assert generate(*tiny_vision, "abc", images=[image], seed=3, **LOOSE) == generate(
-        *tiny_vision, messages, seed=3, **LOOSE
+    assert generate(*eyed, "abc", images=[image], seed=3, **LOOSE) == generate(
+        *eyed, messages, seed=3, **LOOSE
     )
 
 
-def prefix_of(tiny_vision, messages, step: int) -> np.ndarray:
+def prefix_of(eyed, messages, step: int) -> np.ndarray:
     """Logits of one canvas behind a prompt, encoded `step` tokens at a time."""
-    model, tokenizer = tiny_vision
+    model, tokenizer = eyed
     ready, engine = encode_prompt(model, tokenizer, messages), Engine(model)
     settings = model.settings.replace(**SEE)
     engine.admit(ready.ids, settings, 0, step, image_spans=ready.image_spans)
@@ -51,17 +49,17 @@ def prefix_of(tiny_vision, messages, step: int) -> np.ndarray:
     return np.array(model.denoise(canvas, engine.running[0].prefix))
 
 
-def test_any_chunks_leave_pictures_whole(tiny_vision):
+def test_any_chunks_leave_pictures_whole(eyed):
     parts = picture(drawn(60, 40)), text("ab" * 9), picture(drawn(20, 90)), text("c")
-    whole = prefix_of(tiny_vision, asked(*parts), 2048)
+    whole = prefix_of(eyed, asked(*parts), 2048)
     for step in (1, 5, 32):
         np.testing.assert_allclose(
-            prefix_of(tiny_vision, asked(*parts), step), whole, atol=1e-4
+            prefix_of(eyed, asked(*parts), step), whole, atol=1e-4
         )
 
 
-def test_the_same_picture_is_not_looked_at_again(tiny_vision, monkeypatch):
-    model, tokenizer = tiny_vision
+def test_the_same_picture_is_not_looked_at_again(eyed, monkeypatch):
+    model, tokenizer = eyed
     looks, look = [], model.vision.look
     monkeypatch.setattr(model.vision, "look", lambda *a: looks.append(1) or look(*a))
     prefix, engine = Prefix(model), Engine(model)
@@ -78,9 +76,9 @@ def test_the_same_picture_is_not_looked_at_again(tiny_vision, monkeypatch):
     assert found[1].reused > 9 and found[2].reused <= 9 + 2
 
 
-def test_a_talk_about_pictures_is_the_same_with_and_without_reuse(tiny_vision):
+def test_a_talk_about_pictures_is_the_same_with_and_without_reuse(eyed):
     """Turns, a rewind and another picture; each answer as of a fresh prompt."""
-    talk = Conversation(*tiny_vision, **LOOSE)
+    talk = Conversation(*eyed, **LOOSE)
     said = [
         [text("ab"), picture(drawn(50, 50))],
         "c" * 40,
@@ -91,17 +89,17 @@ def test_a_talk_about_pictures_is_the_same_with_and_without_reuse(tiny_vision):
             talk.rewind()
         events = list(talk.ask(content, seed=turn))
         history = talk.messages[:-1]
-        fresh = list(stream_generate(*tiny_vision, history, seed=turn, **LOOSE))
+        fresh = list(stream_generate(*eyed, history, seed=turn, **LOOSE))
         texts = [
             [e.text for e in some if isinstance(e, Commit)] for some in (events, fresh)
         ]
         assert texts[0] == texts[1]
 
 
-def test_a_picture_that_was_shown_stays_what_it_was(tiny_vision, tmp_path):
+def test_a_picture_that_was_shown_stays_what_it_was(eyed, tmp_path):
     file = tmp_path / "a.png"
     drawn(60, 40).save(file)
-    talk = Conversation(*tiny_vision, **LOOSE)
+    talk = Conversation(*eyed, **LOOSE)
     list(talk.ask([picture(str(file)), text("a")], seed=0))
     file.unlink()
     list(talk.ask("b", seed=0))
@@ -118,9 +116,9 @@ def test_a_picture_that_was_shown_stays_what_it_was(tiny_vision, tmp_path):
         ({"images": [3], "prompt": "a"}, "."),
     ],
 )
-def test_what_is_no_picture_is_refused(tiny_vision, given, told):
+def test_what_is_no_picture_is_refused(eyed, given, told):
     with pytest.raises((SettingsError, MediaError), match=told):
-        generate(*tiny_vision, given["prompt"], images=given["images"])
+        generate(*eyed, given["prompt"], images=given["images"])
 
 
 def test_a_checkpoint_for_text_refuses_pictures(tiny_model):
@@ -130,7 +128,7 @@ def test_a_checkpoint_for_text_refuses_pictures(tiny_model):
         Conversation(*tiny_model).ask([picture(drawn(9, 9))])
 
 
-def test_a_video_is_its_frames_each_behind_its_time(tiny_vision, monkeypatch):
+def test_a_video_is_its_frames_each_behind_its_time(eyed, monkeypatch):
     """As transformers' processor words it: minute and second, then the picture."""
     from mlx_dgemma.diffusion import prompt
     from mlx_dgemma.media import videos
@@ -146,7 +144,7 @@ def test_a_video_is_its_frames_each_behind_its_time(tiny_vision, monkeypatch):
     assert texts == ["00:00 ", " 00:01 ", " 01:01 "]
     shown = [part["image"] for part in parts if part["type"] == "image"]
     assert shown == [picture for _, picture in frames]
-    model, tokenizer = tiny_vision
+    model, tokenizer = eyed
     monkeypatch.setattr(prompt, "frame_parts", lambda path: parts[1::2])
     ready = encode_prompt(model, tokenizer, "abc", videos=["a.mp4"])
     assert [place.picture for place in ready.image_spans] == shown

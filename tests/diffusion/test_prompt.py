@@ -12,12 +12,12 @@ IMAGE, BEGIN, END = 9, 7, 8
 
 
 @pytest.fixture(scope="module")
-def tiny_vision(tmp_path_factory):
-    return load(write_tiny_vision(tmp_path_factory.mktemp("tiny_vision") / "m"))
+def eyed(tmp_path_factory):
+    return load(write_tiny_vision(tmp_path_factory.mktemp("eyed") / "m"))
 
 
-def test_a_picture_takes_a_token_for_each_of_its_squares(tiny_vision):
-    model, tokenizer = tiny_vision
+def test_a_picture_takes_a_token_for_each_of_its_squares(eyed):
+    model, tokenizer = eyed
     parts = picture(drawn(60, 40)), text("ab"), picture(drawn(30, 90)), text("c")
     ready = encode_prompt(model, tokenizer, asked(*parts))
     first, second = ready.image_spans
@@ -33,8 +33,8 @@ def test_a_picture_takes_a_token_for_each_of_its_squares(tiny_vision):
     )
 
 
-def test_keys_tell_pictures_apart_and_places_in_them(tiny_vision):
-    model, tokenizer = tiny_vision
+def test_keys_tell_pictures_apart_and_places_in_them(eyed):
+    model, tokenizer = eyed
     one, same, other = (
         encode_prompt(model, tokenizer, asked(picture(drawn(60, 40, seed)), text("a")))
         for seed in (0, 0, 1)
@@ -53,15 +53,15 @@ def test_keys_tell_pictures_apart_and_places_in_them(tiny_vision):
     assert outside == one.ids[: place.start] + one.ids[place.end :]
 
 
-def test_text_is_text(tiny_vision):
-    model, tokenizer = tiny_vision
+def test_text_is_text(eyed):
+    model, tokenizer = eyed
     ready = encode_prompt(model, tokenizer, asked(text("ab")))
     assert keys_of(ready.ids, ready.image_spans) == ready.ids
     assert encode_prompt(model, tokenizer, [3, 4]) == EncodedPrompt([3, 4])
 
 
-def test_a_picture_read_before_is_not_read_again(tiny_vision, tmp_path):
-    model, tokenizer = tiny_vision
+def test_a_picture_read_before_is_not_read_again(eyed, tmp_path):
+    model, tokenizer = eyed
     file = tmp_path / "a.png"
     drawn(60, 40).save(file)
     ready = encode_prompt(model, tokenizer, asked(picture(str(file)), text("a")))
@@ -73,8 +73,8 @@ def test_a_picture_read_before_is_not_read_again(tiny_vision, tmp_path):
         encode_prompt(model, tokenizer, asked(picture(str(file))))
 
 
-def test_a_text_cannot_spell_a_picture(tiny_vision):
-    model, tokenizer = tiny_vision
+def test_a_text_cannot_spell_a_picture(eyed):
+    model, tokenizer = eyed
     with pytest.raises(SettingsError, match="2 image tokens and 1 pictures"):
         encode_prompt(model, tokenizer, asked(picture(drawn(60, 40)), text("2")))
     with pytest.raises(SettingsError, match="1 image tokens and 0 pictures"):
