@@ -9,7 +9,7 @@ from checkpoint.folders import logits
 from tiny import write_tiny
 
 from mlx_dgemma import LoRA, convert, load
-from mlx_dgemma.adapters.lora import LoRALinear, adapt
+from mlx_dgemma.adapters.lora import adapt
 from mlx_dgemma.loading import load_as_stored
 from mlx_dgemma.model.layers import FeedForward, Linear, QuantizedLinear
 from mlx_dgemma.model.loading import join_products
@@ -55,19 +55,14 @@ def joined(model) -> list[str]:
     return sorted(found)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def wide(request):
-    """Products of 128 are the fast ones, in the ways of a CPU and in those of a GPU."""
-    if request.param == "gpu":
-        request.getfixturevalue("as_gpu")
-    request.getfixturevalue("tuned")(product_rows=128)
-
-
-@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("mode", "width"), [("4 bit", 192), ("4 bit, half", 64), ("mxfp4", 64)]
 )
-def test_a_joined_model_computes_the_same(quantised, mode, width):
+def test_a_joined_model_computes_the_same(request, quantised, device, mode, width):
+    if device == "gpu":
+        request.getfixturevalue("as_gpu")
+    request.getfixturevalue("tuned")(product_rows=128)
     folder = quantised(width, mode)
     ours, theirs = load(folder)[0], load_as_stored(folder)[0]
     assert (joined(ours), joined(theirs)) == (NAMES, [])
@@ -86,43 +81,23 @@ def test_joined_only_where_that_makes_a_multiple(quantised, tuned, rows, width, 
     assert joined(load(quantised(width))[0]) == (NAMES if helps else [])
 
 
-def coded(layer: QuantizedLinear, code: tuple[int, int, str]) -> QuantizedLinear:
-    """A layer of the same shape in another code, of other weights."""
-    outputs, inputs = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
-    other = QuantizedLinear(inputs, outputs, False, *code)
-    weight = mx.random.normal((outputs, inputs), key=mx.random.key(1))
-    parts = mx.quantize(weight, *code)
-    for name, part in zip(("weight", "scales", "biases"), parts, strict=False):
-        other[name] = part
-    return other
+CODES = [(64, 8, "affine"), (32, 4, "affine"), (32, 4, "mxfp4"), None, "adapted"]
 
 
-CODES = [(64, 8, "affine"), (32, 4, "affine"), (32, 4, "mxfp4")]
-
-
-@pytest.mark.parametrize(
-    ("which", "code"), [*zip(["gate_proj", "up_proj"] * 2, [*CODES, None], strict=True)]
-)
-def test_only_what_is_coded_alike_is_joined(quantised, tuned, which, code):
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_only_what_is_coded_alike_is_joined(quantised, tuned, code):
     model, _ = load_as_stored(quantised(64))
-    odd = model.layers[1].mlp
-    layer = Linear(64, 64, bias=False) if code is None else coded(odd[which], code)
-    odd[which] = layer
-    before = logits(model)
-    tuned(product_rows=128)
-    join_products(model)
-    assert joined(model) == [name for name in NAMES if name != "layers.1.mlp"]
-    np.testing.assert_allclose(logits(model), before, **ROUNDED)
-
-
-def test_an_adapted_layer_is_not_joined(quantised, tuned, part="up"):
-    model, _ = load_as_stored(quantised(64))
-    adapt(model, LoRA(keys=(f"mlp.{part}_proj",), num_layers=1))
-    adapted = model.layers[2].mlp[f"{part}_proj"]
-    adapted.lora_b = mx.random.normal(adapted.lora_b.shape, key=mx.random.key(2))
+    other = Linear(64, 64, bias=False)
+    if code == "adapted":
+        adapt(model, LoRA(keys=("mlp.up_proj",), num_layers=1))
+        other = model.layers[2].mlp.up_proj
+        other.lora_b = mx.random.normal(other.lora_b.shape, key=mx.random.key(2))
+    elif code is not None:
+        other = QuantizedLinear.from_linear(other, *code)
+    model.layers[2].mlp.up_proj = other
     before = logits(model)
     tuned(product_rows=128)
     join_products(model)
     assert joined(model) == [name for name in NAMES if name != "layers.2.mlp"]
-    assert isinstance(adapted, LoRALinear)
+    assert model.layers[2].mlp.up_proj is other
     np.testing.assert_allclose(logits(model), before, **ROUNDED)
