@@ -139,6 +139,8 @@ def test_several_libraries_are_warned_about(machine):
 
 
 def test_turing_is_the_oldest_gpu(machine, monkeypatch, tmp_path):
+    machine("cuda", TURING | {"compute_capability_minor": 2})
+    assert "capability 7.2, MLX needs 7.5" in str(BACKENDS["cuda"].missing())
     machine("cuda", TURING)
     assert BACKENDS["cuda"].missing() is None
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
