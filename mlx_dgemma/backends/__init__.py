@@ -102,6 +102,7 @@ def describe() -> dict[str, dict[str, Any]]:
         "state": f"in use: {_reason}",
         "device": backend.description(),
         "memory": backend.memory(),
+        "free_memory": backend.info_number("free_memory"),
         **asdict(backend),
         "info": dict(backend.info()),
     }

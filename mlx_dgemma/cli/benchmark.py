@@ -194,7 +194,8 @@ def _survey(as_json: bool) -> None:
     for name, backend in found.items():
         click.echo(f"{name:<6} {backend.pop('state')}")
         for key, value in backend.items():
-            click.echo(f"  {key:<18}{value}")
+            if value is not None and key != "info":
+                click.echo(f"  {key:<18}{value}")
 
 
 def _measure(options: Options) -> dict[str, Any]:
