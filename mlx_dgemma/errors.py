@@ -13,7 +13,7 @@
     ├── MediaError         a picture or a video is refused, broken or of no known kind
     └── HubError           a model could not be found or fetched
 
-Each message is one line: what is wrong, where, and how to mend it. Commands print
+Each message is one line: what is wrong, where, and how to fix it. Commands print
 that line alone and exit with 1.
 """
 
@@ -64,3 +64,7 @@ class MediaError(DGemmaError):
 
 class HubError(DGemmaError):
     """A model could not be found or fetched."""
+
+
+class SlowBlasWarning(UserWarning):
+    """MLX computes on a CPU with a BLAS that is far slower than OpenBLAS."""

@@ -23,7 +23,7 @@ from .canvas import BatchKey, Canvas, PendingStep, dials, joined, pins
 from .events import Commit, Event, Prefilled, Step
 from .image_spans import ImageSpan, keys_of
 from .prefix import Prefix, chunk_ends
-from .step import State, Stepper
+from .step import State, stepper_for
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 
@@ -44,9 +44,9 @@ class Engine:
     ):
         self.model = model
         self.running: list[Canvas] = []
-        choices = backends.current().choices
-        self._ahead = choices.runs_ahead if ahead is None else ahead
-        self._compiled = choices.compiles if compiled is None else compiled
+        device = backends.current()
+        self._ahead = device.runs_ahead if ahead is None else ahead
+        self._compiled = device.compiles if compiled is None else compiled
         self._numbers = itertools.count()
         # by lane: which canvases, and what they see
         self._views: dict[BatchKey, tuple[tuple[tuple[int, int], ...], View]] = {}
@@ -201,10 +201,7 @@ class Engine:
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of these canvases, and look at nothing."""
         lane = canvases[0].lane
-        stepper = self.model.programs.get(
-            (Stepper, self._compiled, lane.config),
-            lambda: Stepper(self.model, compiled=self._compiled, config=lane.config),
-        )
+        stepper = stepper_for(self.model, lane.config, compiled=self._compiled)
         state, outcome = stepper(
             joined(canvases),
             self._seen(canvases),

@@ -106,12 +106,12 @@ class Prefix:
             self.keys += keys[len(self) : end]
             self.ends.append(end)
             if end < len(keys):  # a prompt's own end is seldom come back to
-                self.cache.mark()
+                self.cache.save_snapshot()
         return known
 
     def _back(self, ends: Sequence[int]) -> int:
         """Rewind to the last of these ends that the cache still reaches."""
-        length = max(end for end in ends if self.cache.reaches(end))
+        length = max(end for end in ends if self.cache.can_rewind_to(end))
         self.cache.rewind(length)
         self.ends = [end for end in self.ends if end <= length]
         del self.keys[length:]

@@ -161,7 +161,7 @@ def _read_lists(
 
 def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
     """All that a cache is made of, by its name in a file."""
-    marks = {mark.column: mark for mark in [*cache.marks, cache.here()]}
+    marks = {mark.column: mark for mark in [*cache.snapshots, cache.snapshot()]}
     full = {
         f"full.{i}.{j}": part
         for i, parts in enumerate(cache.history)
@@ -217,7 +217,7 @@ def _parts(
         return tuple(found)
 
     history = [parts(f"full.{i}.{{}}") for i in range(len(cache.history))]
-    sliding = [i for i, layer in enumerate(cache.layers) if layer.keep is not None]
+    sliding = [i for i, layer in enumerate(cache.layers) if layer.lookback is not None]
     marks = [
         Snapshot(column, {i: parts(f"sliding.{i}.{{}}.{column}") for i in sliding})
         for column in columns

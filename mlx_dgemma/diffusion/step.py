@@ -8,6 +8,7 @@ from it. What the host gives, keys and dials, depends on no result: a step can b
 started before anybody looked at the one before it.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,7 +111,10 @@ class StepConfig:
 
 
 class Stepper:
-    """Takes denoising steps with one model; `traces` counts how often it was traced."""
+    """Takes denoising steps with one model; `traces` counts how often it was traced.
+
+    It does not keep the model alive.
+    """
 
     def __init__(
         self,
@@ -119,12 +123,15 @@ class Stepper:
         compiled: bool,
         config: StepConfig = StepConfig(),
     ):
-        self.model, self.config = model, config
+        self._model, self.config = weakref.ref(model), config
         self.traces = 0
-        self._run: Callable[..., Any] = self._trace
-        if compiled:
-            # weights as inputs: after training, the same trace runs on the new ones
-            self._run = mx.compile(self._trace, model.state)
+        self._compiled = mx.compile(self._trace) if compiled else None
+
+    @property
+    def model(self) -> DiffusionGemma:
+        model = self._model()
+        assert model is not None
+        return model
 
     def __call__(
         self, state: State, view: View, dials: StepInputs, pins: Pinned | None
@@ -132,10 +139,23 @@ class Stepper:
         """The next state and what was found; nothing is evaluated."""
         given = None if pins is None else [pins.tokens, pins.free]
         inputs = [dials.keys, dials.numbers]
-        after, found = self._run(state.arrays, view.arrays, inputs, given)
+        arrays = state.arrays, view.arrays, inputs, given
+        if self._compiled is None:
+            after, found = self._step(*arrays)
+        else:
+            after, found = self._compiled(self.model.parameters(), *arrays)
         return State(*after), StepStats(*found)
 
-    def _trace(self, state, seen, dials, given):
+    def _trace(self, weights: dict, *arrays: Any) -> Any:
+        """`_step` of other weights: after training, the same trace runs on new ones."""
+        own = self.model.parameters()
+        self.model.update(weights)
+        try:
+            return self._step(*arrays)
+        finally:
+            self.model.update(own)
+
+    def _step(self, state, seen, dials, given):
         self.traces += 1
         state, view, dials = State(*state), View(*seen), StepInputs(*dials)
         pins = None if given is None else Pinned(*given)
@@ -172,7 +192,9 @@ class Stepper:
             first = mx.arange(L) < numbers[:, 5:]
             banned = Banned(self.config.banned, first.flatten())
         if pins is None:
-            found = self.model.read(flat, temperature, uniforms.flatten(), banned)
+            found = self.model.vocab_stats(
+                flat, temperature, uniforms.flatten(), banned
+            )
             return _shaped(found, B, L)
         tokens = mx.maximum(pins.tokens, 0).flatten()
         nothing = mx.zeros((B * L,))
@@ -186,11 +208,27 @@ class Stepper:
         if pins.free.size == 0:
             return _shaped(certain, B, L)
         free = pins.free
-        some = None if banned is None else banned.some(free)
-        found = self.model.read(
+        some = None if banned is None else banned.select(free)
+        found = self.model.vocab_stats(
             flat[free], temperature[free], uniforms.flatten()[free], some
         )
         return _shaped(_placed(certain, found, free), B, L)
+
+
+_STEPPERS: dict[int, dict[Any, Stepper]] = {}
+
+
+def stepper_for(
+    model: DiffusionGemma, config: StepConfig, *, compiled: bool
+) -> Stepper:
+    """Return the stepper of a model and config; it is kept as long as the model is."""
+    if id(model) not in _STEPPERS:
+        _STEPPERS[id(model)] = {}
+        weakref.finalize(model, _STEPPERS.pop, id(model))
+    known = _STEPPERS[id(model)]
+    if (config, compiled) not in known:
+        known[config, compiled] = Stepper(model, compiled=compiled, config=config)
+    return known[config, compiled]
 
 
 def _bounded(

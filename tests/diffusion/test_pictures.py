@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from eyed import asked, drawn, picture, text, write_eyed
+from tiny_vision import asked, drawn, picture, text, write_tiny_vision
 
 from mlx_dgemma import Commit, generate, load, stream_generate
 from mlx_dgemma.diffusion.conversation import Conversation
@@ -18,7 +18,7 @@ SEE = {"max_tokens": 16, "steps": 4}
 
 @pytest.fixture(scope="module")
 def eyed(tmp_path_factory):
-    return load(write_eyed(tmp_path_factory.mktemp("eyed") / "m"))
+    return load(write_tiny_vision(tmp_path_factory.mktemp("eyed") / "m"))
 
 
 def test_what_is_seen_changes_the_answer(eyed):

@@ -1,7 +1,7 @@
 """Messages with pictures to what the engine takes."""
 
 import pytest
-from eyed import asked, drawn, picture, text, write_eyed
+from tiny_vision import asked, drawn, picture, text, write_tiny_vision
 
 from mlx_dgemma import load
 from mlx_dgemma.diffusion.image_spans import keys_of
@@ -13,7 +13,7 @@ IMAGE, BEGIN, END = 9, 7, 8
 
 @pytest.fixture(scope="module")
 def eyed(tmp_path_factory):
-    return load(write_eyed(tmp_path_factory.mktemp("eyed") / "m"))
+    return load(write_tiny_vision(tmp_path_factory.mktemp("eyed") / "m"))
 
 
 def test_a_picture_takes_a_token_for_each_of_its_squares(eyed):

@@ -44,13 +44,13 @@ def test_a_prefix_comes_back_bit_for_bit(tiny_model, saved):
     assert (prefix.keys, prefix.ends) == (talk.prefix.keys, talk.prefix.ends)
     assert prefix.cache.length == len(prefix)
     before, after = talk.prefix.cache, prefix.cache
-    assert [m.column for m in before.marks] == [m.column for m in after.marks]
+    assert [m.column for m in before.snapshots] == [m.column for m in after.snapshots]
     # a view of both, with room and without, holds the same numbers
     for bucketed in (False, True):
         views = [model.view(c, 16, bucketed=bucketed).arrays for c in (before, after)]
         for (_, a), (_, b) in zip(*map(tree_flatten, views), strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(b))
-    for a, b in zip(before.marks, after.marks, strict=True):
+    for a, b in zip(before.snapshots, after.snapshots, strict=True):
         for x, y in zip(tree_flatten(a.windows), tree_flatten(b.windows), strict=True):
             np.testing.assert_array_equal(np.array(x[1]), np.array(y[1]))
 
@@ -307,7 +307,7 @@ def test_it_may_be_read_in_one_thread_and_used_in_another(tiny_model, saved):
     for mark in range(4):
         with ThreadPoolExecutor(1) as pool:
             prefix = pool.submit(load_prefix, saved[1], model).result()
-        column = prefix.cache.marks[mark].column
+        column = prefix.cache.snapshots[mark].column
         prefix.cache.rewind(column)
         fresh, start = model.make_cache(), 0
         for end in [end for end in prefix.ends if end <= column]:

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_dgemma import load
 from mlx_dgemma.diffusion import sampler
+from mlx_dgemma.diffusion import step as step_module
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.step import ROUND, Pinned, State, StepInputs, Stepper
 from mlx_dgemma.model import vocab
@@ -188,10 +189,10 @@ def test_the_vocabulary_is_read_for_free_positions_only(
     tiny_model, monkeypatch, name, positions
 ):
     model, _ = tiny_model
-    counts, read = [0], vocab.read
+    counts, read = [0], vocab.vocab_stats
     monkeypatch.setattr(
         vocab,
-        "read",
+        "vocab_stats",
         lambda table, hidden, *a: counts.append(len(hidden)) or read(table, hidden, *a),
     )
     stepper, dials = Stepper(model, compiled=False), some_dials(*[(1, 1, 1, 1)] * 3)
@@ -234,8 +235,7 @@ PROMPT = [2, 7, 8, 9, 5, 11, 12, 13]
 
 def traces(model) -> int:
     """How often steps of this model were traced so far."""
-    made = model.programs._made.values()
-    return sum(program.traces for program in made if isinstance(program, Stepper))
+    return sum(stepper.traces for stepper in step_module._STEPPERS[id(model)].values())
 
 
 @pytest.fixture
