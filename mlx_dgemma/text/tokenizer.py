@@ -286,9 +286,9 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | No
         path = folder / "chat_template.json"
         value = _read_json(path).get("chat_template")
     if isinstance(value, list):  # several, each {"name", "template"}
-        entries = [entry for entry in value if isinstance(entry, dict)]
-        named = [e.get("template") for e in entries if e.get("name") == "default"]
-        value = named[0] if named else value
+        for entry in value:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                value = entry.get("template") or value
     if value is not None and not isinstance(value, str):
         raise TokenizerError(
             f"{path}: chat_template must be text, or a list of "

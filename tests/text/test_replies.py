@@ -12,7 +12,7 @@ from test_calls import keys, values
 from toy_tokenizers import MARKED, NAMES, byte_fallback, byte_level
 
 from mlx_dgemma.text.calls import BrokenCallError, read_call
-from mlx_dgemma.text.chat import ChatTemplate
+from mlx_dgemma.text.template import ChatTemplate
 from mlx_dgemma.text.replies import (
     Answer,
     Call,
@@ -20,7 +20,7 @@ from mlx_dgemma.text.replies import (
     ReplyParser,
     Thought,
     merged,
-    message,
+    reply_message,
 )
 from mlx_dgemma.text.tokenizer import Tokenizer
 
@@ -320,30 +320,30 @@ def test_the_message_renders_as_the_reply_was_written(marked, reply):
     parts = read(tokenizer, tokenizer.encode(reply))
     template = ChatTemplate(LIKE_GEMMA.read_text(encoding="utf-8"), "here")
     user = {"role": "user", "content": "hi"}
-    rendered = template.render([user, message(parts)], enable_thinking=True)
+    rendered = template.render([user, reply_message(parts)], variables={"enable_thinking": True})
     assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
 
 
 def test_parts_become_the_message_of_the_history():
     parts = [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")]
-    assert message(parts) == {
+    assert reply_message(parts) == {
         "role": "assistant",
         "content": "so it is",
         "reasoning_content": "hm",
     }
-    assert message([]) == {"role": "assistant", "content": ""}
+    assert reply_message([]) == {"role": "assistant", "content": ""}
 
 
 def test_calls_become_tool_calls():
     function = {"name": "f", "arguments": {"a": [1]}}
-    assert message([called(a=[1])]) == {
+    assert reply_message([called(a=[1])]) == {
         "role": "assistant",
         "content": None,
         "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
     }
-    assert message([Answer("ok"), called(), called(1)])["content"] == "ok"
+    assert reply_message([Answer("ok"), called(), called(1)])["content"] == "ok"
 
 
 def test_a_malformed_call_stays_in_the_history_as_text():
     parts = [Answer("a "), Malformed("call:f{", "it does not end")]
-    assert message(parts) == {"role": "assistant", "content": "a call:f{"}
+    assert reply_message(parts) == {"role": "assistant", "content": "a call:f{"}

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.tools import MAX_CHARS, declared, linked
+from mlx_dgemma.text.tools import MAX_CHARS, check_tools, link_tool_results
 
 SCHEMA = {
     "type": "object",
@@ -65,26 +65,26 @@ def nested(depth: int) -> dict:
 def test_a_good_tool_is_taken_as_it_is():
     tools = [tool("weather", description="Tells it", parameters=SCHEMA, strict=True)]
     before = copy.deepcopy(tools)
-    assert declared(tools) == before
+    assert check_tools(tools) == before
     assert tools == before
-    assert declared([]) == []
+    assert check_tools([]) == []
 
 
 def test_what_a_template_needs_is_filled_in():
     full = tool("f", description="")
     for bare in (tool("f"), tool("f", description=None), tool("f", parameters={})):
-        assert declared([bare]) == [full]
+        assert check_tools([bare]) == [full]
 
 
 @pytest.mark.parametrize("name", ["a", "http.post", "server/tool-1", "_", "9" * 128])
 def test_names_of_tools(name):
-    assert declared([tool(name)])[0]["function"]["name"] == name
+    assert check_tools([tool(name)])[0]["function"]["name"] == name
 
 
 def test_tools_may_be_any_mapping():
     proxy = MappingProxyType({"name": "f"})
     frozen = MappingProxyType({"type": "function", "function": proxy})
-    assert declared((frozen,)) == [tool("f", description="")]
+    assert check_tools((frozen,)) == [tool("f", description="")]
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_tools_may_be_any_mapping():
 )
 def test_a_bad_tool_is_refused(tools, why):
     started = time.perf_counter()
-    assert why in refusal(declared, tools)
+    assert why in refusal(check_tools, tools)
     assert time.perf_counter() - started < 0.2
 
 
 def test_a_tool_that_holds_itself_is_refused():
     schema: dict = {"type": "object", "properties": {}}
     schema["properties"]["a"] = schema
-    assert refusal(declared, [tool(parameters=schema)]) == (
+    assert refusal(check_tools, [tool(parameters=schema)]) == (
         "tool 0: nested deeper than 64"
     )
 
@@ -160,13 +160,13 @@ def test_a_tool_that_holds_itself_is_refused():
 
 def test_messages_without_tools_pass():
     messages = [USER, {"role": "assistant", "content": "ho", "tool_calls": None}]
-    assert linked(messages) == messages
+    assert link_tool_results(messages) == messages
 
 
 def test_an_answer_is_named_by_its_call():
     messages = [USER, asked(call("f", id="x"), call("g", id="y"))]
     answers = [answer(tool_call_id="y"), answer(tool_call_id="x")]
-    found = linked([*messages, *answers])
+    found = link_tool_results([*messages, *answers])
     assert [message["name"] for message in found[2:]] == ["g", "f"]
     assert "name" not in answers[0]
 
@@ -182,7 +182,7 @@ def test_an_answer_is_named_by_its_call():
     ],
 )
 def test_an_answer_may_be_named(calls, keys):
-    assert linked([USER, asked(*calls), answer(**keys)])[2]["name"] == "f"
+    assert link_tool_results([USER, asked(*calls), answer(**keys)])[2]["name"] == "f"
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ def test_an_answer_may_be_named(calls, keys):
 )
 def test_arguments_in_a_text_are_read(text, arguments):
     message = asked({"id": "x", "function": {"name": "f", "arguments": text}})
-    (found,) = linked([message])
+    (found,) = link_tool_results([message])
     assert found["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
     assert message["tool_calls"][0]["function"]["arguments"] == text
 
 
 def test_what_can_be_read_can_be_said_again():
     deep = json.loads("[" * 63 + "]" * 63)
-    (found,) = linked([asked(call(arguments={"a": deep}))])
+    (found,) = link_tool_results([asked(call(arguments={"a": deep}))])
     assert found["tool_calls"][0]["function"]["arguments"] == {"a": deep}
 
 
@@ -241,4 +241,4 @@ def test_what_can_be_read_can_be_said_again():
     ],
 )
 def test_bad_messages_of_tools_are_refused(messages, why):
-    assert why in refusal(linked, messages)
+    assert why in refusal(link_tool_results, messages)
