@@ -99,9 +99,15 @@ def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":
 
     Raises MediaError, one line that counts pictures from 1.
     """
-    from ..media.images import Budget, Picture, read_pictures  # pillow, where needed
+    from ..media.images import (
+        ImageBudget,
+        Picture,
+        read_pictures,
+    )  # pillow, where needed
 
     assert model.vision is not None
     unread = [source for source in sources if not isinstance(source, Picture)]
-    read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
+    if unread:
+        unread = read_pictures(unread, ImageBudget.from_checkpoint(model.vision.folder))
+    read = iter(unread)
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -97,11 +97,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 def main() -> None:
     """Read every file and print the most memory that took, MB."""
     from mlx_dgemma.errors import MediaError
-    from mlx_dgemma.media.images import Budget, read_picture
+    from mlx_dgemma.media.images import ImageBudget, read_picture
 
     for make, _ in FILES.values():
         try:
-            read_picture(make(), Budget())
+            read_picture(make(), ImageBudget())
         except MediaError as error:
             print(error, file=sys.stderr)
     unit = 2**20 if sys.platform == "darwin" else 2**10

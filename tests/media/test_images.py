@@ -15,10 +15,15 @@ import pytest
 from PIL import ExifTags, Image
 
 from mlx_dgemma.errors import ConfigError, MediaError, SettingsError
-from mlx_dgemma.media import images, sources
-from mlx_dgemma.media.images import SOFT_TOKENS, Budget, read_picture, read_pictures
+from mlx_dgemma.media import images
+from mlx_dgemma.media.images import (
+    SOFT_TOKENS,
+    ImageBudget,
+    read_picture,
+    read_pictures,
+)
 
-SMALL = Budget(soft_tokens=70)
+SMALL = ImageBudget(soft_tokens=70)
 WIDE, HIGH = 480, 336  # 10 x 7 soft tokens of 48 pixels: not resized at SMALL
 
 
@@ -33,7 +38,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def seen(source, budget: Budget = SMALL) -> np.ndarray:
+def seen(source, budget: ImageBudget = SMALL) -> np.ndarray:
     """The pixels the model sees, put together again: (H, W, 3) of whole bytes."""
     picture = read_picture(source, budget)
     columns, rows = picture.positions.max(axis=0) + 1
@@ -49,7 +54,7 @@ def refusal(source) -> str:
     """The one line that refuses a source, which must come soon."""
     started = time.perf_counter()
     with pytest.raises(MediaError) as caught:
-        read_picture(source, Budget())
+        read_picture(source, ImageBudget())
     assert time.perf_counter() - started < 1
     message = str(caught.value)
     assert "\n" not in message and "0x" not in message and len(message) < 300
@@ -82,13 +87,13 @@ GRIDS = {  # (soft tokens, width, height) -> (columns, rows)
 
 @pytest.mark.parametrize(("soft_tokens", "width", "height"), GRIDS)
 def test_a_grid_keeps_the_aspect_and_rounds_down(soft_tokens, width, height):
-    grid = Budget(soft_tokens).grid(width, height)
+    grid = ImageBudget(soft_tokens).grid(width, height)
     assert grid == GRIDS[soft_tokens, width, height]
 
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
 def test_no_size_goes_over_the_budget(soft_tokens):
-    budget = Budget(soft_tokens)
+    budget = ImageBudget(soft_tokens)
     for width in range(1, 400):
         for height in (1, 2, 3, 5, 7, 37, 48, 100, 333, 5000, 65_535):
             columns, rows = budget.grid(width, height)
@@ -97,8 +102,10 @@ def test_no_size_goes_over_the_budget(soft_tokens):
 
 
 def test_the_side_of_a_soft_token_is_that_of_its_patches():
-    picture = read_picture(Image.new("RGB", (100, 80)), Budget(70, patch=8, pooling=2))
-    columns, rows = Budget(70, 8, 2).grid(100, 80)
+    picture = read_picture(
+        Image.new("RGB", (100, 80)), ImageBudget(70, patch=8, pooling=2)
+    )
+    columns, rows = ImageBudget(70, 8, 2).grid(100, 80)
     assert picture.soft_tokens == columns * rows
     assert picture.patches.shape == (columns * rows * 4, 8 * 8 * 3)
     assert picture.positions.max(axis=0).tolist() == [2 * columns - 1, 2 * rows - 1]
@@ -244,7 +251,7 @@ def test_a_digest_tells_pictures_and_budgets_apart():
     pictures = [
         read_picture(Image.fromarray(array), budget)
         for array in (pixels, other, pixels[:, ::-1], pixels.swapaxes(0, 1))
-        for budget in (SMALL, Budget(140))
+        for budget in (SMALL, ImageBudget(140))
     ]
     assert len({picture.digest for picture in pictures}) == len(pictures)
     plain = [Image.new("RGB", size) for size in ((100, 100), (200, 50), (50, 200))]
@@ -325,7 +332,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     assert "loop: cannot be read (Too many levels" in refusal(tmp_path / "loop")
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(sources.MOST_BYTES + 1)
+        file.truncate(images.MAX_BYTES + 1)
     url = "data:image/png;base64," + "A" * 28 * 2**20
     for source in (tmp_path / "large.png", url):
         assert refusal(source).endswith(": larger than 20 MB; make it smaller")
@@ -372,7 +379,7 @@ def test_of_many_pictures_the_one_that_fails_is_named():
 )
 def test_a_budget_refuses_what_it_cannot_mean(values, named):
     with pytest.raises(SettingsError) as caught:
-        Budget(**values)
+        ImageBudget(**values)
     assert named in str(caught.value)
 
 
@@ -397,15 +404,15 @@ def write(folder: Path, name: str, values: dict) -> None:
 
 
 def test_a_budget_is_read_from_a_checkpoint(tmp_path):
-    assert Budget.of(tmp_path) == Budget(280, 16, 3)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(280, 16, 3)
     write(tmp_path, "preprocessor_config.json", {**SAID, "max_soft_tokens": 70})
-    assert Budget.of(tmp_path) == Budget(70, 14, 4)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(70, 14, 4)
     # an older processor_config.json says nothing of images
     write(tmp_path, "processor_config.json", {"image_seq_length": 280})
-    assert Budget.of(tmp_path) == Budget(70, 14, 4)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(70, 14, 4)
     nested = {"image_processor": SAID, "video_processor": {"max_soft_tokens": 70}}
     write(tmp_path, "processor_config.json", nested)
-    assert Budget.of(tmp_path) == Budget(560, 14, 4)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(560, 14, 4)
     # normalising that changes nothing
     write(tmp_path, "processor_config.json", {"image_processor": SAID})
     write(
@@ -413,7 +420,7 @@ def test_a_budget_is_read_from_a_checkpoint(tmp_path):
         "processor_config.json",
         {"image_processor": {**SAID, "do_normalize": True}},
     )
-    assert Budget.of(tmp_path) == Budget(560, 14, 4)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(560, 14, 4)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +441,7 @@ def test_a_budget_is_read_from_a_checkpoint(tmp_path):
 def test_a_checkpoint_that_asks_for_something_else_is_refused(tmp_path, key, value):
     write(tmp_path, "preprocessor_config.json", {**SAID, key: value})
     with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {key} is "):
-        Budget.of(tmp_path)
+        ImageBudget.from_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
@@ -443,4 +450,4 @@ def test_a_checkpoint_that_normalises_is_refused(tmp_path, key):
     write(tmp_path, "processor_config.json", {"image_processor": said})
     named = r"processor_config\.json: image_processor: do_normalize must be false"
     with pytest.raises(ConfigError, match=named):
-        Budget.of(tmp_path)
+        ImageBudget.from_checkpoint(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_dgemma.errors import MediaError, SettingsError
 from mlx_dgemma.media import videos
-from mlx_dgemma.media.images import Budget
+from mlx_dgemma.media.images import ImageBudget
 from mlx_dgemma.media.videos import FRAME, read_frames
 
 av = pytest.importorskip("av", reason="needs the extra video")
@@ -85,10 +85,10 @@ def test_frames_are_spread_evenly_and_told_their_time(name, tmp_path):
 
 def test_the_budget_of_a_frame_is_that_of_a_video(tmp_path):
     path = write(tmp_path / "b.mp4", frames=2)
-    assert Budget(soft_tokens=70) == FRAME
+    assert ImageBudget(soft_tokens=70) == FRAME
     ((_, picture),) = read_frames(path)
     assert picture.patches.shape == (63 * 9, 768)
-    ((_, picture),) = read_frames(path, Budget(280))
+    ((_, picture),) = read_frames(path, ImageBudget(280))
     assert picture.soft_tokens == 266
 
 
@@ -207,7 +207,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     assert refusal(tmp_path / "none.mp4").endswith("none.mp4: no such file")
     assert refusal(tmp_path).endswith(": not an ordinary file")
     with (tmp_path / "large.mp4").open("wb") as file:
-        file.truncate(videos.MOST_BYTES + 1)
+        file.truncate(videos.MAX_BYTES + 1)
     message = refusal(tmp_path / "large.mp4")
     assert message.endswith(": larger than 500 MB; make it smaller")
     assert refusal("http://127.0.0.1/x.mp4").startswith("http: sources are not fetched")
@@ -234,8 +234,8 @@ def test_an_unknown_codec_is_refused(tmp_path):
 
 def test_a_long_video_is_refused(tmp_path):
     path = write(tmp_path / "b.mp4", frames=100, rate=10)
-    assert len(read_frames(path, most_seconds=9)) == 10
-    message = refusal(path, most_seconds=8)
+    assert len(read_frames(path, max_seconds=9)) == 10
+    message = refusal(path, max_seconds=8)
     assert message.endswith("b.mp4: 10 s long; at most 8 s: cut it")
     far = write(tmp_path / "a.mkv", frames=2, ticks=[0, 10**9])
     assert refusal(far).endswith("a.mkv: 1000000 s long; at most 60 s: cut it")
@@ -243,7 +243,7 @@ def test_a_long_video_is_refused(tmp_path):
 
 def test_a_video_of_too_many_frames_is_refused(tmp_path):
     path = write(tmp_path / "a.mkv", frames=500, ticks=list(range(500)))
-    assert "more than 240 frames a second for 1 s" in refusal(path, most_seconds=1)
+    assert "more than 240 frames a second for 1 s" in refusal(path, max_seconds=1)
     path = write(tmp_path / "b.mp4", frames=300, rate=100)
     message = refusal(path, fps=100)
     assert message.endswith("300 frames at 100 a second; at most 256: ask for fewer")
@@ -251,7 +251,7 @@ def test_a_video_of_too_many_frames_is_refused(tmp_path):
 
 def test_large_frames_are_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "b.mp4", frames=1)
-    monkeypatch.setattr(videos, "MOST_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(videos, "MAX_PIXELS", 64 * 48 - 1)
     assert "b.mp4: frames of 64 x 48 pixels; at most" in refusal(path)
 
 
