@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from mlx_dgemma.media.images import SOFT_TOKENS, Budget, Picture, read_picture
+from mlx_dgemma.media.images import SOFT_TOKENS, ImageBudget, Picture, read_picture
 from mlx_dgemma.media.videos import FRAME, _choose, read_frames
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -43,7 +43,7 @@ def compare(source: bytes | Image.Image, soft_tokens: int = 280) -> None:
     image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
     oracle = processor(max_soft_tokens=soft_tokens)
     theirs = oracle(ImageOps.exif_transpose(image), return_tensors="np")
-    assert_same(read_picture(source, Budget(soft_tokens)), theirs)
+    assert_same(read_picture(source, ImageBudget(soft_tokens)), theirs)
 
 
 @cache
@@ -80,7 +80,7 @@ def test_every_size_has_the_same_grid(soft_tokens):
         get_aspect_ratio_preserving_size,
     )
 
-    budget = Budget(soft_tokens)
+    budget = ImageBudget(soft_tokens)
     rng = np.random.default_rng(soft_tokens)
     sizes = [(w, h) for w in range(1, 200) for h in range(1, 200)]
     sizes += [tuple(map(int, rng.integers(1, 2**e, 2))) for e in (10, 13) * 20_000]
@@ -167,13 +167,13 @@ def test_the_processor_of_a_checkpoint_and_its_budget(tmp_path):
 
     oracle = processor(max_soft_tokens=140)
     oracle.save_pretrained(tmp_path)
-    assert Budget.of(tmp_path) == Budget(140)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(140)
     nested = {"image_processor": {**oracle.to_dict(), "max_soft_tokens": 560}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     found = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     assert type(found) is type(oracle)
-    budget = Budget.of(tmp_path)
-    assert budget == Budget(560, found.patch_size, found.pooling_kernel_size)
+    budget = ImageBudget.from_checkpoint(tmp_path)
+    assert budget == ImageBudget(560, found.patch_size, found.pooling_kernel_size)
     images = [Image.fromarray(photo(500, 300)), Image.fromarray(photo(30, 90))]
     theirs = found(images, return_tensors="np")
     for row, image in enumerate(images):
