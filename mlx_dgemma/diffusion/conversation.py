@@ -8,8 +8,8 @@ from typing import Any, Unpack
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..settings import check_int
-from ..text.pictures import is_picture, picture_sources
-from ..text.replies import Part, ReplyParser, merged, message
+from ..text.chat import image_sources, is_image
+from ..text.replies import Part, ReplyParser, merged, reply_message
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, check_ids
 from .events import Commit, Event, Prefilled
@@ -168,12 +168,12 @@ class Conversation:
     def _kept(self, message: Mapping[str, Any]) -> Message:
         """A copy whose pictures are read now: later they may be gone, or others."""
         kept, model = _copy(message), self.prefix.model
-        sources = picture_sources([kept])
+        sources = image_sources([kept])
         if not sources or model.vision is None:
             return kept  # where there are no eyes, the prompt is refused
         read = iter(look_up(model, sources))
         kept["content"] = [
-            {"type": "image", "image": next(read)} if is_picture(part) else part
+            {"type": "image", "image": next(read)} if is_image(part) else part
             for part in kept["content"]
         ]
         return kept
@@ -228,7 +228,7 @@ class Conversation:
             if said and reason is None:
                 parts += writer.rest()
             if said:
-                self._messages = [*messages, message(merged(parts))]
+                self._messages = [*messages, reply_message(merged(parts))]
             else:
                 self._messages = before
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_chat
-from ..text.pictures import expand
+from ..text.chat import Prompt, encode_chat, insert_image_tokens
 from ..text.tokenizer import Tokenizer
 from .image_spans import ImageSpan
 
@@ -56,7 +55,7 @@ def encode_prompt(
     if sources:
         pictures = look_up(model, sources)
     counts = [picture.soft_tokens for picture in pictures]
-    ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
+    ids = insert_image_tokens(ids, tokens.image, tokens.begin, tokens.end, counts)
     image_spans, start = [], 0
     for picture in pictures:
         start = ids.index(tokens.image, start)
@@ -100,9 +99,15 @@ def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":
 
     Raises MediaError, one line that counts pictures from 1.
     """
-    from ..media.images import Budget, Picture, read_pictures  # pillow, where needed
+    from ..media.images import (
+        ImageBudget,
+        Picture,
+        read_pictures,
+    )  # pillow, where needed
 
     assert model.vision is not None
     unread = [source for source in sources if not isinstance(source, Picture)]
-    read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
+    if unread:
+        unread = read_pictures(unread, ImageBudget.from_checkpoint(model.vision.folder))
+    read = iter(unread)
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -43,7 +43,7 @@ def test_prompts_may_be_text_ids_or_messages(tiny_model):
     text = generate(model, tokenizer, "12ab", **LOOSE)
     messages = [{"role": "user", "content": "12ab"}]
     assert generate(model, tokenizer, messages, **LOOSE) == text
-    ids = tokenizer.apply_chat_template(messages, tokenize=True)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert generate(model, tokenizer, ids, **LOOSE) == text
 
 

@@ -132,10 +132,10 @@ def test_a_video_is_its_frames_each_behind_its_time(eyed, monkeypatch):
     """As transformers' processor words it: minute and second, then the picture."""
     from mlx_dgemma.diffusion import prompt
     from mlx_dgemma.media import videos
-    from mlx_dgemma.media.images import Budget, read_picture
+    from mlx_dgemma.media.images import ImageBudget, read_picture
 
     frames = [
-        (seconds, read_picture(drawn(40, 30, seed), Budget(70, 4)))
+        (seconds, read_picture(drawn(40, 30, seed), ImageBudget(70, 4)))
         for seed, seconds in enumerate((0.0, 1.2, 61.9))
     ]
     monkeypatch.setattr(videos, "read_frames", lambda path: frames)
