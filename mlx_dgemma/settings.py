@@ -152,7 +152,9 @@ def check_int(
     name: str, value: object, minimum: int, maximum: int | None = None
 ) -> None:
     """Raise SettingsError unless `value` is a whole number of the range."""
-    allowed = f"a whole number from {minimum}" + (f" to {maximum}" if maximum else " up")
+    allowed = f"a whole number from {minimum}" + (
+        f" to {maximum}" if maximum else " up"
+    )
     if not isinstance(value, int) or isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
     if value < minimum or (maximum is not None and value > maximum):

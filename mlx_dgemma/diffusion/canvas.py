@@ -117,7 +117,9 @@ def join_states(canvases: list[Canvas]) -> State:
 def step_inputs(canvases: list[Canvas]) -> StepInputs:
     """Return keys and settings for the next step of each canvas."""
     purposes = sampler.PROPOSE, sampler.RENOISE
-    keys = [[sampler.fold(c.seed, c.index, c.step, p) for p in purposes] for c in canvases]
+    keys = [
+        [sampler.fold(c.seed, c.index, c.step, p) for p in purposes] for c in canvases
+    ]
     columns = {
         "temperature": [c.settings.temperature(c.step) for c in canvases],
         "entropy_bound": [c.settings.entropy_bound for c in canvases],

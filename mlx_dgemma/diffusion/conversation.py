@@ -97,8 +97,8 @@ class Conversation:
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
         for turn in turns:
-            for part in turn["content"] if isinstance(turn["content"], list) else ():
-                if is_picture(part):
+            if isinstance(content := turn.get("content"), list):
+                for part in filter(is_picture, content):
                     part["image"] = part["image"].source
         return turns
 
@@ -211,11 +211,10 @@ class Conversation:
 
     def _with_pictures(self, message: Mapping[str, Any]) -> Message:
         """Return a copy whose pictures are read: files may change or go away later."""
-        copied, model = _copy(message), self.prefix.model
-        sources = picture_sources([copied])
-        if not sources or model.vision is None:
-            return copied  # without a vision tower, `encode_prompt` refuses it
-        pictures = iter(read_images(model, sources))
+        copied = _copy(message)
+        if not (sources := picture_sources([copied])):
+            return copied
+        pictures = iter(read_images(self.prefix.model, sources))
         copied["content"] = [
             {"type": "image", "image": next(pictures)} if is_picture(part) else part
             for part in copied["content"]

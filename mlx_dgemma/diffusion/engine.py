@@ -93,7 +93,9 @@ class Engine:
         reused = 0 if prefix is None else prefix.match_prefix(keys, ends)
         new_ends = [end for end in ends if end > reused]
         for start, end in itertools.pairwise([reused, *new_ends]):
-            self._encode(cache, prompt[start:end], self._images(image_spans, start, end))
+            self._encode(
+                cache, prompt[start:end], self._images(image_spans, start, end)
+            )
             if prefix is not None:
                 prefix.extend(keys[start:end], last=end == len(prompt))
         self.running.append(canvas)  # from now on `cancel` releases the prefix
@@ -177,7 +179,7 @@ class Engine:
         ]
 
     def _advance(self, batch: list[Canvas]) -> list[tuple[Canvas, Step]]:
-        """Take a step of a batch, starting the one after it if that is likely needed."""
+        """Take a step of a batch, and start the next one if it is likely needed."""
         if new := [canvas for canvas in batch if canvas.pending is None]:
             self._start(new)
         taken = [canvas.advance() for canvas in batch]

@@ -49,28 +49,24 @@ def encode_prompt(
     Raises SettingsError for what cannot be a prompt, MediaError for a picture that
     cannot be read.
     """
+    chat: Any = prompt
     if isinstance(prompt, mx.array | np.ndarray):
-        prompt = prompt.tolist()  # type: ignore[assignment]
-    if images or videos:
-        prompt = _with_media(prompt, images, videos)
+        chat = prompt.tolist()
+    elif images or videos:
+        chat = _with_media(prompt, images, videos)
     ids, sources = encode_chat(
         tokenizer,
-        prompt,
+        chat,
         system=system,
         thinking=thinking,
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         continue_final_message=continue_final_message,
     )
-    if model.vision is None:
-        if not sources:
-            return EncodedPrompt(ids)
-        raise SettingsError(
-            "the prompt holds pictures, and this checkpoint reads text only; convert "
-            "one with its vision tower"
-        )
-    tokens = model.vision.tokens
     pictures = read_images(model, sources) if sources else []
+    if model.vision is None:
+        return EncodedPrompt(ids)
+    tokens = model.vision.tokens
     counts = [picture.soft_tokens for picture in pictures]
     ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
     image_spans, start = list[ImageSpan](), 0
@@ -115,11 +111,16 @@ def read_images(
 ) -> "list[Picture]":
     """Return the pictures of these sources; a source may be one already.
 
-    Raises MediaError, one line that counts pictures from 1.
+    Raises SettingsError for a model without vision, MediaError for a source that
+    cannot be read, one line that counts pictures from 1.
     """
     from ..media.images import Budget, Picture, read_pictures  # imports pillow
 
-    assert model.vision is not None
+    if model.vision is None:
+        raise SettingsError(
+            "the prompt holds pictures, and this checkpoint reads text only; convert "
+            "one with its vision tower"
+        )
     unread = [source for source in sources if not isinstance(source, Picture)]
     read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -49,7 +49,8 @@ class State(NamedTuple):
     @classmethod
     def join(cls, states: Sequence["State"]) -> "State":
         """Return the states of several canvases as one."""
-        return cls(*(mx.concatenate(arrays) for arrays in zip(*states, strict=True)))
+        columns = zip(*states, strict=True)
+        return cls(*(mx.concatenate(list(column)) for column in columns))
 
 
 class StepStats(NamedTuple):
@@ -106,7 +107,7 @@ class Stepper:
         model: DiffusionGemma,
         *,
         compiled: bool,
-        config: StepConfig = StepConfig(),
+        config: StepConfig = StepConfig(),  # noqa: B008 - immutable
     ):
         self.model, self.config = model, config
         self.traces = 0
@@ -146,7 +147,7 @@ class Stepper:
         uniforms: mx.array,
         pinned: Pinned | None,
     ) -> VocabStats:
-        """Return the vocabulary statistics of (B, L) positions, each field (B, L, …)."""
+        """Return the statistics of (B, L) positions, each field (B, L, …)."""
         B, L, D = hidden.shape
         flat, uniforms = hidden.reshape(B * L, D), uniforms.flatten()
         temperature = mx.broadcast_to(inputs.temperature[:, None], (B, L)).flatten()

@@ -1,11 +1,11 @@
 """Text around the engine: streaming, stop strings, seeds, settings."""
 
 import pytest
+from mlx_dgemma.diffusion.stop import StopFilter
 from tiny import VOCABULARY
 
 from mlx_dgemma import Commit, Prefilled, Step, generate, stream_generate
 from mlx_dgemma.diffusion.report import Report
-from mlx_dgemma.diffusion.stop import StopFilter
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.text.replies import Answer
 

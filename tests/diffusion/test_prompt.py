@@ -2,9 +2,9 @@
 
 import pytest
 from eyed import asked, drawn, picture, text, write_eyed
+from mlx_dgemma.diffusion.image_spans import keys_of
 
 from mlx_dgemma import load
-from mlx_dgemma.diffusion.image_spans import keys_of
 from mlx_dgemma.diffusion.prompt import EncodedPrompt, encode_prompt
 from mlx_dgemma.errors import MediaError, SettingsError
 
