@@ -202,8 +202,8 @@ class _Lines:
         rate = done / max(now - self.started, 1e-9)
         left = (total - done) / max(rate, 1e-9)
         click.echo(
-            f"{self.doing} {format_bytes(done)} of {format_bytes(total)}, {format_bytes(int(rate))}/s, "
-            f"{left:.0f} s left",
+            f"{self.doing} {format_bytes(done)} of {format_bytes(total)}, "
+            f"{format_bytes(int(rate))}/s, {left:.0f} s left",
             err=True,
         )
 
