@@ -14,7 +14,7 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
 from mlx_dgemma.diffusion.prefix import MIN_SHARE, Prefix, chunk_ends
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.model.cache import MARKS, PrefixCache
+from mlx_dgemma.model.cache import MAX_SNAPSHOTS, PrefixCache
 from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.settings import Settings
 
@@ -108,7 +108,7 @@ def test_each_request_encodes_what_is_new(tiny_model):
         assert admitted.reused == max([0, *(end for end in known if end < last)])
         assert_same(list(engine.run()), fresh(model, ids, turns))
         last = len(ids)
-    assert len(prefix.cache.marks) <= MARKS
+    assert len(prefix.cache.snapshots) <= MAX_SNAPSHOTS
 
 
 def test_other_prompts_reuse_what_they_share(tiny_model):

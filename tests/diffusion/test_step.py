@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import load
+from mlx_dgemma.diffusion import step as steps
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Step
-from mlx_dgemma.diffusion.step import FREE_MULTIPLE, Pinned, State, Stepper
+from mlx_dgemma.diffusion.step import FREE_MULTIPLE, Pinned, State
 from mlx_dgemma.settings import Settings
 
 # two steps of each of five canvases of 64 tokens
@@ -21,8 +22,7 @@ PROMPT = [2, 7, 8, 9, 5, 11, 12, 13]
 
 def traces(model) -> int:
     """How often steps of this model were traced so far."""
-    made = model.programs._made.values()
-    return sum(program.traces for program in made if isinstance(program, Stepper))
+    return sum(stepper.traces for stepper in steps._STEPPERS[id(model)].values())
 
 
 @pytest.fixture
