@@ -151,8 +151,6 @@ def put(model: DiffusionGemma, adapter: PeftAdapter) -> None:
     Where the modes differ, the encoder gets layers of its own that share every weight
     with the decoder's. Raises AdapterError if the model has adapters.
     """
-    if list(map(id, model.encoder_layers)) != list(map(id, model.layers)):
-        raise AdapterError("the model has an adapter already; load it anew")
     refuse_second(model)
     if not adapter.shared:
         model.encoder_layers = tuple(branch(layer) for layer in model.layers)
