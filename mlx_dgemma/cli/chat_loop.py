@@ -1,0 +1,239 @@
+"""The loop of a chat: read a line, print an answer or run a command, and again.
+
+stdout gets what the model says and nothing else; all other words go to stderr.
+"""
+
+import os
+import traceback
+from collections.abc import Iterable
+from contextlib import closing
+
+import click
+
+from ..diffusion.conversation import Conversation
+from ..diffusion.events import Commit, Prefilled, Step
+from ..diffusion.report import Report
+from ..errors import SettingsError
+from ..text.replies import Answer, Call, Malformed, Part, Thought, message
+from . import chat_commands as commands
+from .chat_input import PipeInput, TerminalInput, without_echo
+from .common import (
+    FAILURES,
+    catch_interrupt,
+    explain,
+    print_error,
+    printable,
+)
+from .render import AnswerView
+
+
+class Chat:
+    """A chat.
+
+    seed         of every answer; None: another each time
+    interactive  whether a person types: an error is printed and the chat goes on;
+                 else it ends the chat
+    show         draw the canvas while it is denoised
+    debug        print the traceback of an error
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        lines: PipeInput | TerminalInput,
+        *,
+        seed: int | None,
+        interactive: bool,
+        show: bool,
+        debug: bool,
+    ):
+        self.conversation, self.lines, self.seed = conversation, lines, seed
+        self.interactive, self.show, self.debug = interactive, show, debug
+        self.pictures: list[str] = []  # paths that go with the next message
+        self.stats = ["no answer yet"]
+
+    def run(self) -> bool:
+        """Chat until the input ends or /quit; return whether Ctrl-C ended it."""
+        while True:
+            try:
+                typed = self.lines.read(len(self.pictures))
+                command, argument = commands.parse(typed)
+                if command == "quit":
+                    return False
+                if command:
+                    note(*self._run_command(command, argument))
+                elif argument.strip():
+                    interrupted = self._answer(argument)
+                    if interrupted and not self.interactive:
+                        return True
+            except EOFError:
+                return False
+            except BrokenPipeError:
+                raise
+            except FAILURES as error:
+                if not self.interactive:
+                    raise
+                if self.debug:
+                    click.echo(printable(traceback.format_exc()), err=True)
+                print_error(explain(error))
+
+    def _run_command(self, name: str, argument: str) -> list[str]:
+        """Run a command and return what to print about it."""
+        conversation = self.conversation
+        match name:
+            case "image" if argument:
+                path = commands.read_path(argument)
+                if not os.path.isfile(path):
+                    raise SettingsError(f"{path}: no such picture")
+                self.pictures.append(path)
+                return []
+            case "image":
+                self.pictures.clear()
+                return ["no pictures"]
+            case "system":
+                conversation.system = argument or None
+                return [
+                    "system turn set" if argument else "no system turn",
+                    "the conversation goes on under it; /reset begins another",
+                ]
+            case "think":
+                conversation.thinking = commands.read_switch(name, argument)
+                return [f"thinking {argument}"]
+            case "seed" if argument == "off":
+                self.seed = None
+                return ["another seed each time"]
+            case "seed":
+                self.seed = commands.read_number(name, argument, 0)
+                return [f"seed {self.seed}"]
+            case "save":
+                path = commands.read_path(argument)
+                commands.save_transcript(path, conversation.transcript())
+                return [f"saved in {path}"]
+            case "rewind":
+                turns = commands.read_number(name, argument or "1", 1)
+                conversation.rewind(turns)
+                return [f"took back {turns} question{'s' * (turns > 1)}"]
+            case "reset":
+                conversation.reset()
+                self.pictures.clear()
+                return ["a new conversation"]
+            case "stats":
+                return self.stats
+            case _:
+                return commands.help_lines()
+
+    def _answer(self, text: str) -> bool:
+        """Ask, and print the answer as it becomes final; return whether Ctrl-C came.
+
+        What is refused leaves the conversation and the pictures as they were.
+        """
+        content: str | list[dict[str, str]] = text
+        if self.pictures:
+            images = [{"type": "image", "image": path} for path in self.pictures]
+            content = [*images, {"type": "text", "text": text}]
+        report, before = Report(), len(self.conversation.messages)
+        reuse = ""
+        with (
+            catch_interrupt() as interrupted,
+            without_echo(self.interactive),
+            AnswerView(
+                self.conversation.tokenizer, self.interactive and self.show
+            ) as view,
+        ):
+            view.status("encoding …")
+            # files get answers alone
+            thoughts = self.interactive and view.to_terminal
+            printer = ReplyPrinter(view, thoughts=thoughts)
+            with closing(self.conversation.ask(content, seed=self.seed)) as events:
+                for event in events:
+                    report.add(event)
+                    match event:
+                        case Prefilled(reused=reused, encoded=encoded):
+                            reuse = f"of the prompt {reused} tokens were reused, "
+                            reuse += f"{encoded} encoded"
+                        case Step():
+                            view.show(event)
+                        case Commit():
+                            printer.print(event.parts)
+                    # after the last step of a canvas its commit comes at no cost
+                    last = isinstance(event, Step) and event.last
+                    if interrupted.is_set() and not last:
+                        break
+            kept = self.conversation.messages[before:]
+            stopped = interrupted.is_set() and report.finish_reason is None
+            if stopped and kept:
+                printer.print_rest(kept[-1])
+        if kept:
+            self.pictures.clear()
+        self.stats = [report.line(), reuse]
+        if stopped:
+            note("(stopped)" if kept else "(stopped before anything was said)")
+        elif report.finish_reason == "length":
+            note("(cut: --max-tokens is reached)")
+        elif not printer.parts:
+            note("(an empty answer; --min-tokens 1 rules these out)")
+        if self.interactive:
+            click.echo(err=True)
+        return interrupted.is_set()
+
+
+class ReplyPrinter:
+    """Print the parts of a reply: thoughts dim, in a paragraph; a call in one line."""
+
+    def __init__(self, view: AnswerView, *, thoughts: bool):
+        self.view, self.thoughts = view, thoughts
+        self.parts: list[Part] = []  # all so far, thoughts too that are not printed
+        self._last: type[Part] | None = None
+        self._line_open = False
+
+    def print(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            self.parts.append(part)
+            match part:
+                case Thought(text):
+                    if self.thoughts:
+                        self._print_text(part, text, dim=True)
+                case Answer(text):
+                    self._print_text(part, text)
+                case Call(name, arguments):
+                    self._print_line(part, commands.call_line(name, arguments))
+                case Malformed(text, why):
+                    self._print_line(part, f"{text} (cannot be read: {why})")
+
+    def print_rest(self, kept: dict) -> None:
+        """Print what the message of a stopped reply keeps beyond its commits.
+
+        The end of a commit may wait for the next one to tell what it is.
+        """
+        printed = message(self.parts)
+        for name, kind in (("reasoning_content", Thought), ("content", Answer)):
+            text = (kept.get(name) or "").removeprefix(printed.get(name) or "")
+            self.print([kind(text)] if text else [])
+
+    def _print_text(self, part: Part, text: str, *, dim: bool = False) -> None:
+        if type(part) is not self._last:
+            text = text.lstrip("\n")  # a paragraph begins with its text
+            if not text:
+                return
+            self._end_line()
+            if self._last is not None:
+                self.view.write("\n")
+        self._last = type(part)
+        self._line_open = not text.endswith("\n")
+        self.view.write(text, dim=dim)
+
+    def _print_line(self, part: Part, text: str) -> None:
+        self._end_line()
+        self.view.write(f"→ {' '.join(text.split())}\n")
+        self._last = type(part)
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            self.view.write("\n", dim=self._last is Thought)
+        self._line_open = False
+
+
+def note(*lines: str) -> None:
+    """Print lines for the person, on stderr."""
+    for line in lines:
+        click.echo(printable(line).replace("\n", " "), err=True)
