@@ -64,14 +64,7 @@ def main(
             conversation.load(prompt_cache_file)
         if interactive:
             click.echo("/help lists commands, Ctrl-D leaves", err=True)
-        chat = Chat(
-            conversation,
-            lines,
-            seed=seed,
-            interactive=interactive,
-            show=show,
-            debug=debug,
-        )
+        chat = Chat(conversation, lines, seed, interactive, show, debug)
         interrupted = chat.run()
         if prompt_cache_file is not None and conversation.messages:
             conversation.save(prompt_cache_file)

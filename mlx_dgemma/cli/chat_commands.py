@@ -32,13 +32,8 @@ Message = Mapping[str, Any]
 def parse(typed: str) -> tuple[str, str]:
     """Return the name of a command and its argument, or "" and a message.
 
-    Two slashes begin a message with one. Raises SettingsError for an unknown command
-    and for text that has no UTF-8.
+    Two slashes begin a message with one. Raises SettingsError for an unknown command.
     """
-    try:
-        typed.encode("utf-8")
-    except UnicodeEncodeError:
-        raise SettingsError("what was typed is not UTF-8; type it again") from None
     if not typed.startswith("/"):
         return "", typed
     if typed.startswith("//"):

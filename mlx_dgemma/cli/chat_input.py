@@ -5,7 +5,7 @@ Enter sends; a backslash at the end of a line, or Alt-Enter, continues it instea
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,6 +18,7 @@ from .common import is_terminal
 from .render import is_dumb
 
 if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -75,15 +76,9 @@ class TerminalInput:
 
     def __init__(self) -> None:
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import Completer, Completion
         from prompt_toolkit.output import create_output
         from prompt_toolkit.output.vt100 import Vt100_Output
         from prompt_toolkit.shortcuts import CompleteStyle
-
-        class CommandCompleter(Completer):
-            def get_completions(self, document, complete_event):
-                for start, text in completions(document.text_before_cursor):
-                    yield Completion(text, start_position=start)
 
         output = create_output(always_prefer_tty=True)
         if isinstance(output, Vt100_Output):
@@ -93,7 +88,7 @@ class TerminalInput:
             multiline=True,
             prompt_continuation=CONTINUED,
             history=open_history(),
-            completer=CommandCompleter(),
+            completer=command_completer(),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would take eight rows
             key_bindings=self._key_bindings(),
@@ -151,32 +146,26 @@ def prompt_for(pictures: int) -> str:
     return f"[{pictures} image{'s' * (pictures > 1)}] {PROMPT}"
 
 
-def completions(before: str) -> Iterator[tuple[int, str]]:
-    """Yield what Tab offers: where it begins, from the cursor, and the text."""
-    command, space, typed = before.partition(" ")
-    if command.startswith("/") and not space:
-        for name in NAMES:
-            if name.startswith(command[1:]):
-                yield -len(command), f"/{name} "
-    elif command in ("/image", "/save"):
-        typed = typed.lstrip()
-        for path in complete_path(typed):
-            yield -len(typed), path
+def command_completer() -> "Completer":
+    """Return what Tab offers: names of commands, then paths where one takes them."""
+    from prompt_toolkit import completion
+    from prompt_toolkit.document import Document
 
+    names = completion.WordCompleter([f"/{name} " for name in NAMES], sentence=True)
+    paths = completion.PathCompleter(file_filter=str.isprintable, expanduser=True)
 
-def complete_path(typed: str) -> list[str]:
-    """Return the files and folders whose path begins with what was typed."""
-    folder, name = os.path.split(typed)
-    try:
-        with os.scandir(os.path.expanduser(folder) or ".") as entries:
-            found = [(e.name, e.is_dir()) for e in entries if e.name.startswith(name)]
-    except (OSError, ValueError):  # no such folder; a zero byte
-        return []
-    return sorted(
-        os.path.join(folder, entry) + "/" * is_folder
-        for entry, is_folder in found
-        if entry.isprintable() and (name or not entry.startswith("."))
-    )
+    class CommandCompleter(completion.Completer):
+        def get_completions(self, document, complete_event):
+            command, space, typed = document.text_before_cursor.partition(" ")
+            if command.startswith("/") and not space:
+                yield from names.get_completions(document, complete_event)
+            elif command in ("/image", "/save"):
+                typed = Document(typed.lstrip())
+                for found in paths.get_completions(typed, complete_event):
+                    slash = "/" * found.display_text.endswith("/")
+                    yield completion.Completion(found.text + slash)
+
+    return CommandCompleter()
 
 
 def history_file() -> Path | None:
@@ -202,15 +191,8 @@ def open_history() -> "History":
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class TolerantHistory(FileHistory):
-        """A history file that may go away: lines then are in memory alone."""
-
-        def load_history_strings(self) -> Iterable[str]:
-            with suppress(OSError):
-                return list(super().load_history_strings())
-            return []
-
         def store_string(self, string: str) -> None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # then it is in memory alone
                 super().store_string(string)
 
     path = history_file()

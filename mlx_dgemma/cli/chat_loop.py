@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass, field
 
 import click
 
@@ -27,30 +28,18 @@ from .common import (
 from .render import AnswerView
 
 
+@dataclass
 class Chat:
-    """A chat.
+    """A chat; what is typed decides what comes next."""
 
-    seed         of every answer; None: another each time
-    interactive  whether a person types: an error is printed and the chat goes on;
-                 else it ends the chat
-    show         draw the canvas while it is denoised
-    debug        print the traceback of an error
-    """
-
-    def __init__(
-        self,
-        conversation: Conversation,
-        lines: PipeInput | TerminalInput,
-        *,
-        seed: int | None,
-        interactive: bool,
-        show: bool,
-        debug: bool,
-    ):
-        self.conversation, self.lines, self.seed = conversation, lines, seed
-        self.interactive, self.show, self.debug = interactive, show, debug
-        self.pictures: list[str] = []  # paths that go with the next message
-        self.stats = ["no answer yet"]
+    conversation: Conversation
+    lines: PipeInput | TerminalInput
+    seed: int | None  # of every answer; None: another each time
+    interactive: bool  # a person types: an error is printed, else it ends the chat
+    show: bool  # draw the canvas while it is denoised
+    debug: bool  # print the traceback of an error
+    pictures: list[str] = field(default_factory=list)  # of the next message, as paths
+    stats: tuple[str, ...] = ("no answer yet",)
 
     def run(self) -> bool:
         """Chat until the input ends or /quit; return whether Ctrl-C ended it."""
@@ -77,7 +66,7 @@ class Chat:
                     click.echo(printable(traceback.format_exc()), err=True)
                 print_error(explain(error))
 
-    def _run_command(self, name: str, argument: str) -> list[str]:
+    def _run_command(self, name: str, argument: str) -> Iterable[str]:
         """Run a command and return what to print about it."""
         conversation = self.conversation
         match name:
@@ -165,7 +154,7 @@ class Chat:
                 printer.print_rest(kept[-1])
         if kept:
             self.pictures.clear()
-        self.stats = [report.line(), reuse]
+        self.stats = report.line(), reuse
         if stopped:
             note("(stopped)" if kept else "(stopped before anything was said)")
         elif report.finish_reason == "length":

@@ -54,23 +54,6 @@ class Command(click.Command):
         sys.exit(code or 0)
 
 
-class JSONObject(click.ParamType):
-    """A JSON object on the command line."""
-
-    name = "json"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> dict[str, Any]:
-        try:
-            parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            self.fail(f"{value!r} is not JSON: {error}.", param, ctx)
-        if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is not a JSON object, as '{{...}}'.", param, ctx)
-        return parsed
-
-
 def options(*decorators: Any) -> Any:
     """Return one decorator that adds these options in this order."""
 
@@ -86,6 +69,18 @@ def _remember_backend(
     context: click.Context, option: click.Parameter, name: str | None
 ) -> None:
     context.meta[BACKEND] = name
+
+
+def _json_object(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict | None):
+        raise click.BadParameter(f"{text!r} is not a JSON object; write '{{\"a\": 1}}'")
+    return value
 
 
 MODEL_HELP = f"Model folder, hub id or built-in name ({', '.join(built_in())})."
@@ -106,38 +101,19 @@ version_option = click.version_option(
 )
 common_options = options(backend_option, debug_option, version_option)
 
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE, NOT_NEGATIVE = click.FloatRange(0, min_open=True), click.FloatRange(0)
+SAMPLERS = click.Choice(["entropy-bound", "confidence"])
 SETTINGS = [
-    (
-        "--min-tokens",
-        click.IntRange(0),
-        "Tokens before which the text may not end; 1: no empty answers.",
-    ),
+    ("--min-tokens", click.IntRange(0), "Tokens before the end; 1: no empty answers."),
     ("--canvas-length", click.IntRange(1, 65536), "Tokens per canvas."),
     ("--steps", click.IntRange(1), "Most steps per canvas."),
     ("--entropy-bound", POSITIVE, "Nats of uncertainty accepted per step."),
     ("--t-max", POSITIVE, "First temperature."),
-    ("--t-min", click.FloatRange(0), "Last temperature."),
-    (
-        "--stability",
-        click.IntRange(0),
-        "Equal drafts in a row before a canvas is done.",
-    ),
-    (
-        "--confidence",
-        click.FloatRange(0),
-        "Mean entropy, in nats, below which a stable canvas is done.",
-    ),
-    (
-        "--sampler",
-        click.Choice(["entropy-bound", "confidence"]),
-        "confidence: reveal likely tokens for good.",
-    ),
-    (
-        "--min-probability",
-        click.FloatRange(0),
-        "How likely a token is that --sampler confidence reveals.",
-    ),
+    ("--t-min", NOT_NEGATIVE, "Last temperature."),
+    ("--stability", click.IntRange(0), "Equal drafts in a row that end a canvas."),
+    ("--confidence", NOT_NEGATIVE, "Mean entropy, in nats, that ends a stable canvas."),
+    ("--sampler", SAMPLERS, "confidence: reveal likely tokens for good."),
+    ("--min-probability", NOT_NEGATIVE, "Of what --sampler confidence reveals."),
 ]
 
 
@@ -156,7 +132,8 @@ def generation_options(max_tokens: int | None = None) -> Any:
         click.option(
             "--chat-template-args",
             "chat_template_kwargs",
-            type=JSONObject(),
+            metavar="JSON",
+            callback=_json_object,
             help="Variables of the chat template, as '{\"name\": true}'.",
         ),
         click.option(
@@ -300,24 +277,22 @@ def printable(text: str) -> str:
 
     C0 controls become their pictures (␛), others their code point; newlines stay.
     """
-    return "".join(c if c == "\n" or not _controls(c) else _picture(c) for c in text)
+    return "".join(map(_visible, text))
 
 
-def one_line(message: str) -> str:
-    """Return the message, printable and without line breaks."""
-    return " ".join(printable(message).split())
-
-
-def _controls(character: str) -> bool:
+def _visible(character: str) -> str:
     # Cf: invisible, as bidirectional overrides; Zl, Zp: line ends; Cs: surrogates
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in JOINERS
-
-
-def _picture(character: str) -> str:
+    controls = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs")
+    if not controls or character in f"\n{JOINERS}":
+        return character
     code = ord(character)
     if character == "\t":
         return "    "
     if code < 0x20:
         return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+    return "␡" if code == 0x7F else f"<U+{code:04X}>"
+
+
+def one_line(message: str) -> str:
+    """Return the message, printable and without line breaks."""
+    return " ".join(printable(message).split())

@@ -128,22 +128,16 @@ def print_summary(converted: "Converted") -> None:
 @contextmanager
 def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a callback that draws a bar in a terminal and else prints some lines."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     from ..diffusion.report import size
 
-    bar = Progress(
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    bar = rich.Progress(
+        rich.BarColumn(bar_width=None),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
         console=Console(stderr=True),
         expand=True,
         disable=not is_terminal(sys.stderr),

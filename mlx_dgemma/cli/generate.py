@@ -103,5 +103,3 @@ def read_prompt(prompt: str) -> str:
     if not prompt.strip():
         raise SettingsError(f"{source} is empty; give some text")
     return prompt
-
-

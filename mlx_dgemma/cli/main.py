@@ -44,5 +44,3 @@ class LazyGroup(Command, click.Group):
 @version_option
 def main() -> None:
     """DiffusionGemma in MLX: convert, run, watch it denoise, fine-tune."""
-
-
