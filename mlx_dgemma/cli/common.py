@@ -1,9 +1,4 @@
-"""What all commands share: options, one-line errors, exit codes, Ctrl-C.
-
-Exit codes: 0 done; 1 refused or failed, with one line on stderr that says how to fix
-it; 2 a flag is unknown, out of range or does not go with another; 130 and 141 as a
-shell counts Ctrl-C and a closed pipe.
-"""
+"""What all commands share: options, one-line errors, exit codes, Ctrl-C."""
 
 import json
 import os
@@ -48,8 +43,7 @@ class Command(click.Command):
             sys.exit(INTERRUPTED)
         except click.UsageError as error:
             if error.ctx is not None:
-                click.echo(error.ctx.get_usage(), err=True)
-                click.echo(f"{error.ctx.command_path} --help lists all flags", err=True)
+                click.echo(f"{error.ctx.get_usage()} (--help explains)", err=True)
             fail(error.format_message(), USAGE)
         sys.exit(code or 0)
 

@@ -18,8 +18,8 @@ COMMANDS = {
     "benchmark": "Measure how fast this machine denoises.",
 }
 EPILOG = f"""\
-\b
 Built-in models: {", ".join(built_in())}.
+
 Exit codes: 0 done; 1 refused or failed, with one line on stderr that says how to fix
 it; 2 a flag is unknown, out of range or does not go with another; 130 Ctrl-C;
 141 the reader of stdout left.
@@ -40,7 +40,10 @@ class LazyGroup(Command, click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, epilog=EPILOG)
+@click.group(cls=LazyGroup, epilog=EPILOG, invoke_without_command=True)
 @version_option
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """DiffusionGemma in MLX: convert, run, watch it denoise, fine-tune."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
