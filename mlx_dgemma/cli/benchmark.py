@@ -242,7 +242,9 @@ def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
         quantization = None
         if options.q_bits or options.q_mode:
             bits = int(options.q_bits) if options.q_bits else None
-            quantization = Quantization.of(options.q_mode or "affine", bits, None)
+            quantization = Quantization.with_defaults(
+                options.q_mode or "affine", bits, None
+            )
         model = synthetic.synthetic_model(
             synthetic.SHAPES[options.synthetic](),
             quantization=quantization,
@@ -266,14 +268,14 @@ def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     """What was measured, for a person."""
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     machine, job, median = found["machine"], found["job"], found["median"]
     step, parts = median["step_seconds"], found["parts"]
     rest = step - parts["body"] - parts["vocabulary"]
     per_step = f"{1e3 * step:,.1f} ms"
     lines = [
-        f"{found['model']}: {size(found['weight_bytes'])} of weights",
+        f"{found['model']}: {format_bytes(found['weight_bytes'])} of weights",
         f"{machine['device']}; mlx {machine['mlx']}, "
         f"mlx-dgemma {machine['mlx_dgemma']}",
         f"{job['rows']} × {job['canvases']} × {job['canvas_length']} tokens, "
@@ -289,7 +291,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{'canvases':<22}{median['canvases_per_second']:>12,.3f} a second",
         f"{'tokens per forward':<22}{median['tokens_per_forward']:>12,.2f}",
         f"{'wall':<22}{median['wall_tps']:>12,.1f} tok/s",
-        f"{'peak memory':<22}{size(median['peak_bytes']):>15}",
+        f"{'peak memory':<22}{format_bytes(median['peak_bytes']):>15}",
     ]
     if "roofline" in found:
         lines += ["", *_roofline_lines(found["roofline"], step)]

@@ -49,8 +49,6 @@ def main(
     /help lists commands. Enter sends, Ctrl-C stops an answer, Ctrl-D leaves. Where
     stdin is no terminal, each of its lines is a message or a command.
     """
-    if options["chat_template_kwargs"] is None:  # SHIM
-        del options["chat_template_kwargs"]
     with one_line_errors(debug):
         from ..diffusion.conversation import Conversation
         from ..loading import load

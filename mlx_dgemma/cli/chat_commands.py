@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -11,19 +12,21 @@ from typing import Any
 from ..errors import SettingsError
 from ..files.atomic import write_atomically
 
-HELP = {
-    "/image PATH": "put a picture into the next message; no PATH: take them out",
-    "/system TEXT": "set the system turn, the conversation stays; no TEXT: remove it",
-    "/think on|off": "whether the model thinks before it answers",
-    "/seed N|off": "the seed of the next answers; off: another each time",
-    "/save FILE": "write the conversation to FILE.md or FILE.jsonl",
-    "/rewind [N]": "take back the last question, or N, and what followed",
-    "/reset": "begin a new conversation; the system turn stays",
-    "/stats": "numbers of the last answer",
-    "/help": "this list",
-    "/quit": "leave, as Ctrl-D does",
-}
-NAMES = [usage.split()[0].removeprefix("/") for usage in HELP]
+HELP = """\
+/image PATH   put a picture into the next message; no PATH: take them out
+/system TEXT  set the system turn, the conversation stays; no TEXT: remove it
+/think on|off whether the model thinks before it answers
+/seed N|off   the seed of the next answers; off: another each time
+/save FILE    write the conversation to FILE.md or FILE.jsonl
+/rewind [N]   take back the last question, or N, and what followed
+/reset        begin a new conversation; the system turn stays
+/stats        numbers of the last answer
+/help         this list
+/quit         leave, as Ctrl-D does
+//text        say something that begins with a slash
+Alt-Enter, or \\ at the end of a line, continues it; Ctrl-C stops an answer"""
+NAMES = re.findall("^/([a-z]+)", HELP, re.MULTILINE)
+ALONE = ("reset", "stats", "help", "quit")  # commands without an argument
 HEADINGS = {"system": "System", "user": "You", "assistant": "Model", "tool": "Tool"}
 
 Message = Mapping[str, Any]
@@ -47,18 +50,9 @@ def parse(typed: str) -> tuple[str, str]:
             "all, and // begins a message with /"
         )
     argument = rest[0].strip() if rest else ""
-    if argument and f"/{name}" in HELP:
+    if argument and name in ALONE:
         raise SettingsError(f"/{name} takes nothing behind it")
     return name, argument
-
-
-def help_lines() -> list[str]:
-    """Return what /help prints."""
-    return [
-        *(f"{usage:<14}{does}" for usage, does in HELP.items()),
-        "//text        say something that begins with a slash",
-        "Alt-Enter, or \\ at the end of a line, continues it; Ctrl-C stops an answer",
-    ]
 
 
 def read_number(name: str, argument: str, minimum: int) -> int:

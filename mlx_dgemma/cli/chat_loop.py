@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import click
 
 from ..diffusion.conversation import Conversation
-from ..diffusion.events import Commit, Prefilled, Step
+from ..diffusion.events import Commit, Step
 from ..diffusion.report import Report
 from ..errors import SettingsError
 from ..text.replies import Answer, Call, Malformed, Part, Thought, message
@@ -39,7 +39,7 @@ class Chat:
     show: bool  # draw the canvas while it is denoised
     debug: bool  # print the traceback of an error
     pictures: list[str] = field(default_factory=list)  # of the next message, as paths
-    stats: tuple[str, ...] = ("no answer yet",)
+    stats: str = "no answer yet"
 
     def run(self) -> bool:
         """Chat until the input ends or /quit; return whether Ctrl-C ended it."""
@@ -50,7 +50,7 @@ class Chat:
                 if command == "quit":
                     return False
                 if command:
-                    note(*self._run_command(command, argument))
+                    self._run_command(command, argument)
                 elif argument.strip():
                     interrupted = self._answer(argument)
                     if interrupted and not self.interactive:
@@ -66,8 +66,7 @@ class Chat:
                     click.echo(printable(traceback.format_exc()), err=True)
                 print_error(explain(error))
 
-    def _run_command(self, name: str, argument: str) -> Iterable[str]:
-        """Run a command and return what to print about it."""
+    def _run_command(self, name: str, argument: str) -> None:
         conversation = self.conversation
         match name:
             case "image" if argument:
@@ -75,86 +74,76 @@ class Chat:
                 if not os.path.isfile(path):
                     raise SettingsError(f"{path}: no such picture")
                 self.pictures.append(path)
-                return []
             case "image":
                 self.pictures.clear()
-                return ["no pictures"]
+                note("no pictures")
             case "system":
                 conversation.system = argument or None
-                return [
-                    "system turn set" if argument else "no system turn",
-                    "the conversation goes on under it; /reset begins another",
-                ]
+                note("system turn set" if argument else "no system turn")
+                note("the conversation goes on under it; /reset begins another")
             case "think":
                 conversation.thinking = commands.read_switch(name, argument)
-                return [f"thinking {argument}"]
+                note(f"thinking {argument}")
             case "seed" if argument == "off":
                 self.seed = None
-                return ["another seed each time"]
+                note("another seed each time")
             case "seed":
                 self.seed = commands.read_number(name, argument, 0)
-                return [f"seed {self.seed}"]
+                note(f"seed {self.seed}")
             case "save":
                 path = commands.read_path(argument)
                 commands.save_transcript(path, conversation.transcript())
-                return [f"saved in {path}"]
+                note(f"saved in {path}")
             case "rewind":
                 turns = commands.read_number(name, argument or "1", 1)
                 conversation.rewind(turns)
-                return [f"took back {turns} question{'s' * (turns > 1)}"]
+                note(f"took back {turns} question{'s' * (turns > 1)}")
             case "reset":
                 conversation.reset()
                 self.pictures.clear()
-                return ["a new conversation"]
+                note("a new conversation")
             case "stats":
-                return self.stats
-            case _:
-                return commands.help_lines()
+                note(self.stats)
+            case "help":
+                note(commands.HELP)
 
     def _answer(self, text: str) -> bool:
         """Ask, and print the answer as it becomes final; return whether Ctrl-C came.
 
         What is refused leaves the conversation and the pictures as they were.
         """
-        content: str | list[dict[str, str]] = text
-        if self.pictures:
-            images = [{"type": "image", "image": path} for path in self.pictures]
-            content = [*images, {"type": "text", "text": text}]
-        report, before = Report(), len(self.conversation.messages)
-        reuse = ""
+        conversation = self.conversation
+        report, before = Report(), len(conversation.messages)
         with (
             catch_interrupt() as interrupted,
             without_echo(self.interactive),
-            AnswerView(
-                self.conversation.tokenizer, self.interactive and self.show
-            ) as view,
+            AnswerView(conversation.tokenizer, self.interactive and self.show) as view,
         ):
             view.status("encoding …")
             # files get answers alone
-            thoughts = self.interactive and view.to_terminal
-            printer = ReplyPrinter(view, thoughts=thoughts)
-            with closing(self.conversation.ask(content, seed=self.seed)) as events:
+            printer = ReplyPrinter(view, self.interactive and view.to_terminal)
+            events = conversation.ask(text, images=self.pictures, seed=self.seed)
+            with closing(events):
                 for event in events:
                     report.add(event)
-                    match event:
-                        case Prefilled(reused=reused, encoded=encoded):
-                            reuse = f"of the prompt {reused} tokens were reused, "
-                            reuse += f"{encoded} encoded"
-                        case Step():
-                            view.show(event)
-                        case Commit():
-                            printer.print(event.parts)
+                    if isinstance(event, Commit):
+                        printer.print(event.parts)
+                    else:
+                        view.show(event)
                     # after the last step of a canvas its commit comes at no cost
                     last = isinstance(event, Step) and event.last
                     if interrupted.is_set() and not last:
                         break
-            kept = self.conversation.messages[before:]
+            kept = conversation.messages[before:]
             stopped = interrupted.is_set() and report.finish_reason is None
             if stopped and kept:
                 printer.print_rest(kept[-1])
         if kept:
-            self.pictures.clear()
-        self.stats = report.line(), reuse
+            self.pictures = []
+        self.stats = report.line()
+        if (prompt := conversation.stats) is not None:
+            self.stats += f"\nof the prompt {prompt.reused} tokens were reused, "
+            self.stats += f"{prompt.encoded} encoded"
         if stopped:
             note("(stopped)" if kept else "(stopped before anything was said)")
         elif report.finish_reason == "length":
@@ -169,7 +158,7 @@ class Chat:
 class ReplyPrinter:
     """Print the parts of a reply: thoughts dim, in a paragraph; a call in one line."""
 
-    def __init__(self, view: AnswerView, *, thoughts: bool):
+    def __init__(self, view: AnswerView, thoughts: bool):
         self.view, self.thoughts = view, thoughts
         self.parts: list[Part] = []  # all so far, thoughts too that are not printed
         self._last: type[Part] | None = None
@@ -222,7 +211,6 @@ class ReplyPrinter:
         self._line_open = False
 
 
-def note(*lines: str) -> None:
-    """Print lines for the person, on stderr."""
-    for line in lines:
-        click.echo(printable(line).replace("\n", " "), err=True)
+def note(text: str) -> None:
+    """Print words to the person, on stderr."""
+    click.echo(printable(text), err=True)

@@ -101,7 +101,7 @@ def main(
 
 def print_summary(converted: "Converted") -> None:
     """Print what was written, and what could not be done as asked."""
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     if converted.regrouped:
         sizes = sorted(set(converted.regrouped.values()))
@@ -118,10 +118,10 @@ def print_summary(converted: "Converted") -> None:
             err=True,
         )
     click.echo(
-        f"{converted.path}: {size(converted.bytes)} in {converted.shards} "
+        f"{converted.path}: {format_bytes(converted.bytes)} in {converted.shards} "
         f"{'file' if converted.shards == 1 else 'files'}, "
         f"{converted.bits_per_weight:.2f} bits per weight "
-        f"(from {size(converted.source_bytes)})"
+        f"(from {format_bytes(converted.source_bytes)})"
     )
 
 
@@ -131,7 +131,7 @@ def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich import progress as rich
     from rich.console import Console
 
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     bar = rich.Progress(
         rich.BarColumn(bar_width=None),
@@ -156,7 +156,7 @@ def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
             last_line = now
             rate = done / max(now - started, 1e-9)
             click.echo(
-                f"{verb} {size(done)} of {size(total)}, {size(int(rate))}/s, "
+                f"{verb} {format_bytes(done)} of {format_bytes(total)}, {format_bytes(int(rate))}/s, "
                 f"{(total - done) / max(rate, 1e-9):.0f} s left",
                 err=True,
             )

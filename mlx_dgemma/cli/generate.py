@@ -54,8 +54,6 @@ def main(
 
     Ctrl-C ends after the running step and keeps what is committed.
     """
-    if options["chat_template_kwargs"] is None:  # SHIM
-        del options["chat_template_kwargs"]
     with one_line_errors(debug):
         prompt = read_prompt(prompt)
         from ..diffusion.events import Commit, Step

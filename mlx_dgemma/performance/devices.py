@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backends
-from ..diffusion.report import size
+from ..diffusion.report import format_bytes
 from ..errors import BackendError
 
 
@@ -55,7 +55,9 @@ def lines(surveyed: dict[str, Any]) -> list[str]:
     if found is None:
         return [*shown, "", f"none in use: {surveyed['refused']}"]
     limits = {k: v for k, v in found["limits"].items() if v is not None}
-    memory = ", ".join(f"{kind} {size(amount)}" for kind, amount in limits.items())
+    memory = ", ".join(
+        f"{kind} {format_bytes(amount)}" for kind, amount in limits.items()
+    )
     shown += ["", f"{found['device']}; {memory or 'memory unknown'}"]
     for name, reason in found["why"].items():
         value = _shown(name, found["choices"].get(name))
@@ -68,7 +70,7 @@ def _shown(name: str, value: object) -> str:
         case True | False:
             return "yes" if value else "no"
         case int() if name.endswith("_bytes"):
-            return size(value)
+            return format_bytes(value)
         case None:
             return "as given" if name == "product_dtype" else ""
     return str(value)

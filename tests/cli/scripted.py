@@ -75,19 +75,20 @@ class ScriptedConversation:
         self.messages, self.asked, self.files = [], [], []
         ScriptedConversation.last = self
 
-    def ask(self, content, *, seed=None):
+    def ask(self, content, *, images=(), seed=None):
         if content == "refuse":
             raise SettingsError("refused\x1b[2J, as was asked for")
         if content == "fail":
             raise RuntimeError("[malloc] no room")
-        self.asked.append((content, seed))
+        self.asked.append((content, [*images], seed))
         before, parts = self.messages, []
         self.messages = [*before, {"role": "user", "content": content}]
         seed = 7 if seed is None else seed
         try:
-            yield Prefilled(
+            self.stats = Prefilled(
                 request=0, seed=seed, prompt_tokens=5, seconds=0.0, reused=3
             )
+            yield self.stats
             for index, canvas in enumerate(self.script):
                 for number in range(STEPS):
                     texts = (part.text for part in canvas if not isinstance(part, Call))

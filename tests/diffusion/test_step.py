@@ -1,8 +1,7 @@
-"""One step of several canvases is the sampler's plain functions on all logits."""
+"""One step of several canvases equals the formulas applied to all logits."""
 
 import gc
 import weakref
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,23 +10,29 @@ import pytest
 from mlx_dgemma import load
 from mlx_dgemma.diffusion import sampler
 from mlx_dgemma.diffusion.engine import Engine
-from mlx_dgemma.diffusion.step import ROUND, Pinned, State, StepInputs, Stepper
-from mlx_dgemma.model import vocab
+from mlx_dgemma.diffusion.step import (
+    FREE_MULTIPLE,
+    Pinned,
+    State,
+    StepConfig,
+    StepInputs,
+    Stepper,
+)
 from mlx_dgemma.model.cache import PrefixCache
 from mlx_dgemma.settings import Settings
 
-LENGTH = 40
+L = 40
 RNG = np.random.default_rng(11)
 PROMPTS = [RNG.integers(0, 32, (1, length)).astype(np.int32) for length in (30, 5, 17)]
 PINNED = {
     "none": [],
     "some": [(0, 3, 9), (0, 20, 1), (1, 0, 4)],
-    "a row": [(1, position, 7) for position in range(LENGTH)],
-    "all": [(row, position, 5) for row in range(3) for position in range(LENGTH)],
+    "a row": [(1, position, 7) for position in range(L)],
+    "all": [(row, position, 5) for row in range(3) for position in range(L)],
 }
 
 
-def prefixes(model, rows: int) -> PrefixCache:
+def joined_prefixes(model, rows: int) -> PrefixCache:
     caches = []
     for prompt in PROMPTS[:rows]:
         caches.append(model.make_cache())
@@ -35,200 +40,173 @@ def prefixes(model, rows: int) -> PrefixCache:
     return PrefixCache.join(model.config, caches) if rows > 1 else caches[0]
 
 
-def a_state(rows: int) -> State:
+def some_state(rows: int) -> State:
     """In the middle of denoising: a signal, and a draft of the step before."""
     rng = np.random.default_rng(rows)
-    ids = rng.integers(0, 32, (2, rows, LENGTH)).astype(np.int32)
+    ids = rng.integers(0, 32, (2, rows, L)).astype(np.int32)
     first = State.join([State.first(mx.array(row), 64, mx.float32) for row in ids[0]])
-    signal = mx.array(rng.normal(size=(rows, LENGTH, 64)).astype(np.float32))
-    return replace(first, signal=signal, draft=mx.array(ids[1]))
+    signal = mx.array(rng.normal(size=(rows, L, 64)).astype(np.float32))
+    return first._replace(signal=signal, draft=mx.array(ids[1]))
 
 
-def some_dials(*numbers: tuple[float, float, float, float]) -> StepInputs:
-    """Of rows of temperature, entropy bound, stability, confidence."""
+def some_inputs(*rows: tuple[float, float, float, float]) -> StepInputs:
+    """Each row a temperature, an entropy bound, stability and confidence."""
     keys = [
         [sampler.fold(7, row, 0, purpose) for purpose in ("propose", "renoise")]
-        for row in range(len(numbers))
+        for row in range(len(rows))
     ]
-    rows = [[*row, 0.9] for row in numbers]
-    return StepInputs(mx.array(np.array(keys)), mx.array(np.array(rows, np.float32)))
+    columns = mx.array(np.array([[*row, 0.9, 0] for row in rows], np.float32).T)
+    return StepInputs(mx.array(np.array(keys)), *columns)
 
 
-def some_pins(name: str, rows: int) -> tuple[np.ndarray, Pinned | None]:
-    tokens = np.full((rows, LENGTH), -1, np.int32)
+def some_pinned(name: str, rows: int) -> tuple[np.ndarray, Pinned | None]:
+    tokens = np.full((rows, L), -1, np.int32)
     for row, position, token in PINNED[name]:
         if row < rows:
             tokens[row, position] = token
     return tokens, Pinned.of(list(tokens))
 
 
-def close(found: mx.array, wanted, atol: float) -> None:
-    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=atol)
+def assert_close(found: mx.array, expected, atol: float) -> None:
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=atol)
 
 
-def same(found: mx.array, wanted) -> None:
-    np.testing.assert_array_equal(np.array(found), np.array(wanted))
+def assert_same(found: mx.array, expected) -> None:
+    np.testing.assert_array_equal(np.array(found), np.array(expected))
 
 
-@pytest.mark.parametrize("name", PINNED)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_refines_all_logits(tiny_model, rows, name):
+@pytest.mark.parametrize(
+    ("rows", "name"), [(1, "some"), (3, "none"), (3, "some"), (3, "a row"), (3, "all")]
+)
+def test_step_equals_the_formulas_on_all_logits(tiny_model, rows, name):
     """Each row with its own temperature, entropy bound and random keys."""
     model, _ = tiny_model
     numbers = [(0.7, 3.0, 1, 0.1), (1.6, 20.0, 1, 0.1), (0.3, 0.5, 1, 0.1)][:rows]
-    cache, state, dials = prefixes(model, rows), a_state(rows), some_dials(*numbers)
-    tokens, pins = some_pins(name, rows)
+    cache, state = joined_prefixes(model, rows), some_state(rows)
+    inputs, (tokens, pinned) = some_inputs(*numbers), some_pinned(name, rows)
     stepper = Stepper(model, compiled=False)
-    after, found = stepper(state, model.view(cache, LENGTH), dials, pins)
-    uniforms, noise = stepper.draw(dials.keys, LENGTH)
-    refined = sampler.refine(
-        model.denoise(state.canvas, cache, state.signal),
-        temperatures=dials.numbers[:, 0],
-        bounds=dials.numbers[:, 1],
-        uniforms=uniforms,
-        noise=noise,
-        pinned=None if pins is None else mx.array(tokens),
-    )
-    same(found.accepted, refined.accepted)
-    same(after.draft, refined.argmax)
-    same(after.canvas, refined.canvas)
-    close(found.entropy, refined.entropy, 1e-5)
-    close(found.mean, mx.mean(refined.entropy, axis=-1), 1e-5)
-    close(after.signal, model.self_condition(refined.processed), 2e-4)
+    after, stats = stepper(state, model.view(cache, L), inputs, pinned)
+
+    logits = model.denoise(state.canvas, cache, state.signal)
+    processed = np.array(sampler.process(logits, inputs.temperature))
+    ids = np.arange(processed.shape[-1])
+    certain = np.where(ids == tokens[..., None], 0, -np.inf).astype(np.float32)
+    processed = np.where(tokens[..., None] >= 0, certain, processed)
+    entropy = np.array(sampler.entropy(mx.array(processed)))
+    accepted = np.array(sampler.accept(mx.array(entropy), inputs.entropy_bound))
+    accepted |= tokens >= 0
+    for row, (propose, renoise) in enumerate(inputs.keys):
+        uniforms = np.array(mx.random.uniform(shape=(L,), key=propose))[:, None]
+        sums = np.cumsum(
+            np.array(mx.softmax(mx.array(processed[row]), axis=-1)), axis=-1
+        )
+        samples = (sums <= uniforms * sums[:, -1:]).sum(axis=-1)
+        noise = sampler.random_tokens(renoise, L, 32)
+        assert_same(after.canvas[row], np.where(accepted[row], samples, noise))
+    assert_same(stats.accepted, accepted)
+    assert_same(after.draft, processed.argmax(axis=-1))
+    assert_close(stats.entropy, entropy, 1e-5)
+    assert_close(stats.mean, entropy.mean(axis=-1), 1e-5)
+    assert_close(after.signal, model.self_condition(mx.array(processed)), 2e-4)
     if name != "all":
-        accepted = np.array(found.accepted)[tokens < 0]
-        assert accepted.any() and not accepted.all()
+        assert accepted[tokens < 0].any() and not accepted[tokens < 0].all()
 
 
 @pytest.mark.parametrize(
     ("stability", "confidence", "stopped"),
     [
-        # the second row's draft changes, the third row's is less sure
+        # the second row's draft changes, the third row's entropy is higher
         ((1, 1, 1), (9.0, 9.0, 0.0), [True, False, False]),
         ((0, 0, 0), (9.0, 9.0, 0.0), [True, True, False]),
         ((3, 0, 5), (9.0, 0.0, 9.0), [False, False, False]),
         ((2, 1, 4), (9.0, 9.0, 9.0), [True, False, True]),
     ],
 )
-def test_a_row_stops_when_it_is_stable_and_confident(
+def test_row_stops_when_it_is_stable_and_confident(
     tiny_model, stability, confidence, stopped
 ):
     model, _ = tiny_model
-    stepper, view = Stepper(model, compiled=False), model.view(prefixes(model, 3), 40)
-    numbers = [(0.5, 1.0, s, c) for s, c in zip(stability, confidence, strict=True)]
-    state = a_state(3)
-    after, _ = stepper(state, view, some_dials(*numbers), None)
-    draft = np.array(after.draft)
+    stepper = Stepper(model, compiled=False)
+    view = model.view(joined_prefixes(model, 3), L)
+    rows = zip(stability, confidence, strict=True)
+    inputs, state = some_inputs(*[(0.5, 1.0, s, c) for s, c in rows]), some_state(3)
+    draft = np.array(stepper(state, view, inputs, None)[0].draft)
     draft[1, 17] += 1
-    streak = mx.array([1, 1, 3])
-    state = State(
-        state.canvas, state.signal, mx.array(draft), streak, *state.arrays[4:]
-    )
-    after, found = stepper(state, view, some_dials(*numbers), None)
-    assert np.array(after.streak).tolist() == [2, 0, 4]
-    assert np.array(found.stopped).tolist() == stopped
-    means = np.array(found.entropy).mean(axis=-1)
-    close(found.mean, means, 1e-6)
-    assert ((means > 0.01) & (means < 9)).all()
+    state = state._replace(draft=mx.array(draft), streak=mx.array([1, 1, 3]))
+    after, stats = stepper(state, view, inputs, None)
+    assert after.streak.tolist() == [2, 0, 4]
+    assert stats.stopped.tolist() == stopped
 
 
-def test_draws_come_from_the_keys_of_their_row(tiny_model):
-    stepper = Stepper(tiny_model[0], compiled=False)
-    keys = some_dials(*[(1, 1, 1, 1)] * 3).keys
-    uniforms, noise = stepper.draw(keys, LENGTH)
-    for row, (propose, renoise) in enumerate(keys):
-        same(uniforms[row], mx.random.uniform(shape=(LENGTH,), key=propose))
-        same(noise[row], sampler.random_tokens(renoise, LENGTH, 32))
+def test_confidence_sampler_reveals_tokens_for_good(tiny_model):
+    model, _ = tiny_model
+    stepper = Stepper(model, compiled=False, config=StepConfig("confidence"))
+    view, inputs = model.view(joined_prefixes(model, 1), L), some_inputs((1, 1, 9, 0))
+    state, counts = some_state(1), []
+    for _ in range(L):
+        before = np.array(state.revealed)
+        state, stats = stepper(state, view, inputs, None)
+        revealed, accepted = np.array(state.revealed), np.array(stats.accepted)
+        np.testing.assert_array_equal(accepted, revealed >= 0)
+        np.testing.assert_array_equal(revealed[before >= 0], before[before >= 0])
+        for tokens in (np.array(state.canvas), np.array(state.draft)):
+            np.testing.assert_array_equal(tokens[accepted], revealed[accepted])
+        counts.append(int(accepted.sum()))
+        assert stats.stopped.item() == (counts[-1] == L)
+        if counts[-1] == L:
+            break
+    assert counts == sorted(set(counts)) and counts[-1] == L
 
 
 def test_states_are_joined_and_taken_apart():
-    state = a_state(3)
-    for whole, again in zip(
-        state.arrays, State.join([state.row(i) for i in range(3)]).arrays, strict=True
-    ):
-        same(again, whole)
-    assert all(len(array) == 1 for array in state.row(1).arrays)
+    state = some_state(3)
+    again = State.join([state.row(i) for i in range(3)])
+    for array, other in zip(again, state, strict=True):
+        assert_same(array, other)
     first = State.first(mx.arange(5), 8, mx.bfloat16)
     assert first.signal.shape == (1, 5, 8) and first.signal.dtype == mx.bfloat16
     assert not mx.any(first.signal).item()
-    assert np.array(first.draft).tolist() == [[-1] * 5]  # equal to no canvas
+    assert first.draft.tolist() == [[-1] * 5]  # equal to no canvas
 
 
-def test_nothing_given_needs_no_pins():
-    assert Pinned.of([np.full(40, -1)] * 2) is None
-
-
-def test_free_positions_are_counted_in_rounds():
-    rows = [np.full(40, -1), np.full(40, -1)]
+def test_free_positions_are_padded_to_a_multiple():
+    assert Pinned.of([np.full(L, -1)] * 2) is None
+    rows = [np.full(L, -1), np.full(L, -1)]
     rows[0][3], rows[1][:20] = 9, 7
-    pins = Pinned.of(rows)
-    assert pins is not None
-    same(pins.tokens, np.stack(rows))
-    free = np.array(pins.free).tolist()
-    wanted = [i for i in range(80) if i != 3 and not 40 <= i < 60]
-    assert len(free) == 2 * ROUND and pins.free.dtype == mx.int32
-    assert free[:59] == wanted and set(free[59:]) == {wanted[-1]}
-
-
-def test_a_whole_round_of_free_positions_is_not_padded():
-    pins = Pinned.of([np.array([5] * 8 + [-1] * ROUND)])
-    assert pins is not None
-    assert np.array(pins.free).tolist() == list(range(8, 8 + ROUND))
-
-
-def test_given_everywhere_leaves_nothing_free():
-    pins = Pinned.of([np.arange(40)])
-    assert pins is not None and pins.free.size == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "positions"), [("none", 120), ("some", 128), ("a row", 96), ("all", 0)]
-)
-def test_the_vocabulary_is_read_for_free_positions_only(
-    tiny_model, monkeypatch, name, positions
-):
-    model, _ = tiny_model
-    counts, read = [0], vocab.read
-    monkeypatch.setattr(
-        vocab,
-        "read",
-        lambda table, hidden, *a: counts.append(len(hidden)) or read(table, hidden, *a),
-    )
-    stepper, dials = Stepper(model, compiled=False), some_dials(*[(1, 1, 1, 1)] * 3)
-    view, (_, pins) = model.view(prefixes(model, 3), LENGTH), some_pins(name, 3)
-    stepper(a_state(3), view, dials, pins)
-    assert sum(counts) == positions
+    pinned = Pinned.of(rows)
+    assert pinned is not None
+    assert_same(pinned.tokens, np.stack(rows))
+    expected = [i for i in range(80) if i != 3 and not 40 <= i < 60]
+    free = pinned.free.tolist()
+    assert len(free) == 2 * FREE_MULTIPLE and pinned.free.dtype == mx.int32
+    assert free[:59] == expected and set(free[59:]) == {expected[-1]}
+    exact = Pinned.of([np.array([5] * 8 + [-1] * FREE_MULTIPLE)])
+    assert exact is not None
+    assert exact.free.tolist() == list(range(8, 8 + FREE_MULTIPLE))
 
 
 @pytest.mark.parametrize("name", ["none", "some"])
-def test_a_compiled_step_is_the_same_step(tiny_model, unfused, name):
+def test_compiled_step_equals_the_plain_one(tiny_model, unfused, name):
     model, _ = tiny_model
-    tokens, pins = some_pins(name, 3)
-    dials = some_dials((0.7, 3.0, 1, 0.1), (1.6, 20.0, 1, 2.0), (0.3, 0.5, 1, 0.1))
-    eager, compiled = (Stepper(model, compiled=c) for c in (False, True))
-    view = model.view(prefixes(model, 3), LENGTH, bucketed=True)
-    ours = theirs = a_state(3)
+    _, pinned = some_pinned(name, 3)
+    inputs = some_inputs((0.7, 3.0, 1, 0.1), (1.6, 20.0, 1, 2.0), (0.3, 0.5, 1, 0.1))
+    plain, compiled = (Stepper(model, compiled=c) for c in (False, True))
+    view = model.view(joined_prefixes(model, 3), L, bucketed=True)
+    ours = theirs = some_state(3)
     for _ in range(4):
-        ours, found = compiled(ours, view, dials, pins)
-        theirs, wanted = eager(theirs, view, dials, pins)
-        for mine, other in (
-            (ours.canvas, theirs.canvas),
-            (ours.draft, theirs.draft),
-            (ours.streak, theirs.streak),
-            (found.accepted, wanted.accepted),
-            (found.stopped, wanted.stopped),
-        ):
-            same(mine, other)
-        close(found.entropy, wanted.entropy, 1e-5)
-        close(ours.signal, theirs.signal, 1e-4)
-    assert (compiled.traces, eager.traces) == (1, 4)
-    assert (np.array(ours.canvas)[tokens >= 0] == tokens[tokens >= 0]).all()
+        ours, found = compiled(ours, view, inputs, pinned)
+        theirs, expected = plain(theirs, view, inputs, pinned)
+        for field in ("canvas", "draft", "streak"):
+            assert_same(ours._asdict()[field], theirs._asdict()[field])
+        assert_same(found.accepted, expected.accepted)
+        assert_same(found.stopped, expected.stopped)
+        assert_close(found.entropy, expected.entropy, 1e-5)
+        assert_close(ours.signal, theirs.signal, 1e-4)
+    assert (compiled.traces, plain.traces) == (1, 4)
 
 
-# two steps of each of five canvases of 64 tokens, behind a prompt of eight
-SHORT = Settings(
-    canvas_length=64, max_tokens=320, steps=2, confidence=0.0, eos=frozenset()
-)
+# two steps of each of five canvases of 64 tokens
+SHORT = Settings(canvas_length=64, max_tokens=320, steps=2, confidence=0, eos=set())
 PROMPT = [2, 7, 8, 9, 5, 11, 12, 13]
 
 
@@ -240,79 +218,55 @@ def traces(model) -> int:
 
 @pytest.fixture
 def own_model(tiny, unfused):
-    """Of which nothing was compiled yet."""
+    """A model for which nothing was compiled yet."""
     return load(tiny)[0]
 
 
-def test_a_step_is_traced_once_per_bucket_and_model(own_model):
-    engine, counts = Engine(own_model, compiled=True), []
-    engine.admit(PROMPT, SHORT, 0)
+def run(model, *requests) -> list[int]:
+    """Traces after each tick of requests that run together."""
+    engine, counts = Engine(model, compiled=True), []
+    for seed, (prompt, settings) in enumerate(requests):
+        engine.admit(prompt, settings, seed)
     while engine.running:
         engine.tick()
-        counts.append(traces(own_model))
-    # prefixes of 8, 72, 136 and 200 tokens lie in one bucket, 264 in the next
-    assert counts == [1] * 8 + [2] * 2
-    again = Engine(own_model, compiled=True)
-    again.admit(PROMPT[::-1], SHORT, 1)
-    list(again.run())
-    assert traces(own_model) == 2
+        counts.append(traces(model))
+    return counts
 
 
-def test_a_bucket_that_is_just_full_is_no_other_shape(own_model):
-    engine, counts = Engine(own_model, compiled=True), []
-    engine.admit(PROMPT * 8, SHORT, 0)
-    while engine.running:
-        engine.tick()
-        counts.append(traces(own_model))
+def test_steps_are_traced_once_per_bucket_and_number_of_rows(own_model):
     # prefixes of 64, 128, 192 and 256 tokens fill one bucket, 320 is in the next
-    assert counts == [1] * 8 + [2] * 2
-
-
-def test_another_number_of_rows_is_traced_once_more(own_model):
-    one = SHORT.replace(max_tokens=128)
-    engine = Engine(own_model, compiled=True)
-    engine.admit(PROMPT, one, 0)
-    list(engine.run())
-    assert traces(own_model) == 1
+    assert run(own_model, (PROMPT * 8, SHORT)) == [1] * 8 + [2] * 2
+    short = SHORT.replace(max_tokens=64)
+    assert run(own_model, (PROMPT, short)) == [2, 2]
     for _ in range(2):
-        engine.admit(PROMPT, one, 0)
-        engine.admit(PROMPT * 2, one, 1)
-        list(engine.run())
-        assert traces(own_model) == 2
+        assert run(own_model, (PROMPT, short), (PROMPT * 2, short))[-1] == 3
 
 
-def test_other_pins_are_not_traced_again(own_model):
-    one, counts = SHORT.replace(max_tokens=64), []
+def test_other_pinned_positions_are_not_traced_again(own_model):
+    short = SHORT.replace(max_tokens=64)
     for pinned in ({3: 5}, {4: 6, 9: 7}, {n: 8 for n in range(31)}, {0: 1, 63: 2}):
-        engine = Engine(own_model, compiled=True)
-        engine.admit(PROMPT, one.replace(pinned=pinned), 0)
-        list(engine.run())
-        counts.append(traces(own_model))
-    assert counts == [1, 1, 1, 1]  # 63 to 33 free positions are two rounds
+        # 63 to 33 free positions are padded to 64
+        assert run(own_model, (PROMPT, short.replace(pinned=pinned))) == [1, 1]
 
 
-def test_a_compiled_step_uses_the_weights_of_today(own_model):
-    view, dials = own_model.view(prefixes(own_model, 1), 40), some_dials((1, 9, 1, 1))
-    eager, compiled = (Stepper(own_model, compiled=c) for c in (False, True))
-    before = compiled(a_state(1), view, dials, None)[1].entropy
+def test_compiled_step_uses_the_weights_of_today(own_model):
+    view, inputs = own_model.view(joined_prefixes(own_model, 1), L), (1, 9, 1, 1)
+    plain, compiled = (Stepper(own_model, compiled=c) for c in (False, True))
+    given = some_state(1), view, some_inputs(inputs), None
+    before = compiled(*given)[1].entropy
     mx.eval(before)
     weight = own_model.embed_tokens.weight
-    scalar = own_model.layers[1].decoder_scalar
     own_model.update({"embed_tokens": {"weight": weight * 0.5}})
-    own_model.layers[1].update({"decoder_scalar": scalar * 3})
-    entropy = compiled(a_state(1), view, dials, None)[1].entropy
-    close(entropy, eager(a_state(1), view, dials, None)[1].entropy, 1e-5)
+    entropy = compiled(*given)[1].entropy
+    assert_close(entropy, plain(*given)[1].entropy, 1e-5)
     assert np.abs(np.array(entropy - before)).max() > 0.1
     assert compiled.traces == 1
 
 
-def test_a_model_is_let_go_after_compiled_steps(tiny, unfused):
+def test_model_is_freed_after_compiled_steps(tiny, unfused):
     model = load(tiny)[0]
-    engine = Engine(model, compiled=True)
-    engine.admit(PROMPT, SHORT.replace(max_tokens=64), 0)
-    list(engine.run())
-    assert traces(model) == 1
-    gone = weakref.ref(model)
-    del model, engine
+    assert run(model, (PROMPT, SHORT.replace(max_tokens=64))) == [1, 1]
+    reference = weakref.ref(model)
+    del model
     gc.collect()
-    assert gone() is None
+    assert reference() is None

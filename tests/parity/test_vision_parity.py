@@ -175,7 +175,7 @@ def test_files_to_logits(tmp_path, sizes, budget):
         Gemma4ImageProcessorPil,
     )
 
-    from mlx_dgemma.diffusion.image_spans import ImageSpan
+    from mlx_dgemma.diffusion.prefix import ImageSpan
     from mlx_dgemma.media.images import Budget, read_picture
 
     path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})

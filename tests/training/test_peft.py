@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -264,10 +263,10 @@ def test_text_is_that_of_the_two_modes(tiny, one, other, tmp_path, unfused):
     wanted = generate(adapted, tokenizer, "1 2", max_tokens=32, seed=3)
     assert wanted != base
     keys = np.array([[fold(3, 0, 0, purpose) for purpose in ("propose", "renoise")]])
-    numbers = np.array([[0.7, 3.0, 1, 0.1, 0.9]], np.float32)
-    dials = StepInputs(mx.array(keys), mx.array(numbers))
+    numbers = np.array([[0.7, 3.0, 1, 0.1, 0.9, 0]], np.float32)
+    dials = StepInputs(mx.array(keys), *mx.array(numbers).T)
     state = State.first(CANVAS[0], 64, mx.float32)
-    state = replace(state, signal=mx.random.normal(state.signal.shape))
+    state = state._replace(signal=mx.random.normal(state.signal.shape))
     cache = hidden(adapted)[1]
     view = adapted.view(cache, 16)
     eager = Stepper(adapted, compiled=False)(state, view, dials, None)[1]
