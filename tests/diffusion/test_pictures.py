@@ -99,8 +99,13 @@ def test_any_chunks_leave_pictures_whole(seeing):
 
 def test_pictures_in_a_reused_prefix_are_not_encoded_again(seeing, monkeypatch):
     model, tokenizer = seeing
-    calls, look = [], model.vision.look
-    monkeypatch.setattr(model.vision, "look", lambda *a: calls.append(1) or look(*a))
+    calls, encode = [], model.vision.encode_image
+
+    def counted(*given):
+        calls.append(given)
+        return encode(*given)
+
+    monkeypatch.setattr(model.vision, "encode_image", counted)
     prefix, engine, found = Prefix(model), Engine(model), []
     settings = model.settings.replace(max_tokens=16, steps=2)
     for seed, words in ((0, "ab"), (0, "abab"), (1, "ab")):
