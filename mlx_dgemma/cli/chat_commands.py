@@ -13,17 +13,17 @@ from ..errors import SettingsError
 from ..files.atomic import write_atomically
 
 HELP = """\
-/image PATH   put a picture into the next message; no PATH: take them out
-/system TEXT  set the system turn, the conversation stays; no TEXT: remove it
-/think on|off whether the model thinks before it answers
-/seed N|off   the seed of the next answers; off: another each time
-/save FILE    write the conversation to FILE.md or FILE.jsonl
-/rewind [N]   take back the last question, or N, and what followed
-/reset        begin a new conversation; the system turn stays
-/stats        numbers of the last answer
-/help         this list
-/quit         leave, as Ctrl-D does
-//text        say something that begins with a slash
+/image PATH    put a picture into the next message; no PATH: take them out
+/system TEXT   set the system turn, the conversation stays; no TEXT: remove it
+/think on|off  whether the model thinks before it answers
+/seed N|off    the seed of the next answers; off: another each time
+/save FILE     write the conversation to FILE.md or FILE.jsonl
+/rewind [N]    take back the last question, or N, and what followed
+/reset         begin a new conversation; the system turn stays
+/stats         numbers of the last answer
+/help          this list
+/quit          leave, as Ctrl-D does
+//text         say something that begins with a slash
 Alt-Enter, or \\ at the end of a line, continues it; Ctrl-C stops an answer"""
 NAMES = re.findall("^/([a-z]+)", HELP, re.MULTILINE)
 ALONE = ("reset", "stats", "help", "quit")  # commands without an argument

@@ -170,13 +170,15 @@ class ReplyPrinter:
             match part:
                 case Thought(text):
                     if self.thoughts:
-                        self._print_text(part, text, dim=True)
+                        self._print(text, part, paragraph=True)
                 case Answer(text):
-                    self._print_text(part, text)
+                    self._print(text, part, paragraph=True)
                 case Call(name, arguments):
-                    self._print_line(part, commands.call_line(name, arguments))
+                    text = commands.call_line(name, arguments)
+                    self._print(f"→ {' '.join(text.split())}\n", part)
                 case Malformed(text, why):
-                    self._print_line(part, f"{text} (cannot be read: {why})")
+                    text = f"{text} (cannot be read: {why})"
+                    self._print(f"→ {' '.join(text.split())}\n", part)
 
     def print_rest(self, kept: dict) -> None:
         """Print what the message of a stopped reply keeps beyond its commits.
@@ -188,27 +190,17 @@ class ReplyPrinter:
             text = (kept.get(name) or "").removeprefix(printed.get(name) or "")
             self.print([kind(text)] if text else [])
 
-    def _print_text(self, part: Part, text: str, *, dim: bool = False) -> None:
-        if type(part) is not self._last:
+    def _print(self, text: str, part: Part, *, paragraph: bool = False) -> None:
+        if not paragraph or type(part) is not self._last:
             text = text.lstrip("\n")  # a paragraph begins with its text
             if not text:
                 return
-            self._end_line()
-            if self._last is not None:
+            if self._line_open:
+                self.view.write("\n", dim=self._last is Thought)
+            if paragraph and self._last is not None:
                 self.view.write("\n")
-        self._last = type(part)
-        self._line_open = not text.endswith("\n")
-        self.view.write(text, dim=dim)
-
-    def _print_line(self, part: Part, text: str) -> None:
-        self._end_line()
-        self.view.write(f"→ {' '.join(text.split())}\n")
-        self._last = type(part)
-
-    def _end_line(self) -> None:
-        if self._line_open:
-            self.view.write("\n", dim=self._last is Thought)
-        self._line_open = False
+        self.view.write(text, dim=isinstance(part, Thought))
+        self._last, self._line_open = type(part), not text.endswith("\n")
 
 
 def note(text: str) -> None:

@@ -28,12 +28,6 @@ upload_option = click.option(
 )
 
 
-def _number(
-    context: click.Context, option: click.Parameter, choice: str | None
-) -> int | None:
-    return None if choice is None else int(choice)
-
-
 @click.command(cls=Command)
 @click.option("--hf-path", required=True, help=MODEL_HELP)
 @click.option(
@@ -43,13 +37,11 @@ def _number(
 @click.option(
     "--q-bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    callback=_number,
     help="Bits per weight.  [default: the mode's]",
 )
 @click.option(
     "--q-group-size",
     type=click.Choice(["16", "32", "64", "128"]),
-    callback=_number,
     help="Weights per scale.  [default: the mode's]",
 )
 @click.option(
@@ -91,6 +83,8 @@ def main(
         if given and not options["quantize"]:
             flag = "--" + name.replace("_", "-")
             raise click.UsageError(f"{flag} is given without --quantize; add it")
+    for name in ("q_bits", "q_group_size"):
+        options[name] = options[name] and int(options[name])
     with one_line_errors(debug):
         from ..checkpoint.convert import convert
 
@@ -104,22 +98,22 @@ def print_summary(converted: "Converted") -> None:
     from ..diffusion.report import format_bytes
 
     if converted.regrouped:
-        sizes = sorted(set(converted.regrouped.values()))
+        sizes = map(str, sorted(set(converted.regrouped.values())))
         click.echo(
             f"{len(converted.regrouped)} layers have widths the group size does not "
-            f"divide; they use groups of {', '.join(map(str, sizes))}",
+            f"divide; they use groups of {', '.join(sizes)}",
             err=True,
         )
     if converted.dense:
-        shown = ", ".join(converted.dense[:3])
+        shown = ", ".join(converted.dense[:3]) + "…" * (len(converted.dense) > 3)
         click.echo(
             f"{len(converted.dense)} layers have widths no group size divides and stay "
-            f"dense: {shown}{'…' if len(converted.dense) > 3 else ''}",
+            f"dense: {shown}",
             err=True,
         )
     click.echo(
         f"{converted.path}: {format_bytes(converted.bytes)} in {converted.shards} "
-        f"{'file' if converted.shards == 1 else 'files'}, "
+        f"file{'s' * (converted.shards > 1)}, "
         f"{converted.bits_per_weight:.2f} bits per weight "
         f"(from {format_bytes(converted.source_bytes)})"
     )
@@ -155,11 +149,10 @@ def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
         if bar.disable and (late or done == total):
             last_line = now
             rate = done / max(now - started, 1e-9)
-            click.echo(
-                f"{verb} {format_bytes(done)} of {format_bytes(total)}, {format_bytes(int(rate))}/s, "
-                f"{(total - done) / max(rate, 1e-9):.0f} s left",
-                err=True,
-            )
+            numbers = f"{format_bytes(done)} of {format_bytes(total)}"
+            speed = f"{format_bytes(int(rate))}/s"
+            left = (total - done) / max(rate, 1e-9)
+            click.echo(f"{verb} {numbers}, {speed}, {left:.0f} s left", err=True)
 
     try:
         yield progress

@@ -87,17 +87,15 @@ def read_prompt(prompt: str) -> str:
     """Return the prompt, from stdin for "-". Raises SettingsError if it is empty."""
     from ..errors import SettingsError
 
-    source = "--prompt"
     if prompt == "-":
-        source = "stdin"
         if sys.stdin is None:
-            raise SettingsError(f"{source} is closed; give the prompt itself")
+            raise SettingsError("stdin is closed; give the prompt itself")
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise SettingsError(
-                f"{source} is not UTF-8 at byte {error.start}; convert it first"
+                f"stdin is not UTF-8 at byte {error.start}; convert it first"
             ) from None
     if not prompt.strip():
-        raise SettingsError(f"{source} is empty; give some text")
+        raise SettingsError("the prompt is empty; give some text")
     return prompt

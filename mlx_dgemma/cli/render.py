@@ -16,7 +16,6 @@ from ..diffusion.events import Commit, Event, Step
 from .common import is_terminal, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
 
     from ..text.tokenizer import Tokenizer
@@ -119,12 +118,20 @@ class AnswerView:
             self._line_open = not text.endswith("\n")
 
     def _draw_canvas(self, step: Step) -> None:
+        from rich.text import Text
+
         if self._lines and self.to_terminal:
             self._erase()
             self._print(self._lines)
         self._lines = ""
-        lines = frame(self._console, self.tokenizer, step, self._line, *self._size())
-        self._draw(lines)
+        columns, rows = self._size()
+        width = max(2, columns - 1)  # terminals disagree about a full last column
+        text = canvas_text(self.tokenizer, step, self._line[-columns * rows :])
+        lines = list(text.wrap(self._console, width, overflow="fold"))
+        height = max(1, rows - 2)
+        if len(lines) > height:  # then its end is shown
+            lines = [Text("…", style="dim"), *lines[len(lines) - height + 1 :]]
+        self._draw([*lines, Text(numbers(step, width), style="cyan")])
 
     def _draw(self, lines: "list[Text]") -> None:
         """Put lines, each narrower than the terminal, in place of the last ones."""
@@ -163,29 +170,6 @@ class AnswerView:
     def _send(self, codes: str) -> None:
         sys.stderr.write(codes)
         sys.stderr.flush()
-
-
-def frame(
-    console: "Console",
-    tokenizer: "Tokenizer",
-    step: Step,
-    before: str,
-    columns: int,
-    rows: int,
-) -> "list[Text]":
-    """Return the canvas and its numbers as lines that fit into columns and rows.
-
-    Of a canvas that is too tall, the end is shown.
-    """
-    from rich.text import Text
-
-    width = max(2, columns - 1)  # terminals disagree about a full last column
-    text = canvas_text(tokenizer, step, before[-columns * rows :])
-    lines = list(text.wrap(console, width, overflow="fold"))
-    height = max(1, rows - 2)
-    if len(lines) > height:
-        lines = [Text("…", style="dim"), *lines[len(lines) - height + 1 :]]
-    return [*lines, Text(numbers(step, width), style="cyan")]
 
 
 def canvas_text(tokenizer: "Tokenizer", step: Step, before: str = "") -> "Text":

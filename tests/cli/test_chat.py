@@ -308,7 +308,7 @@ def test_commands_reach_the_conversation(play, tmp_path):
     )
     assert sum(bool(re.fullmatch(numbers, line)) for line in lines) == 2
     assert lines.count("of the prompt 3 tokens were reused, 2 encoded") == 2
-    assert "/quit         leave, as Ctrl-D does" in lines
+    assert "/quit          leave, as Ctrl-D does" in lines
 
 
 def test_what_is_saved_is_what_was_said(play, tmp_path):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 from rich.console import Console
 from scripted import commit, step
-from terminal import COLOURS, Screen
+from terminal import CODES, Screen
 
 from mlx_dgemma.cli import render
 from mlx_dgemma.cli.common import one_line_errors, printable
@@ -44,19 +44,10 @@ def console(columns=80):
     return Console(file=io.StringIO(), width=columns, force_terminal=True)
 
 
-def lines_of(words, one, columns, rows=1000, before=""):
-    """A frame as it is sent: (its lines with colour codes, the same without)."""
-    out = console(columns)
-    for line in render.frame(out, words, one, before, columns, rows):
-        out.print(line, soft_wrap=True)
-    sent = out.file.getvalue()
-    return sent.splitlines(), COLOURS.sub("", sent).split("\n")[:-1]
-
-
 class Terminal(io.StringIO):
     """A stream a person sees; bytes may be written to its `buffer`."""
 
-    columns = 80
+    columns, rows = 80, 24
 
     def __init__(self):
         super().__init__()
@@ -86,18 +77,29 @@ def terminal_stderr(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
-    size = lambda handle: (terminal.columns, 24)  # noqa: E731
+    size = lambda handle: (terminal.columns, terminal.rows)  # noqa: E731
     monkeypatch.setattr(render.os, "get_terminal_size", size)
     monkeypatch.setattr(render, "SECONDS_PER_FRAME", 0)
     return terminal
 
 
+def draw(monkeypatch, words, draft, columns=80, rows=24, before=""):
+    """A frame: (what is sent, its lines without codes)."""
+    stderr = terminal_stderr(monkeypatch)
+    stderr.columns, stderr.rows = columns, rows
+    with AnswerView(words, True) as view:
+        view.write(before)
+        view.show(step(draft, {2, 3}))
+        sent = stderr.take()
+    return sent, CODES.sub("", sent).removeprefix("\r").split("\n")
+
+
 @pytest.mark.parametrize("columns", [80, 40, 10])
-def test_frame_fits_the_terminal_and_holds_the_whole_draft(columns):
+def test_frame_fits_the_terminal_and_holds_the_whole_draft(monkeypatch, columns):
     words = Words(*WIDE)
     draft = [i % len(WIDE) + 1 for i in range(0, 3 * 256, 3)]
     before = "漢字 and more " * 9
-    _, lines = lines_of(words, step(draft), columns, before=before)
+    _, lines = draw(monkeypatch, words, draft, columns, rows=1000, before=before)
     widths = [Screen(10_000).feed(line).column for line in lines]
     # one column is left free, two where a wide character does not fit
     assert columns - 2 <= max(widths) < columns
@@ -107,9 +109,9 @@ def test_frame_fits_the_terminal_and_holds_the_whole_draft(columns):
 
 @pytest.mark.parametrize("columns", [80, 10, 3, 1])
 @pytest.mark.parametrize("rows", [24, 3, 2])
-def test_canvas_too_tall_shows_its_end_and_its_numbers(columns, rows):
+def test_canvas_too_tall_shows_its_end_and_its_numbers(monkeypatch, columns, rows):
     words = Words(*[f"{i}\n" for i in range(99)], "last")
-    _, lines = lines_of(words, step(range(1, 101)), columns, rows)
+    _, lines = draw(monkeypatch, words, range(1, 101), columns, rows)
     assert len(lines) <= max(2, rows - 1)
     assert lines[0] == "…"
     assert lines[-1] == "step 3/3"[: max(2, columns - 1)] or columns > 10
@@ -118,11 +120,11 @@ def test_canvas_too_tall_shows_its_end_and_its_numbers(columns, rows):
 
 
 @pytest.mark.parametrize("columns", [80, 10])
-def test_control_codes_of_the_model_are_not_sent(columns):
+def test_control_codes_of_the_model_are_not_sent(monkeypatch, columns):
     words = Words(*HOSTILE, HOSTILE, "plain")
     draft = range(1, len(words.words))
-    coloured, lines = lines_of(words, step(draft, {2, 3}), columns, before=HOSTILE)
-    assert any("\x1b[" in line for line in coloured), "colours of our own are sent"
+    sent, lines = draw(monkeypatch, words, draft, columns, before=HOSTILE)
+    assert "\x1b[1m" in sent, "colours of our own are sent"
     text = "".join(lines)
     assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl")}
     assert "␛" in text and "␇" in text
