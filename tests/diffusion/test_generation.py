@@ -1,6 +1,7 @@
 """Text around the engine: streaming, stop strings, seeds, counts."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import mlx.core as mx
 import numpy as np
@@ -48,6 +49,7 @@ def test_stream_and_generate_give_the_same_text(tiny_model, long_text):
     events = list(stream_generate(*tiny_model, "ab", **LONG))
     assert text_of(events) == long_text
     assert isinstance(events[0], Prefilled)
+    assert (events[0].reused, events[0].encoded) == (0, 6)
     commits = [e for e in events if isinstance(e, Commit)]
     assert len(commits) == 4 and commits[-1] is events[-1]
     assert [c.finish_reason for c in commits] == [None] * 3 + ["length"]
@@ -191,6 +193,8 @@ def test_model_and_events_may_move_between_threads(tiny, tiny_model):
     while not events or events[-1] is not None:
         events.append(in_new_thread(next, stream, None))
     assert text_of(events[:-1]) == generate(*tiny_model, "ab", **options)
+    steps = [e for e in events if isinstance(e, Step) and e.canvas_index == 0]
+    assert all(e.accepted[3].item() and e.entropy[3].item() == 0 for e in steps)
 
 
 def test_names_that_cannot_be_loaded_are_refused_in_one_line(tiny):
@@ -205,20 +209,8 @@ def test_names_that_cannot_be_loaded_are_refused_in_one_line(tiny):
 
 
 def step(number):
-    row = mx.zeros(2, dtype=mx.int32)
-    return Step(
-        request=0,
-        canvas_index=0,
-        step=number,
-        steps=48,
-        temperature=1.0,
-        draft=row,
-        canvas=row,
-        accepted=row == 0,
-        entropy=row,
-        mean_entropy=0.0,
-        stopped=False,
-    )
+    names = [field.name for field in fields(Step)]
+    return Step(**dict.fromkeys(names) | {"step": number})
 
 
 @pytest.fixture
@@ -254,15 +246,12 @@ def test_report_of_a_finished_request(report_of):
     assert made.finish_reason == "stop"
 
 
-def test_report_of_an_unfinished_canvas(report_of):
+def test_report_of_unfinished_and_of_many_canvases(report_of):
     made = report_of(PREFILLED, step(0), commit("a" * 16), step(0), step(1))
     assert made.tokens_per_forward == pytest.approx(16 / 3)
     assert "1 canvas (1 step) and 2 steps of one not finished ·" in made.line()
     nothing = report_of(PREFILLED, step(0))
     assert "· 0 committed tokens · 0 canvases and 1 step of one not" in nothing.line()
-
-
-def test_report_sums_up_many_canvases(report_of):
     few = report_of(*[commit("a", steps=5)] * 8)
     assert "8 canvases (5 + 5 + 5 + 5 + 5 + 5 + 5 + 5 steps)" in few.line()
     many = report_of(*[commit("a", steps=5)] * 8, commit("a", steps=12))
