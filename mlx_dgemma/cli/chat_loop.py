@@ -15,7 +15,7 @@ from ..diffusion.conversation import Conversation
 from ..diffusion.events import Commit, Step
 from ..diffusion.report import Report
 from ..errors import SettingsError
-from ..text.replies import Answer, Call, Malformed, Part, Thought, message
+from ..text.replies import Answer, Call, Malformed, Part, Thought
 from . import chat_commands as commands
 from .chat_input import PipeInput, TerminalInput, without_echo
 from .common import (
@@ -30,7 +30,7 @@ from .render import AnswerView
 
 @dataclass
 class Chat:
-    """A chat; what is typed decides what comes next."""
+    """A chat in progress."""
 
     conversation: Conversation
     lines: PipeInput | TerminalInput
@@ -185,9 +185,12 @@ class ReplyPrinter:
 
         The end of a commit may wait for the next one to tell what it is.
         """
-        printed = message(self.parts)
-        for name, kind in (("reasoning_content", Thought), ("content", Answer)):
-            text = (kept.get(name) or "").removeprefix(printed.get(name) or "")
+        for name, kind, kinds in (
+            ("reasoning_content", Thought, Thought),
+            ("content", Answer, Answer | Malformed),
+        ):
+            printed = "".join(p.text for p in self.parts if isinstance(p, kinds))
+            text = (kept.get(name) or "").removeprefix(printed)
             self.print([kind(text)] if text else [])
 
     def _print(self, text: str, part: Part, *, paragraph: bool = False) -> None:

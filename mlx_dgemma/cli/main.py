@@ -27,13 +27,15 @@ it; 2 a flag is unknown, out of range or does not go with another; 130 Ctrl-C;
 
 
 class LazyGroup(Command, click.Group):
+    """COMMANDS, of which each is imported when it is asked for."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        return vars(import_module(f".{cmd_name}", __package__))["main"]
+        return import_module(f".{cmd_name}", __package__).main
 
     def format_commands(self, ctx: click.Context, formatter: Any) -> None:
         with formatter.section("Commands"):

@@ -32,7 +32,8 @@ def test_command_runs_as_a_subcommand(name):
     result = run(name, "--help")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(f"Usage: mlx_dgemma {name} [OPTIONS]")
-    assert ", ".join(built_in()) in " ".join(result.stdout.split())
+    if name in ("generate", "chat", "convert", "fuse"):
+        assert ", ".join(built_in()) in " ".join(result.stdout.split())
 
 
 def test_errors_are_those_of_the_command():
