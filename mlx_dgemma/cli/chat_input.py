@@ -8,19 +8,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import click
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import (
+    Completer,
+    Completion,
+    PathCompleter,
+    WordCompleter,
+)
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.output import create_output
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.shortcuts import CompleteStyle
 
 from ..errors import SettingsError
 from .chat_commands import NAMES
 from .common import is_terminal
 from .render import is_dumb
-
-if TYPE_CHECKING:
-    from prompt_toolkit.completion import Completer
-    from prompt_toolkit.history import History
-    from prompt_toolkit.key_binding import KeyBindings
 
 PROMPT, CONTINUED = "> ", "  "
 
@@ -75,11 +85,6 @@ class TerminalInput:
     """Lines edited in a terminal, with a history and completion by Tab."""
 
     def __init__(self) -> None:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.output import create_output
-        from prompt_toolkit.output.vt100 import Vt100_Output
-        from prompt_toolkit.shortcuts import CompleteStyle
-
         output = create_output(always_prefer_tty=True)
         if isinstance(output, Vt100_Output):
             # the terminal's answer where the cursor is would be read as typed text
@@ -88,7 +93,7 @@ class TerminalInput:
             multiline=True,
             prompt_continuation=CONTINUED,
             history=open_history(),
-            completer=command_completer(),
+            completer=CommandCompleter(),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would take eight rows
             key_bindings=self._key_bindings(),
@@ -105,11 +110,7 @@ class TerminalInput:
             except KeyboardInterrupt:
                 click.echo("(Ctrl-C again, or Ctrl-D, leaves)", err=True)
 
-    def _key_bindings(self) -> "KeyBindings":
-        from prompt_toolkit.enums import DEFAULT_BUFFER
-        from prompt_toolkit.filters import has_focus
-        from prompt_toolkit.key_binding import KeyBindings
-
+    def _key_bindings(self) -> KeyBindings:
         keys = KeyBindings()
         typing = has_focus(DEFAULT_BUFFER)  # and not searching the history
 
@@ -146,26 +147,21 @@ def prompt_for(pictures: int) -> str:
     return f"[{pictures} image{'s' * (pictures > 1)}] {PROMPT}"
 
 
-def command_completer() -> "Completer":
-    """Return what Tab offers: names of commands, then paths where one takes them."""
-    from prompt_toolkit import completion
-    from prompt_toolkit.document import Document
+class CommandCompleter(Completer):
+    """What Tab offers: names of commands, then paths where a command takes one."""
 
-    names = completion.WordCompleter([f"/{name} " for name in NAMES], sentence=True)
-    paths = completion.PathCompleter(file_filter=str.isprintable, expanduser=True)
+    names = WordCompleter([f"/{name} " for name in NAMES], sentence=True)
+    paths = PathCompleter(file_filter=str.isprintable, expanduser=True)
 
-    class CommandCompleter(completion.Completer):
-        def get_completions(self, document, complete_event):
-            command, space, typed = document.text_before_cursor.partition(" ")
-            if command.startswith("/") and not space:
-                yield from names.get_completions(document, complete_event)
-            elif command in ("/image", "/save"):
-                typed = Document(typed.lstrip())
-                for found in paths.get_completions(typed, complete_event):
-                    slash = "/" * found.display_text.endswith("/")
-                    yield completion.Completion(found.text + slash)
-
-    return CommandCompleter()
+    def get_completions(self, document, complete_event) -> Iterator[Completion]:
+        command, space, typed = document.text_before_cursor.partition(" ")
+        if command.startswith("/") and not space:
+            yield from self.names.get_completions(document, complete_event)
+        elif command in ("/image", "/save"):
+            path = Document(typed.lstrip())
+            for found in self.paths.get_completions(path, complete_event):
+                slash = "/" * found.display_text.endswith("/")
+                yield Completion(found.text + slash)
 
 
 def history_file() -> Path | None:
@@ -186,15 +182,16 @@ def history_file() -> Path | None:
     return path
 
 
-def open_history() -> "History":
+class TolerantHistory(FileHistory):
+    """A history file; what cannot be written is remembered in memory alone."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, ValueError):
+            super().store_string(string)
+
+
+def open_history() -> History:
     """Return the history of this chat and, where it can be written, earlier ones."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class TolerantHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            with suppress(OSError, ValueError):  # then it is in memory alone
-                super().store_string(string)
-
     path = history_file()
     return InMemoryHistory() if path is None else TolerantHistory(path)
 

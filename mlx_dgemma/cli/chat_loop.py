@@ -185,13 +185,14 @@ class ReplyPrinter:
 
         The end of a commit may wait for the next one to tell what it is.
         """
-        for name, kind, kinds in (
-            ("reasoning_content", Thought, Thought),
-            ("content", Answer, Answer | Malformed),
-        ):
-            printed = "".join(p.text for p in self.parts if isinstance(p, kinds))
-            text = (kept.get(name) or "").removeprefix(printed)
-            self.print([kind(text)] if text else [])
+        thought = "".join(p.text for p in self.parts if isinstance(p, Thought))
+        answer = "".join(
+            p.text for p in self.parts if isinstance(p, Answer | Malformed)
+        )
+        thought = (kept.get("reasoning_content") or "").removeprefix(thought)
+        answer = (kept["content"] or "").removeprefix(answer)
+        self.print([Thought(thought)] if thought else [])
+        self.print([Answer(answer)] if answer else [])
 
     def _print(self, text: str, part: Part, *, paragraph: bool = False) -> None:
         if not paragraph or type(part) is not self._last:

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 ROOT = Path(__file__).parents[2]
 TOKEN = re.compile(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|([^\x1b])", re.DOTALL)
 CODES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
-PATIENCE = 20  # seconds until something is there, on a busy machine
+PATIENCE = 60  # seconds until something is there, on a busy machine
 BRACKETED_PASTE = "\x1b[?2004h"  # a prompt begins
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -99,7 +99,7 @@ def test_tab_completes_commands_and_paths(tmp_path, monkeypatch):
     from prompt_toolkit.document import Document
 
     def completed(before):
-        found = chat_input.command_completer().get_completions(
+        found = chat_input.CommandCompleter().get_completions(
             Document(before), CompleteEvent()
         )
         return {before[: len(before) + one.start_position] + one.text for one in found}
