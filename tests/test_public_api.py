@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import mlx_dgemma
-from mlx_dgemma import generate, load, stream_generate
+from mlx_dgemma import Conversation, generate, load, stream_generate
+from mlx_dgemma.errors import SettingsError
 
 PACKAGE = Path(mlx_dgemma.__file__).parent
 MESSAGES = [{"role": "user", "content": "4000\n0310\n0430\n0000"}]
@@ -29,13 +30,35 @@ def test_the_snippet_of_mlx_lm_works(capsys):
 
 def test_every_form_of_a_prompt_is_put_into_the_template_once():
     model, tokenizer = load("sudoku4")
-    ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True)
-    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    options = {"add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(MESSAGES, **options)
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
     texts = {
-        generate(model, tokenizer, prompt, seed=1, steps=2)
+        generate(model, tokenizer, prompt, seed=1)
         for prompt in (MESSAGES, MESSAGES[0]["content"], ids, rendered)
     }
     assert len(texts) == 1
+
+
+def test_final_message_can_be_continued(tiny_model):
+    """The text is only what is new; template variables arrive in the template."""
+    model, tokenizer = tiny_model
+    messages = [{"role": "user", "content": "12"}]
+    messages += [{"role": "assistant", "content": "ab"}]
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    options = {"seed": 0, "max_tokens": 16, "steps": 2}
+    expected = generate(model, tokenizer, ids, **options)
+    continued = {"continue_final_message": True}
+    assert generate(model, tokenizer, messages, **continued, **options) == expected
+    del options["seed"]
+    talk = Conversation(model, tokenizer, chat_template_kwargs={"x": "1"}, **options)
+    talk.add(messages[0])
+    talk.add(messages[1])
+    events = list(talk.ask(seed=0, **continued))
+    assert "".join(event.text for event in events) == expected
+    assert talk.messages == [messages[0], messages[1] | {"content": "ab" + expected}]
+    with pytest.raises(SettingsError, match="chat_template_kwargs cannot set messages"):
+        generate(model, tokenizer, "a", chat_template_kwargs={"messages": []})
 
 
 @pytest.mark.slow

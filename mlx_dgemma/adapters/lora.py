@@ -174,7 +174,7 @@ def adapt(model: DiffusionGemma, lora: LoRA, seed: int = 0) -> None:
     model.freeze()
     for path in lora.layers(model.config):
         shape_a, shape_b = wanted[f"{path}.lora_a"], wanted[f"{path}.lora_b"]
-        inputs = shape_a[-1] if len(shape_a) > 2 else shape_a[0]
+        inputs = shape_a[0 if len(shape_a) == 2 else -1]
         key = mx.random.key((seed << 32) + zlib.crc32(path.encode()))
         bound: Any = 1 / math.sqrt(inputs)
         lora_a = mx.random.uniform(-bound, bound, shape_a, key=key)

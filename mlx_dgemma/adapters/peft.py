@@ -216,7 +216,7 @@ def _mode_and_layer(
         linear = len(shapes.get(f"{layer}.weight", ())) == 2
         if layer != module and linear and layer.startswith(roots):
             return mode, layer
-    raise misfit(f"{path}: {module} is no linear layer of this model")
+    raise misfit(f"{path}: base_model.model.{module} is no linear layer of this model")
 
 
 def _rank_and_scale(keys: Keys, module: str) -> tuple[int, float]:

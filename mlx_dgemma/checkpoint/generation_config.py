@@ -27,7 +27,7 @@ def read_generation_config(config: ModelConfig, folder: Path | None = None) -> S
     top, vocab_size = Keys(config.raw, where), config.vocab_size
     text = top.mapping("text_config")
     eos = top.ids("eos_token_id", vocab_size)
-    if eos is None and text is not None:
+    if not eos and text is not None:
         eos = text.ids("eos_token_id", vocab_size)
     defaults = Settings(canvas_length=config.canvas_length, eos=frozenset(eos or (1,)))
     keys = top.mapping("generation_config")

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias, Unpack
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..settings import Settings, SettingsOverrides, check_int
-from ..text.pictures import is_picture, picture_sources
-from ..text.replies import Part, merged, message
+from ..text.chat import image_sources, is_image
+from ..text.replies import Part, merged, reply_message
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine
 from .events import Commit, Event, Prefilled
@@ -98,7 +98,7 @@ class Conversation:
             turns.insert(0, {"role": "system", "content": self.system})
         for turn in turns:
             if isinstance(content := turn.get("content"), list):
-                for part in filter(is_picture, content):
+                for part in filter(is_image, content):
                     part["image"] = part["image"].source
         return turns
 
@@ -212,11 +212,11 @@ class Conversation:
     def _with_pictures(self, message: Mapping[str, Any]) -> Message:
         """Return a copy whose pictures are read: files may change or go away later."""
         copied = _copy(message)
-        if not (sources := picture_sources([copied])):
+        if not (sources := image_sources([copied])):
             return copied
         pictures = iter(read_images(self.prefix.model, sources))
         copied["content"] = [
-            {"type": "image", "image": next(pictures)} if is_picture(part) else part
+            {"type": "image", "image": next(pictures)} if is_image(part) else part
             for part in copied["content"]
         ]
         return copied
@@ -266,11 +266,10 @@ class Conversation:
                 parts: list[Part] = [part for c in commits for part in c.parts]
                 if commits[-1].finish_reason is None:
                     parts += request.filter.rest()
-                answer = message(merged(parts))
+                answer = reply_message(merged(parts))
                 if continued:
                     *messages, begun = messages
-                    content = begun["content"] + (answer["content"] or "")
-                    answer = begun | answer | {"content": content}
+                    answer = begun | answer | {"content": _continued(begun, answer)}
                 self._messages = [*messages, answer]
 
 
@@ -282,3 +281,11 @@ def _copy(message: Mapping[str, Any]) -> Message:
             dict(part) if isinstance(part, Mapping) else part for part in parts
         ]
     return copied
+
+
+def _continued(begun: Message, answer: Message) -> Any:
+    """Return the content of a message that the model has continued."""
+    content, new = begun["content"], answer["content"] or ""
+    if isinstance(content, str):
+        return content + new
+    return [*content, {"type": "text", "text": new}]

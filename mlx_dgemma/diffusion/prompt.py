@@ -10,17 +10,14 @@ import numpy as np
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_chat
-from ..text.pictures import expand
+from ..text.chat import Prompt, encode_chat, insert_image_tokens
 from ..text.tokenizer import Tokenizer
 from .prefix import ImageSpan
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from ..media.images import Picture, Source
 
-    from ..media.images import Picture
-
-ImageSource: TypeAlias = "str | Path | bytes | Image | Picture"
+ImageSource: TypeAlias = "Source | Picture"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def encode_prompt(
         return EncodedPrompt(ids)
     tokens = model.vision.tokens
     counts = [picture.soft_tokens for picture in pictures]
-    ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
+    ids = insert_image_tokens(ids, tokens.image, tokens.begin, tokens.end, counts)
     image_spans, start = list[ImageSpan](), 0
     for picture in pictures:
         image_spans.append(ImageSpan(ids.index(tokens.image, start), picture))
@@ -114,7 +111,7 @@ def read_images(
     Raises SettingsError for a model without vision, MediaError for a source that
     cannot be read, one line that counts pictures from 1.
     """
-    from ..media.images import Budget, Picture, read_pictures  # imports pillow
+    from ..media.images import ImageBudget, Picture, read_pictures  # imports pillow
 
     if model.vision is None:
         raise SettingsError(
@@ -122,5 +119,6 @@ def read_images(
             "one with its vision tower"
         )
     unread = [source for source in sources if not isinstance(source, Picture)]
-    read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
+    budget = ImageBudget.from_checkpoint(model.vision.folder)
+    read = iter(read_pictures(unread, budget) if unread else [])
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -14,7 +14,7 @@ from mlx_dgemma import loading
 from mlx_dgemma.diffusion import conversation
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, message
+from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, reply_message
 
 HOSTILE = (
     "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x1b[2J\x1b[H\x1b[?25l\x1b[?1049h\x1b[?1000h"
@@ -103,7 +103,7 @@ class ScriptedConversation:
                     canvas = [replace(canvas[0], text=canvas[0].text[: -self.held])]
                 yield commit("NOT TO BE SHOWN", self.reason if final else None, canvas)
         finally:
-            self.messages = [*self.messages, message(parts)] if parts else before
+            self.messages = [*self.messages, reply_message(parts)] if parts else before
 
     def transcript(self):
         system = [{"role": "system", "content": self.system}] if self.system else []

@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from adapters.adapter_files import factors, write_adapter, write_peft
 from click.testing import CliRunner
 from terminal import CODES, python, run_in_terminal
-from training.adapter_files import factors, write_adapter, write_peft
 
 from mlx_dgemma.adapters import fuse as fusing
 from mlx_dgemma.checkpoint import convert as conversion

@@ -60,7 +60,7 @@ def test_prompts_may_be_text_ids_arrays_or_messages(tiny_model):
     model, tokenizer = tiny_model
     text = generate(model, tokenizer, "12ab", **SHORT)
     messages = [{"role": "user", "content": "12ab"}]
-    ids = tokenizer.apply_chat_template(messages, tokenize=True)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     for prompt in (messages, ids, np.array(ids), mx.array(ids)):
         assert generate(model, tokenizer, prompt, **SHORT) == text
 

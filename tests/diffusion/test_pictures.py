@@ -13,7 +13,7 @@ from mlx_dgemma.diffusion.prefix import Prefix, prefix_keys
 from mlx_dgemma.diffusion.prompt import EncodedPrompt, encode_prompt
 from mlx_dgemma.errors import MediaError, SettingsError
 from mlx_dgemma.media import videos
-from mlx_dgemma.media.images import Budget, read_picture
+from mlx_dgemma.media.images import ImageBudget, read_picture
 
 IMAGE, BEGIN, END = 9, 7, 8
 SHORT = {"max_tokens": 16, "steps": 2, "entropy_bound": 8.0}
@@ -151,7 +151,7 @@ def test_pictures_are_read_once_and_named_by_their_path(seeing, tmp_path):
 def test_video_is_its_frames_each_behind_its_time(seeing, monkeypatch):
     """As transformers' processor writes it: minute and second, then the picture."""
     frames = [
-        (seconds, read_picture(drawn(40, 30, seed), Budget(70, 4)))
+        (seconds, read_picture(drawn(40, 30, seed), ImageBudget(70, 4)))
         for seed, seconds in enumerate((0.0, 1.2, 61.9))
     ]
     monkeypatch.setattr(videos, "read_frames", lambda path: frames)
