@@ -197,7 +197,8 @@ def add_adapter(
 
 def refuse_second(model: DiffusionGemma) -> None:
     """Raise AdapterError if a model has adapters."""
-    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in model.modules()):
+    modules = [m for part in (model, *model.encoder_layers) for m in part.modules()]
+    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in modules):
         raise AdapterError("the model has an adapter already; load it anew")
 
 

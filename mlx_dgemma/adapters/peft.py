@@ -25,7 +25,7 @@ from ..files.safetensors import (
     load_tensors,
     read_header,
 )
-from ..model.language import DiffusionGemma, EncoderLayers, branch
+from ..model.language import DiffusionGemma, branch
 from .lora import add_adapter, refuse_second
 
 WEIGHTS = "adapter_model.safetensors"
@@ -149,14 +149,12 @@ def put(model: DiffusionGemma, adapter: PeftAdapter) -> None:
     Where the modes differ, the encoder gets layers of its own that share every weight
     with the decoder's. Raises AdapterError if the model has adapters.
     """
-    if model.apart is not None:
-        raise AdapterError("the model has an adapter already; load it anew")
     refuse_second(model)
     if not adapter.shared:
-        model.apart = EncoderLayers([branch(layer) for layer in model.layers])
+        model.encoder_layers = tuple(branch(layer) for layer in model.layers)
         for path, low in adapter.encoder.items():
             _, index, inside = path.split(".", 2)
-            layer = model.apart.layers[int(index)]
+            layer = model.encoder_layers[int(index)]
             add_adapter(layer, inside, low.a, low.b, low.scale)
     for path, low in adapter.decoder.items():
         add_adapter(model, path, low.a, low.b, low.scale)

@@ -22,7 +22,7 @@ from . import sampler
 from .canvas import BatchKey, Canvas, PendingStep, join_states, step_inputs
 from .events import Commit, Event, Prefilled, Step
 from .prefix import ImageSpan, Prefix, chunk_ends, prefix_keys
-from .step import Pinned, State, Stepper
+from .step import Pinned, State, stepper_for
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 
@@ -45,9 +45,9 @@ class Engine:
     ):
         self.model = model
         self.running: list[Canvas] = []
-        choices = backends.current().choices
-        self._ahead = choices.runs_ahead if ahead is None else ahead
-        self._compiled = choices.compiles if compiled is None else compiled
+        device = backends.current()
+        self._ahead = device.runs_ahead if ahead is None else ahead
+        self._compiled = device.compiles if compiled is None else compiled
         self._request_numbers = itertools.count()
         # by batch: (request, canvas index) of its canvases, and their view
         self._views: dict[BatchKey, tuple[list[tuple[int, int]], View]] = {}
@@ -191,10 +191,7 @@ class Engine:
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of canvases of a batch, without waiting for it."""
         key = canvases[0].batch_key
-        stepper = self.model.programs.get(
-            (Stepper, self._compiled, key.config),
-            lambda: Stepper(self.model, compiled=self._compiled, config=key.config),
-        )
+        stepper = stepper_for(self.model, key.config, compiled=self._compiled)
         pinned = Pinned.of(
             [
                 sampler.pinned_tokens(c.settings.pinned, c.committed, key.length)

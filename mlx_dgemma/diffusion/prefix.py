@@ -122,11 +122,11 @@ class Prefix:
         self.keys += keys
         self.ends.append(len(self.keys))
         if not last:  # a later prompt rarely shares the very end of this one
-            self.cache.mark()
+            self.cache.save_snapshot()
 
     def _rewind(self, ends: Sequence[int]) -> int:
         """Rewind to the last of these ends that the cache still reaches."""
-        length = max(end for end in ends if self.cache.reaches(end))
+        length = max(end for end in ends if self.cache.can_rewind_to(end))
         self.cache.rewind(length)
         self.ends = [end for end in self.ends if end <= length]
         del self.keys[length:]

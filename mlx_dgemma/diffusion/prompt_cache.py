@@ -7,7 +7,6 @@ metadata, which layout this is and which model encoded it.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -92,13 +91,14 @@ def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
         kind, layer, _, *column = name.split(".")
         parts[".".join([kind, layer, *column])] += (arrays[name],)
     history = [parts[f"full.{i}"] for i in range(len(prefix.cache.history))]
-    marks = [
-        Snapshot(c, {i: parts[f"sliding.{i}.{c}"] for i in _sliding(prefix.cache)})
-        for c in columns
+    layers = prefix.cache.layers
+    sliding = [i for i, layer in enumerate(layers) if layer.lookback is not None]
+    snapshots = [
+        Snapshot(c, {i: parts[f"sliding.{i}.{c}"] for i in sliding}) for c in columns
     ]
     # read now, whatever happens to the file later
-    mx.eval(history, [mark.windows for mark in marks])
-    prefix.cache.resume(history, marks)
+    mx.eval(history, [snapshot.windows for snapshot in snapshots])
+    prefix.cache.resume(history, snapshots)
     return prefix
 
 
@@ -132,7 +132,7 @@ def fingerprint(model: DiffusionGemma) -> str:
 
 def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
     """Return everything a cache is made of, by its name in a file."""
-    marks = {mark.column: mark for mark in [*cache.marks, cache.here()]}
+    snapshots = {s.column: s for s in [*cache.snapshots, cache.snapshot()]}
     full = {
         f"full.{i}.{j}": part
         for i, parts in enumerate(cache.history)
@@ -140,16 +140,11 @@ def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
     }
     sliding = {
         f"sliding.{i}.{j}.{column}": part
-        for column, mark in marks.items()
-        for i, parts in mark.windows.items()
+        for column, snapshot in snapshots.items()
+        for i, parts in snapshot.windows.items()
         for j, part in enumerate(parts)
     }
     return full | sliding
-
-
-def _sliding(cache: PrefixCache) -> Iterable[int]:
-    """Return the numbers of the sliding layers."""
-    return [i for i, layer in enumerate(cache.layers) if layer.keep is not None]
 
 
 def _keys_and_ends(
@@ -175,7 +170,7 @@ def _keys_and_ends(
 def _check_arrays(
     path: Path, header: dict[str, TensorInfo], ends: list[int], model: DiffusionGemma
 ) -> list[int]:
-    """Check names, shapes and dtypes; return the columns at which there are marks."""
+    """Check names, shapes and dtypes; return the columns of the snapshots."""
     one = model.make_cache()
     model.encode(mx.array([[0]]), one)
     length, window = ends[-1], model.config.sliding_window

@@ -3,7 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
-from .. import backends
+import mlx.core as mx
+
 from .events import Commit, Event, Prefilled, Step
 
 MAX_LISTED = 8  # canvases whose steps are listed one by one
@@ -54,7 +55,7 @@ class Report:
             f"{self._canvases()} · "
             f"{self.tokens_per_forward:.2f} tokens per forward · "
             f"{self.committed_tokens / seconds:.1f} tok/s wall · "
-            f"peak memory {format_bytes(backends.peak_memory())} · seed {self.seed}"
+            f"peak memory {format_bytes(mx.get_peak_memory())} · seed {self.seed}"
         )
 
     def summary(self) -> str:
@@ -68,7 +69,7 @@ class Report:
             f"{self.committed_tokens / max(seconds, 1e-9):.3f} tokens-per-sec\n"
             f"Denoising: {self.denoising_steps} steps, "
             f"{self.tokens_per_forward:.3f} tokens-per-forward\n"
-            f"Peak memory: {backends.peak_memory() / 1e9:.3f} GB"
+            f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
         )
 
     def _canvases(self) -> str:

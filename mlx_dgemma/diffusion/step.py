@@ -8,7 +8,8 @@ from it. The inputs of a step depend on no result of the step before, so it can 
 started before the host has read that one.
 """
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -100,7 +101,10 @@ class StepConfig(NamedTuple):
 
 
 class Stepper:
-    """Takes denoising steps with one model; `traces` counts how often it was traced."""
+    """Takes denoising steps with one model; `traces` counts how often it was traced.
+
+    It does not keep the model alive.
+    """
 
     def __init__(
         self,
@@ -109,21 +113,37 @@ class Stepper:
         compiled: bool,
         config: StepConfig = StepConfig(),  # noqa: B008 - immutable
     ):
-        self.model, self.config = model, config
+        self._model, self.config = weakref.ref(model), config
         self.traces = 0
-        self._run: Callable[..., Any] = self._trace
-        if compiled:
-            # weights as inputs: after training, the same trace runs on the new ones
-            self._run = mx.compile(self._trace, model.state)
+        self._compiled = mx.compile(self._trace) if compiled else None
+
+    @property
+    def model(self) -> DiffusionGemma:
+        model = self._model()
+        assert model is not None
+        return model
 
     def __call__(
         self, state: State, view: View, inputs: StepInputs, pinned: Pinned | None
     ) -> tuple[State, StepStats]:
         """Return the next state and what the step reports, unevaluated."""
-        after, stats = self._run(state, view.arrays, inputs, pinned)
+        arrays = state, view.arrays, inputs, pinned
+        if self._compiled is None:
+            after, stats = self._step(*arrays)
+        else:
+            after, stats = self._compiled(self.model.parameters(), *arrays)
         return State(*after), StepStats(*stats)
 
-    def _trace(self, state, view, inputs, pinned):
+    def _trace(self, weights: dict, *arrays: Any) -> Any:
+        """`_step` of other weights: after training, the same trace runs on new ones."""
+        own = self.model.parameters()
+        self.model.update(weights)
+        try:
+            return self._step(*arrays)
+        finally:
+            self.model.update(own)
+
+    def _step(self, state, view, inputs, pinned):
         self.traces += 1
         # a compiled function receives plain tuples
         state, view, inputs = State(*state), View(*view), StepInputs(*inputs)
@@ -156,12 +176,12 @@ class Stepper:
             leading = mx.arange(L) < inputs.min_tokens[:, None]
             banned = Banned(self.config.banned, leading.flatten())
         if pinned is None:
-            found = self.model.read(flat, temperature, uniforms, banned)
+            found = self.model.vocab_stats(flat, temperature, uniforms, banned)
         else:
             found = self._certain(pinned.tokens)
             if (free := pinned.free).size:
-                some = None if banned is None else banned.some(free)
-                at_free = self.model.read(
+                some = None if banned is None else banned.select(free)
+                at_free = self.model.vocab_stats(
                     flat[free], temperature[free], uniforms[free], some
                 )
                 found = _replaced(found, free, at_free)
@@ -207,6 +227,22 @@ class Stepper:
             stopped = stopped | mx.all(accepted, axis=-1)
         after = State(canvas, found.signal, draft, streak, revealed)
         return after, StepStats(accepted, found.entropy, mean, stopped)
+
+
+_STEPPERS: dict[int, dict[Any, Stepper]] = {}
+
+
+def stepper_for(
+    model: DiffusionGemma, config: StepConfig, *, compiled: bool
+) -> Stepper:
+    """Return the stepper of a model and config; it is kept as long as the model is."""
+    if id(model) not in _STEPPERS:
+        _STEPPERS[id(model)] = {}
+        weakref.finalize(model, _STEPPERS.pop, id(model))
+    known = _STEPPERS[id(model)]
+    if (config, compiled) not in known:
+        known[config, compiled] = Stepper(model, compiled=compiled, config=config)
+    return known[config, compiled]
 
 
 def _replaced(stats: VocabStats, at: mx.array, new: VocabStats) -> VocabStats:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..backends.gpu import CHOICES
+from ..backends import Metal
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..diffusion.engine import PREFILL_STEP
@@ -101,8 +101,8 @@ def working_bytes(config: ModelConfig) -> int:
     the experts hold of a chunk of the prompt: a row in, gate and up, their product and
     a row out for each token and expert.
     """
-    scores = 2 * CHOICES.score_bytes
-    chunk = min(CHOICES.vocabulary_chunk, config.vocab_size)
+    scores = 2 * Metal.score_bytes
+    chunk = min(Metal.vocabulary_chunk, config.vocab_size)
     logits = 4 * 4 * config.canvas_length * chunk + 2 * config.hidden_size * chunk
     row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
     experts = PREFILL_STEP * config.top_k_experts * row * 2

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig
-from ..model.attention import FEWEST, causal_tiles
+from ..model.attention import MIN_TILE, causal_tiles
 from ..model.cache import Span
 
 FLOAT = 4  # bytes of an adapter's float32, and of a CPU's products
@@ -66,10 +66,6 @@ class Traits:
         """Of Metal and CUDA. Not measured there: arrays are counted as on a CPU, where
         nothing is fused; of logits fewer, as fewer operations are allocated ahead."""
         return cls(device, 6)
-
-    @property
-    def choices(self) -> backends.Choices:
-        return self.device.choices
 
     def loops(self, dtype: mx.Dtype, *, quantized: bool) -> bool:
         """Whether experts take one product each."""
@@ -220,13 +216,13 @@ class Pass:
         heads, columns = self.config.num_attention_heads, self.seen + self.new
         if not self.causal:
             return self.tokens * heads * columns
-        largest = self.traits.choices.score_bytes // (4 * self.texts * heads * columns)
-        most, window = max(FEWEST, largest), None
+        largest = self.traits.device.score_bytes // (4 * self.texts * heads * columns)
+        most, window = max(MIN_TILE, largest), None
         if self.layer.sliding:
             window = self.config.sliding_window
             most = min(most, max(window // 2, 16))
         tiles = causal_tiles(self.new, Span(0, columns, (0,)), window, most)
-        cells = sum((t.end - t.begin) * (t.seen.last - t.seen.first) for t in tiles)
+        cells = sum((t.end - t.begin) * (t.seen.end - t.seen.begin) for t in tiles)
         return self.texts * heads * cells
 
     def _inputs(self) -> int:

@@ -9,9 +9,9 @@ import warnings
 
 import pytest
 from click.testing import CliRunner
-from eyed import drawn, write_eyed
 from terminal import environment, python, run_in_terminal
 from tiny import VOCABULARY
+from tiny_vision import drawn, write_tiny_vision
 
 from mlx_dgemma import generate, load, loading, stream_generate
 from mlx_dgemma.cli.generate import main
@@ -152,8 +152,8 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
         (["--video", __file__], "error: "),
     ],
 )
-def test_refusal_is_one_line_and_exit_code_1(eyed, args, error):
-    result = run("--model", eyed / "m", "--prompt", "1", *args)
+def test_refusal_is_one_line_and_exit_code_1(with_pictures, args, error):
+    result = run("--model", with_pictures / "m", "--prompt", "1", *args)
     assert (result.exit_code, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and error in line
@@ -241,17 +241,22 @@ def test_show_without_a_terminal_is_plain_text(endless):
 
 
 @pytest.fixture(scope="module")
-def eyed(tmp_path_factory):
+def with_pictures(tmp_path_factory):
     """A folder with the checkpoint `m`, which sees, and two pictures."""
-    folder = tmp_path_factory.mktemp("eyed")
+    folder = tmp_path_factory.mktemp("pictures")
     for seed in (0, 1):
         drawn(60, 40, seed).save(folder / f"{seed}.png")
-    return write_eyed(folder / "m").parent
+    return write_tiny_vision(folder / "m").parent
 
 
-def test_pictures_stand_in_front_of_the_prompt(eyed, tiny):
-    pictures = ["--image", str(eyed / "0.png"), "--image", str(eyed / "1.png")]
-    results = [ask(eyed / "m", *pictures[:n], prompt="abc") for n in (0, 2, 4)]
+def test_pictures_stand_in_front_of_the_prompt(with_pictures, tiny):
+    pictures = [
+        "--image",
+        str(with_pictures / "0.png"),
+        "--image",
+        str(with_pictures / "1.png"),
+    ]
+    results = [ask(with_pictures / "m", *pictures[:n], prompt="abc") for n in (0, 2, 4)]
     assert [result.exit_code for result in results] == [0, 0, 0]
     none, one, both = (int(stats(result.stderr)["prompt"]) for result in results)
     assert both - one == one - none > 10

@@ -12,7 +12,6 @@ from mlx_dgemma import (
     Commit,
     Prefilled,
     Step,
-    backends,
     generate,
     load,
     stream_generate,
@@ -224,7 +223,7 @@ def report_of(monkeypatch):
         return made
 
     monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
-    monkeypatch.setattr(backends, "peak_memory", lambda: 3_000_000)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
     return make
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from eyed import asked, drawn, picture, text, write_eyed
+from tiny_vision import asked, drawn, picture, text, write_tiny_vision
 
 from mlx_dgemma import generate, load, stream_generate
 from mlx_dgemma.diffusion import prompt as prompts
@@ -22,7 +22,7 @@ SHORT = {"max_tokens": 16, "steps": 2, "entropy_bound": 8.0}
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """The tiny model with a vision tower."""
-    return load(write_eyed(tmp_path_factory.mktemp("seeing") / "m"))
+    return load(write_tiny_vision(tmp_path_factory.mktemp("seeing") / "m"))
 
 
 def test_picture_takes_one_id_per_soft_token(seeing):

@@ -14,7 +14,7 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
 from mlx_dgemma.diffusion.prefix import MIN_SHARE, Prefix, chunk_ends
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.model.cache import MARKS, PrefixCache
+from mlx_dgemma.model.cache import MAX_SNAPSHOTS, PrefixCache
 from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.settings import Settings
 
@@ -108,7 +108,7 @@ def test_each_request_encodes_what_is_new(tiny_model):
         assert admitted.reused == max([0, *(end for end in known if end < last)])
         assert_same(list(engine.run()), fresh(model, ids, turns))
         last = len(ids)
-    assert len(prefix.cache.marks) <= MARKS
+    assert len(prefix.cache.snapshots) <= MAX_SNAPSHOTS
 
 
 def test_other_prompts_reuse_what_they_share(tiny_model):
@@ -140,10 +140,9 @@ def test_other_chunks_reuse_only_what_is_cut_alike(tiny_model):
     assert_same(list(engine.run()), fresh(model, ids, 0, chunk=50))
 
 
-@pytest.mark.parametrize("options", [{}, {"compiled": True, "ahead": True}])
-def test_conversations_side_by_side_change_nothing(tiny_model, unfused, options):
+def test_conversations_side_by_side_change_nothing(tiny_model, unfused):
     """Each has its prefix; they come, end and go on while the others run."""
-    model, _ = tiny_model
+    model, options = tiny_model[0], {"compiled": True, "ahead": True}
     engine, prefixes = Engine(model, **options), [Prefix(model) for _ in range(2)]
     turns, running, events, asked = [1, 3], {}, [], {}
     while min(turns) < 5 or running:

@@ -49,11 +49,11 @@ def test_prefix_comes_back_bit_for_bit(tiny_model, saved):
     assert (prefix.keys, prefix.ends) == (talk.prefix.keys, talk.prefix.ends)
     assert prefix.cache.length == len(prefix)
     before, after = talk.prefix.cache, prefix.cache
-    assert [m.column for m in before.marks] == [m.column for m in after.marks]
+    assert [m.column for m in before.snapshots] == [m.column for m in after.snapshots]
     for bucketed in (False, True):
         views = [model.view(c, 16, bucketed=bucketed).arrays for c in (before, after)]
         same_arrays(*views)
-    for a, b in zip(before.marks, after.marks, strict=True):
+    for a, b in zip(before.snapshots, after.snapshots, strict=True):
         same_arrays(a.windows, b.windows)
 
 
@@ -74,7 +74,7 @@ def test_prefix_may_be_loaded_in_one_thread_and_used_in_another(tiny_model, save
     for mark in range(3):
         with ThreadPoolExecutor(1) as pool:
             prefix = pool.submit(load_prefix, saved[1], model).result()
-        column = prefix.cache.marks[mark].column
+        column = prefix.cache.snapshots[mark].column
         prefix.cache.rewind(column)
         fresh, start = model.make_cache(), 0
         for end in [end for end in prefix.ends if end <= column]:
