@@ -104,7 +104,7 @@ class Screen:
 
 def environment() -> dict[str, str]:
     """Ours, with this package and without what changes colours or sizes."""
-    unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONWARNINGS")
+    unwanted = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
     inherited = {k: v for k, v in os.environ.items() if k not in unwanted}
     return inherited | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
 
