@@ -185,12 +185,16 @@ def _estimate(machine: str) -> None:
 
 
 def _survey(as_json: bool) -> None:
-    from ..performance import devices
+    from .. import backends
 
-    found = devices.survey()
-    click.echo(
-        json.dumps(found, indent=2) if as_json else "\n".join(devices.lines(found))
-    )
+    found = backends.describe()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for name, backend in found.items():
+        click.echo(f"{name:<6} {backend.pop('state')}")
+        for key, value in backend.items():
+            click.echo(f"  {key:<18}{value}")
 
 
 def _measure(options: Options) -> dict[str, Any]:

@@ -6,7 +6,7 @@ GB are 10^9 bytes, but for memory as sold, which is 2^30.
 
 import mlx.core as mx
 
-from ..backends.gpu import CHOICES
+from ..backends import Metal
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..diffusion.engine import PREFILL_STEP
@@ -56,8 +56,8 @@ def working_bytes(config: ModelConfig) -> int:
     the experts need for a chunk of the prompt: a row in, gate and up, their product
     and a row out for each token and expert.
     """
-    scores = 2 * CHOICES.score_bytes
-    chunk = min(CHOICES.vocabulary_chunk, config.vocab_size)
+    scores = 2 * Metal.score_bytes
+    chunk = min(Metal.vocabulary_chunk, config.vocab_size)
     logits = 4 * 4 * config.canvas_length * chunk + 2 * config.hidden_size * chunk
     row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
     experts = PREFILL_STEP * config.top_k_experts * row * 2

@@ -129,7 +129,7 @@ def run(model: DiffusionGemma, job: Workload, seed: int = 0) -> Trial:
         tokens_per_forward=tokens / sum(commit.steps for commit in commits),
         canvases_per_second=len(commits) / (ended - encoded),
         wall_tps=tokens / (ended - started),
-        peak_bytes=backends.peak_memory(),
+        peak_bytes=mx.get_peak_memory(),
     )
 
 
@@ -167,7 +167,7 @@ def _parts_of_a_step(
     model: DiffusionGemma, cache: PrefixCache, canvas: mx.array
 ) -> tuple[float, float]:
     """Median seconds of the layers and of the vocabulary."""
-    compiles = backends.current().choices.compiles
+    compiles = backends.current().compiles
     view = model.view(cache, canvas.shape[1], bucketed=compiles)
     signal = mx.zeros((*canvas.shape, model.config.hidden_size), dtype=model.dtype)
     temperature = mx.full((canvas.size,), 0.6)

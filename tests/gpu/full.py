@@ -193,7 +193,8 @@ def write(path: Path, config: ModelConfig, precision: str, dtype: mx.Dtype) -> N
     """A checkpoint of that shape and precision, every weight made on the device."""
     coded, recipe = PRECISIONS[precision]
     device = backends.current()
-    apart = type(device)(replace(device.choices, product_rows=1))
+    apart = type(device)()
+    apart.product_rows = 1
     with backends.using(apart):  # layers as on disk
         model = synthetic_model(
             config, quantization=coded, recipe=recipe, dtype=dtype, seed=0

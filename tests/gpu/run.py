@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +33,6 @@ import tables  # noqa: E402
 from parts import Part, Setting  # noqa: E402
 
 from mlx_dgemma import backends  # noqa: E402
-from mlx_dgemma.performance import devices  # noqa: E402
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "numpy")
 
@@ -46,8 +45,15 @@ def survey(setting: Setting) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    device = backends.current()
+    chosen = {
+        "name": device.name,
+        "device": device.description(),
+        "memory": device.info_number("free_memory") or device.memory(),
+        "numbers": asdict(device),
+    }
     return {
-        "device": devices.survey(),
+        "device": {"chosen": chosen},
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -113,8 +119,7 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         "parts": {},
     }
     chosen = found["machine"].get("device", {}).get("chosen", {})
-    limits, device = chosen.get("limits", {}), chosen.get("name")
-    free = limits.get("free") or limits.get("memory")
+    free, device = chosen.get("memory"), chosen.get("name")
     for part in wanted:
         part = replace(part, memory=0, disk=0) if rehearsal else part
         left = budget - (time.perf_counter() - begun)
@@ -140,11 +145,10 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 def listed(wanted: list[Part]) -> str:
     """What a run would do here."""
-    device = backends.chosen().backend
-    limits = device.limits()
+    device = backends.current()
     lines = [f"on {device.name}: {device.description()}"]
     for part in wanted:
-        free = limits.free or limits.memory
+        free = device.info_number("free_memory") or device.memory()
         why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device.name)
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
