@@ -84,7 +84,7 @@ def main(
     """
     with one_line_errors(debug):
         from ..evaluation import check_rows, load_scorer, read_rows, table
-        from ..performance.measure import Machine
+        from ..performance.measure import machine
 
         caps = _step_caps(steps)
         rows = read_rows(data)[:count]
@@ -97,7 +97,7 @@ def main(
             click.echo("\n".join(table(results)))
             return
         found = {
-            "machine": asdict(Machine()),
+            "machine": machine(),
             "model": model,
             "adapter_path": adapter_path,
             "data": data,

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 from ..checkpoint.config import LayerConfig, ModelConfig
 from ..checkpoint.quantize import RECIPES, Quantization, quantizable
 from ..checkpoint.weights import expected_shapes, layer_path
-from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 
 PARTS = (
@@ -54,21 +53,11 @@ class Storage:
     value_bytes     of a dense weight, a scale or bias, a key or value: 2 or 4
     quantization    of linear maps and embedding; None where all are dense
     recipe          name in RECIPES: which layers the quantization is for
-
-    Raises SettingsError for an impossible value.
     """
 
     value_bytes: int
     quantization: Quantization | None = None
     recipe: str = "uniform"
-
-    def __post_init__(self) -> None:
-        if self.value_bytes not in (2, 4):
-            raise SettingsError(f"value_bytes is {self.value_bytes}; it must be 2 or 4")
-        if self.recipe not in RECIPES:
-            raise SettingsError(
-                f"recipe is {self.recipe!r}; supported: {', '.join(RECIPES)}"
-            )
 
     @classmethod
     def dense(cls, dtype: mx.Dtype) -> "Storage":
@@ -237,16 +226,12 @@ def _weights_cost(
 
 
 def _part(parameter: str) -> str:
-    match parameter.split("."):
-        case ["layers", _, "self_attn", *_]:
-            return "attention"
-        case ["layers", _, "experts" | "router" as name, *_]:
-            return name
-        case ["layers", *_]:
-            return "feed_forward"
-        case ["self_conditioning", *_]:
-            return "self_conditioning"
-    return "head"
+    if not parameter.startswith("layers."):
+        return "self_conditioning" if "self_conditioning" in parameter else "head"
+    kind = parameter.split(".")[2]
+    return {"self_attn": "attention"}.get(
+        kind, kind if kind in PARTS else "feed_forward"
+    )
 
 
 def _causal_pairs(tokens: int, window: int) -> int:
