@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -34,45 +35,24 @@ def count(*names: str, default: int, help: str):
 @choice(
     "--synthetic",
     of="26b tiny",
-    help="Random weights of that shape, made here: times are real, text is noise.",
+    help="Random weights of a shape: times are real, text is noise.",
 )
-@click.option(
-    "--estimate",
-    metavar="MAC",
-    help="Measure nothing: fit and floor on a Mac, as 'M4 Max 64GB'; 'all' lists every "
-    "chip.",
-)
-@click.option(
-    "--backends",
-    is_flag=True,
-    help="Measure nothing: which device was chosen, and why.",
-)
-@click.option(
-    "--beside",
-    metavar="MODEL",
-    help="A token-by-token model (folder or hub id) to run through mlx-lm, too.",
-)
-@choice(
-    "--q-bits",
-    of="2 3 4 5 6 8",
-    help="Bits per weight of --synthetic.  [default: dense]",
-)
-@choice(
-    "--q-mode",
-    of="affine mxfp4 mxfp8 nvfp4",
-    help="Quantisation mode of --synthetic.  [default: affine with --q-bits]",
-)
+@click.option("--estimate", help="Fit and floor on a Mac, 'M4 Max 64GB', or on 'all'.")
+@click.option("--backends", is_flag=True, help="Which device was chosen, and why.")
+@click.option("--beside", help="A token-by-token model, timed through mlx-lm.")
+@choice("--q-bits", of="2 3 4 5 6 8", help="Bits of --synthetic.  [default: dense]")
+@choice("--q-mode", of="affine mxfp4 mxfp8 nvfp4", help="Quantisation of --synthetic.")
 @choice(
     "--quant-predicate",
     of="uniform mixed",
     default="uniform",
     show_default=True,
-    help="Recipe of --synthetic; mixed: experts as asked, the rest at 8 bits.",
+    help="mixed: experts as asked, the rest at 8 bits.",
 )
 @choice(
     "--dtype",
     of="float32 float16 bfloat16",
-    help="Type of what --synthetic leaves dense.  [default: bfloat16]",
+    help="Of dense weights.  [default: bfloat16]",
 )
 @count("-p", "--prompt-tokens", default=512, help="Tokens of a random prompt.")
 @click.option("--prompt", help="A real prompt; canvases then stop when they are done.")
@@ -107,9 +87,12 @@ def main(debug: bool, **given: Any) -> None:
                 lines.append(f"{name:<6} {backend['state']}")
                 lines += [f"  {k:<18}{v}" for k, v in backend.items() if k != "state"]
         else:
+            from ..checkpoint import hub
+
+            other = None if options.beside is None else hub.resolve(options.beside)
             found = _measure(options)
-            if options.beside is not None:
-                found["beside"] = _beside(options, found)
+            if other is not None:
+                found["beside"] = _beside(other, options, found)
             lines = _lines(found)
         click.echo(json.dumps(found, indent=2) if options.as_json else "\n".join(lines))
 
@@ -225,14 +208,17 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     return model, name
 
 
-def _beside(options: SimpleNamespace, found: dict[str, Any]) -> dict[str, Any]:
+def _beside(
+    folder: Path, options: SimpleNamespace, found: dict[str, Any]
+) -> dict[str, Any]:
     """Run the other model on as many tokens as ours committed."""
     from ..performance.beside import run_beside
 
     prompt = options.prompt_tokens if options.prompt is None else options.prompt
     tokens = max(2, round(found["median"]["tokens"]))
     chunk = options.prefill_step_size
-    return run_beside(options.beside, prompt, tokens, options.num_trials, chunk)
+    figures = run_beside(folder, prompt, tokens, options.num_trials, chunk)
+    return {"model": options.beside, **figures}
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -5,12 +5,12 @@ The only file that imports mlx_lm; doing so takes seconds.
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint import hub
 from ..errors import CheckpointError
 from ..text.chat import chat_ids
 from ..text.tokenizer import Tokenizer
@@ -20,25 +20,23 @@ REFUSALS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeErr
 
 
 def run_beside(
-    name: str, prompt: int | str, tokens: int, trials: int, prefill_step_size: int
+    folder: Path, prompt: int | str, tokens: int, trials: int, prefill_step_size: int
 ) -> dict[str, Any]:
     """Generate exactly `tokens` tokens with another model and return its figures.
 
-    name      folder or hub id of a model that mlx-lm runs
     prompt    text, read by the model's own tokenizer; or how many random ids
 
     An end of text is ignored. Figures are medians over the trials, after one trial
     to warm up. Raises CheckpointError in one line for a model mlx-lm cannot load.
     """
-    folder = hub.resolve(name)
     try:
         from mlx_lm.utils import load_model
 
         model, config = load_model(folder)
     except REFUSALS as error:
-        reason = " ".join(f"{error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"--beside {name}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
+            f"--beside {folder}: mlx-lm cannot load it ({reason})"
         ) from None
     if isinstance(prompt, str):
         ids = chat_ids(Tokenizer.from_dir(folder), prompt)
@@ -46,7 +44,6 @@ def run_beside(
         ids = _random_ids(config, prompt)
     runs = [_run(model, ids, tokens, prefill_step_size) for _ in range(trials + 1)][1:]
     return {
-        "model": name,
         "prompt_tokens": len(ids),
         "tokens": tokens,
         "median": {k: statistics.median(run[k] for run in runs) for k in runs[0]},
