@@ -110,7 +110,7 @@ def main(
 
 def summarise(converted: "Converted") -> None:
     """What was written, and what could not be done as asked."""
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     if converted.regrouped:
         sizes = sorted(set(converted.regrouped.values()))
@@ -127,10 +127,10 @@ def summarise(converted: "Converted") -> None:
             err=True,
         )
     click.echo(
-        f"{converted.path}: {size(converted.bytes)} in {converted.shards} "
+        f"{converted.path}: {format_bytes(converted.bytes)} in {converted.shards} "
         f"{'file' if converted.shards == 1 else 'files'}, "
         f"{converted.bits_per_weight:.2f} bits per weight "
-        f"(from {size(converted.source_bytes)})"
+        f"(from {format_bytes(converted.source_bytes)})"
     )
 
 
@@ -193,7 +193,7 @@ class _Lines:
         self.started = self.last = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        from ..diffusion.report import size
+        from ..diffusion.report import format_bytes
 
         now = time.monotonic()
         if now - self.last < SECONDS_BETWEEN_LINES and done < total:
@@ -202,8 +202,8 @@ class _Lines:
         rate = done / max(now - self.started, 1e-9)
         left = (total - done) / max(rate, 1e-9)
         click.echo(
-            f"{self.doing} {size(done)} of {size(total)}, {size(int(rate))}/s, "
-            f"{left:.0f} s left",
+            f"{self.doing} {format_bytes(done)} of {format_bytes(total)}, "
+            f"{format_bytes(int(rate))}/s, {left:.0f} s left",
             err=True,
         )
 

@@ -56,10 +56,10 @@ class Partner:
 
     def instruct(self, system: str) -> None:
         """Set the system turn; none if it is empty."""
-        self._conversation.instruct(system or None)
+        self._conversation.system = system or None
 
     def think(self, on: bool) -> None:
-        self._conversation.think(on)
+        self._conversation.thinking = on
 
     def rewind(self, turns: int) -> None:
         self._conversation.rewind(turns)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_dgemma.diffusion import conversation, generation
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, message
+from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, reply_message
 
 HOSTILE = (
     "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x1b[2J\x1b[H\x1b[?25l\x1b[?1049h\x1b[?1000h"
@@ -104,7 +104,7 @@ class Scripted:
                     canvas if final else cut(canvas, self.held),
                 )
         finally:
-            self.messages = [*self.messages, message(parts)] if parts else before
+            self.messages = [*self.messages, reply_message(parts)] if parts else before
 
     def instruct(self, system):
         self.system = system

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from eyed import drawn, write_eyed
+from tiny_vision import drawn, write_tiny_vision
 
 from mlx_dgemma.cli.generate import main
 
@@ -17,7 +17,7 @@ def eyed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eyed")
     for seed in (0, 1):
         drawn(60, 40, seed).save(folder / f"{seed}.png")
-    return write_eyed(folder / "m").parent
+    return write_tiny_vision(folder / "m").parent
 
 
 def run(folder, *given):

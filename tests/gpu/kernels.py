@@ -161,7 +161,7 @@ def vocabulary_tile(
     softcap: float = CAP,
     run: Run = on_gpu,
 ) -> Arrays:
-    """What `vocab.read` wants of a chunk: e, its sums by block and Σ e · x.
+    """What `vocab.vocab_stats` wants of a chunk: e, its sums by block and Σ e · x.
 
     logits (N, C) raw; scale and highest (N, 1) float32. With x = tanh(logits / softcap)
     · scale - highest and e = exp(x): e (N, C) in the dtype of the logits, the sums of

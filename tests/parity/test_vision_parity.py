@@ -175,8 +175,8 @@ def test_files_to_logits(tmp_path, sizes, budget):
         Gemma4ImageProcessorPil,
     )
 
-    from mlx_dgemma.diffusion.image_spans import ImageSpan
-    from mlx_dgemma.media.images import Budget, read_picture
+    from mlx_dgemma.diffusion.prefix import ImageSpan
+    from mlx_dgemma.media.images import ImageBudget, read_picture
 
     path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})
     pictures = [drawn(*size) for size in sizes]
@@ -185,7 +185,7 @@ def test_files_to_logits(tmp_path, sizes, budget):
     given = np.asarray(made["pixel_values"]), np.asarray(made["image_position_ids"])
     tokens, image_spans = list(RNG.integers(10, 32, 11)), []
     for image in pictures:
-        read = read_picture(image, Budget(budget))
+        read = read_picture(image, ImageBudget(budget))
         tokens.append(BEGIN)
         image_spans.append(ImageSpan(len(tokens), read))
         tokens += [IMAGE] * read.soft_tokens + [END]

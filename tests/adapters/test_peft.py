@@ -2,15 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters.adapter_files import PREFIX, factors, write_peft
 from checkpoint.folders import CANVAS, PROMPT, logits
 from mlx.utils import tree_flatten
-from training.adapter_files import PREFIX, factors, write_peft
 
 from mlx_dgemma import generate, load
 from mlx_dgemma.adapters import folder as adapters
@@ -96,7 +95,7 @@ def test_who_wrote_a_folder_is_told_by_its_configuration(config, one, tmp_path):
 def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
     modes = {"decoder": one | alone, "encoder": one}
     model = adapted(tiny, write_peft(tmp_path / "a", modes))
-    assert model.encoder_layers is model.layers
+    assert model.encoder_layers == tuple(model.layers)
     near(logits(model), logits(added(tiny, one | alone)))
     assert not tree_flatten(model.trainable_parameters())
 
@@ -119,9 +118,8 @@ def test_adapters_of_low_precision_are_multiplied_in_float32(
     near(logits(model), logits(added(tiny, floats)))
 
 
-@pytest.mark.parametrize("how", [{}, {"q_mode": "mxfp4"}], ids=["affine", "mxfp4"])
-def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path, how):
-    convert(tiny, tmp_path / "q", quantize=True, **how)
+def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path):
+    convert(tiny, tmp_path / "q", quantize=True)
     convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
     folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
     ours, cache = hidden(adapted(tmp_path / "q", folder))
@@ -181,7 +179,7 @@ def test_each_mode_runs_with_its_own_adapter(
     encoder = {} if lacking == "encoder" else other
     folder = write_peft(tmp_path / "a", {"decoder": decoder, "encoder": encoder})
     model = adapted(tiny, folder)
-    assert model.encoder_layers is not model.layers
+    assert model.encoder_layers[0] is not model.layers[0]
     truly, read = added(tiny, decoder), added(tiny, encoder)
     states, cache = hidden(read)
     near(hidden(model)[0], states)
@@ -256,6 +254,7 @@ def test_a_mode_that_lacks_an_adapter_is_told_from_one_that_shares_it(
     assert not peft.read(folder, config).shared
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_two_modes(tiny, one, other, tmp_path, unfused):
     """Also where steps are compiled, and where they were before the adapter came."""
     folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
@@ -264,10 +263,10 @@ def test_text_is_that_of_the_two_modes(tiny, one, other, tmp_path, unfused):
     wanted = generate(adapted, tokenizer, "1 2", max_tokens=32, seed=3)
     assert wanted != base
     keys = np.array([[fold(3, 0, 0, purpose) for purpose in ("propose", "renoise")]])
-    numbers = np.array([[0.7, 3.0, 1, 0.1, 0.9]], np.float32)
-    dials = StepInputs(mx.array(keys), mx.array(numbers))
+    numbers = np.array([[0.7, 3.0, 1, 0.1, 0.9, 0]], np.float32)
+    dials = StepInputs(mx.array(keys), *mx.array(numbers).T)
     state = State.first(CANVAS[0], 64, mx.float32)
-    state = replace(state, signal=mx.random.normal(state.signal.shape))
+    state = state._replace(signal=mx.random.normal(state.signal.shape))
     cache = hidden(adapted)[1]
     view = adapted.view(cache, 16)
     eager = Stepper(adapted, compiled=False)(state, view, dials, None)[1]
@@ -297,23 +296,15 @@ def refused(folder: Path, config, *named: str) -> None:
     ("key", "value", "named"),
     [
         ("peft_type", "IA3", "'LORA'"),
-        ("peft_type", "ADALORA", "'LORA'"),
         ("use_dora", True, "DoRA"),
         ("bias", "all", "'none'"),
-        ("bias", "lora_only", "'none'"),
         ("lora_bias", True, "not supported"),
         ("modules_to_save", ["lm_head"], "only adapters"),
         ("fan_in_fan_out", True, "stored that way"),
         ("target_parameters", ["experts.gate_up_proj"], "experts"),
         ("trainable_token_indices", [3], "not supported"),
-        ("layer_replication", [[0, 2]], "not supported"),
-        ("alora_invocation_tokens", [1, 2], "not supported"),
-        ("use_qalora", True, "not supported"),
         ("something_new", {"a": 1}, "not supported"),
         ("init_lora_weights", "pissa", "changes the weights"),
-        ("init_lora_weights", "pissa_niter_16", "changes the weights"),
-        ("init_lora_weights", "olora", "changes the weights"),
-        ("init_lora_weights", "loftq", "changes the weights"),
         ("init_lora_weights", ["corda"], "changes the weights"),
         ("r", 0, "from 1"),
         ("r", None, "missing"),
@@ -335,11 +326,12 @@ def test_what_is_not_plain_lora_is_refused(config, tmp_path, key, value, named):
     refused(folder, config, about, named)
 
 
-@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
-def test_a_beginning_that_leaves_the_weights_alone_is_read(config, tmp_path, value):
+def test_a_start_that_leaves_the_weights_alone_is_read(config, tmp_path):
     layers = factors(config, ("layers.0.self_attn.q_proj",))
-    folder = write_peft(tmp_path / "a", {"decoder": layers}, init_lora_weights=value)
-    assert set(peft.read(folder, config).decoder) == set(layers)
+    for value in (True, False, "gaussian", "eva", "orthogonal"):
+        folder = tmp_path / str(value)
+        write_peft(folder, {"decoder": layers}, init_lora_weights=value)
+        assert set(peft.read(folder, config).decoder) == set(layers)
 
 
 STRANGE = [

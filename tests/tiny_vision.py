@@ -32,7 +32,7 @@ TEMPLATE = (
 )
 
 
-def write_eyed(folder: Path, **text) -> Path:
+def write_tiny_vision(folder: Path, **text) -> Path:
     """The tiny checkpoint with a small tower; pictures take at most 70 soft tokens."""
     write_tiny(folder, **text)
     raw = tiny_config(**text) | {"vision_config": VISION} | TOKENS
