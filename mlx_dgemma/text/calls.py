@@ -61,8 +61,7 @@ class _Parser:
     """A recursive descent over `text` from `at` on."""
 
     def __init__(self, text: str, at: int):
-        self._text = text
-        self._at = at
+        self._text, self._at = text, at
 
     def parse(self) -> dict[str, Any]:
         """The object that begins here and ends the text."""
@@ -90,8 +89,7 @@ class _Parser:
         """An object or a list, from its bracket on."""
         if depth > MAX_DEPTH:
             self._refuse(f"nested deeper than {MAX_DEPTH}")
-        members: dict[str, Any] = {}
-        items: list[Any] = []
+        members, items = dict[str, Any](), list[Any]()
         is_object = self._text[self._at] == "{"
         end = "}" if is_object else "]"
         self._at += 1

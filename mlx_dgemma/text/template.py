@@ -20,16 +20,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # Marks where the final message ends; the same text as in transformers.
 END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 # What a template's own code can raise beside jinja2's errors.
-TEMPLATE_FAILURES = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-    SyntaxError,
-)
+TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_FAILURES += (ArithmeticError, RecursionError, MemoryError, SyntaxError)
 
 
 class ChatTemplate:

@@ -19,10 +19,7 @@ CONTEXT = 4  # pieces; more bytes than an unfinished UTF-8 character has
 
 
 class JsonTokenizer:
-    """tokenizer.json, through `tokenizers`. Raises ValueError for broken data.
-
-    named   "bos_token" and the like, where the file names them: this one never does
-    """
+    """tokenizer.json, through `tokenizers`. Raises ValueError for broken data."""
 
     def __init__(self, data: bytes):
         from tokenizers import Tokenizer as Fast
@@ -30,11 +27,11 @@ class JsonTokenizer:
 
         # Unlike from_file, from_buffer raises ValueError and not Exception.
         self._fast = Fast.from_buffer(data)
-        model = self._fast.model
         self.piece, self.token_id = self._fast.id_to_token, self._fast.token_to_id
-        words = isinstance(model, WordLevel | WordPiece)
-        if words and self.token_id(model.unk_token) is None:
-            # it would fail on the first unknown word
+        model = self._fast.model
+        by_words = isinstance(model, WordLevel | WordPiece)
+        if by_words and self.token_id(model.unk_token) is None:
+            # encoding would fail at the first unknown word
             raise ValueError(
                 f"model.unk_token is {model.unk_token!r}, which the vocabulary "
                 "lacks; add it"
@@ -45,7 +42,7 @@ class JsonTokenizer:
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.size = self._fast.get_vocab_size()
-        self.named: dict[str, str] = {}
+        self.named: dict[str, str] = {}  # of "bos_token" and the like: never here
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids

@@ -47,11 +47,13 @@ def test_any_split_gives_the_whole_text(loaded, name, text, ids, chunk_ends):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_ids_and_leading_spaces_one_by_one(loaded, name):
+def test_random_ids_and_spaces_one_by_one(loaded, name):
     tokenizer = loaded[name]
     rng = random.Random(7)
     rows = [rng.choices(range(tokenizer.vocab_size), k=n) for n in range(1, 60)]
     rows += map(tokenizer.encode, ["  hello", "   ", " ", "helo lo", "h🎉 lo", "a a"])
+    space, hello = tokenizer.token_id("▁") or 0, tokenizer.encode("hello")
+    rows.append([space, *hello, *[space] * 6, *hello])
     for ids in rows:
         assert "".join(one_by_one(tokenizer, ids)) == tokenizer.decode(ids)
 

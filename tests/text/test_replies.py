@@ -58,7 +58,6 @@ def called(number=0, /, name="f", **arguments) -> Call:
 
 
 REPLIES = {
-    "hello": [Answer("hello")],
     "": [],
     "héllo 日本語 🎉": [Answer("héllo 日本語 🎉")],
     "<|channel>thought\n<channel|>so": [Answer("so")],
@@ -66,21 +65,16 @@ REPLIES = {
     "<|channel>thought\nhm\n\nah\n<channel|>so": [Thought("hm\n\nah"), Answer("so")],
     "<|channel>thought\nhm 🎉<channel|>\n so": [Thought("hm 🎉"), Answer("\n so")],
     "<|channel>thought\nhm\n": [Thought("hm")],
-    "<|channel>thought\n": [],
     "<|channel>thou": [Thought("thou")],
     "<|channel>": [],
     "<|channel>thoughtful": [Thought("thoughtful")],
     "<|channel>well\nyes<channel|>so": [Thought("well\nyes"), Answer("so")],
     "<|channel>final\nyes\n<channel|>!": [Answer("yes\n!")],
-    "a<|channel>thought\nb<channel|>c<|channel>thought\nd<channel|>e": [
-        *(Answer("a"), Thought("b"), Answer("c"), Thought("d"), Answer("e")),
-    ],
     "<|channel>thought\na<|channel>thought\nb": [Thought("ab")],
     "<|channel>thought\na\n<|channel>final\nb": [Thought("a"), Answer("b")],
     "a<channel|>b<tool_call|>c<|\"|>d": [Answer("abcd")],
     "a<turn|><|turn>b<|image|><eos>c<pad>": [Answer("abc")],
     "<|channel>th<turn|>ought\na<|image|>b": [Thought("ab")],
-    "<|tool_call>call:f{}<tool_call|>": [called()],
     "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>": [
         *(called(), called(1, "g")),
     ],
@@ -90,13 +84,8 @@ REPLIES = {
     '<|tool_call>call:f{a:<|"|>é🎉\n"<|"|>,<|"|>b c<|"|>:[-1.5,null]}<tool_call|>': [
         called(a='é🎉\n"', **{"b c": [-1.5, None]}),
     ],
-    "<|channel>thought\nhm<|tool_call>call:f{a:true}<tool_call|>ok": [
-        *(Thought("hm"), called(a=True), Answer("ok")),
-    ],
-    "<|tool_call>call:f{a:{}}<tool_call|><|tool_response>response:f{<|channel>x": [
-        called(a={}),
-    ],
-    "a<|tool_call>call:f{": [Answer("a"), Malformed("call:f{", "it does not end")],
+    "<|channel>thought\nhm<|tool_call>call:f{}<tool_call|><|tool_response>r:f{<|channel>x":
+        [Thought("hm"), called()],
     "<|tool_call>call:f{}<|tool_response>b": [Malformed("call:f{}", "it does not end")],
     "<|tool_call>call:f{}<|tool_call>call:g{}<tool_call|>": [
         *(Malformed("call:f{}", "it does not end"), called(0, "g")),
@@ -219,9 +208,7 @@ def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, chunk
         ("<|turn>model\n<|channel>thou", "ght\na\n<channel|>b",
          [Thought("a"), Answer("b")]),
         ("<|channel>thought\nso", " far<channel|>b", [Thought(" far"), Answer("b")]),
-        ("<|channel>thought\n", "<channel|>b", [Answer("b")]),
         ('<|tool_call>call:f{a:<|"|>b', 'c<|"|>}<tool_call|>', [called(a="bc")]),
-        ("<|tool_call>call:f", "{}<tool_call|>", [called()]),
         ("<|tool_call>call:f{}<tool_call|>", "a", [Answer("a")]),
         # a user's text cannot open one
         ("<|turn>user\n<|channel>thought\n<turn|>\n<|turn>model\n", "a", [Answer("a")]),
