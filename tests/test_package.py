@@ -120,7 +120,7 @@ def test_help_is_quick_and_imports_nothing_heavy(name):
 def test_console_script_and_module_are_one_command():
     project = PACKAGE.parent / "pyproject.toml"
     scripts = tomllib.loads(project.read_text())["project"]["scripts"]
-    assert set(scripts) == {f"mlx_dgemma.{name}" for name in COMMANDS}
+    assert set(scripts) == {"mlx_dgemma", *(f"mlx_dgemma.{name}" for name in COMMANDS)}
     for name in COMMANDS:
         module, function = scripts[f"mlx_dgemma.{name}"].split(":")
         main = vars(importlib.import_module(module))[function]

@@ -1,6 +1,6 @@
 """A conversation: the whole history is the prompt, only what is new is encoded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -110,7 +110,7 @@ class Conversation:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         continue_final_message: bool = False,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Say something and denoise the answer, yielding events as `stream_generate`.
 
         content      what to say; None to have the messages answered as they are, after
@@ -245,7 +245,7 @@ class Conversation:
         messages: list[Message],
         request: Request,
         continued: bool,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         self._check_idle()
         if self._messages is not before:
             raise SettingsError("the messages have changed since ask(); ask again")

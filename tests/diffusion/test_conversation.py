@@ -3,7 +3,6 @@
 import itertools
 import json
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,11 +99,11 @@ def test_turns_equal_fresh_prompts_through_edits_of_the_past(chatty):
 
 def test_work_of_a_turn_does_not_grow_with_the_history(chatty):
     talk = Conversation(*chatty, **LOOSE)
-    for turn in range(16):
+    for turn in range(12):
         list(talk.ask("abc" * 5, seed=turn))
         assert talk.stats is not None
         assert talk.stats.encoded < 32 + 15 + 16 + 12
-    assert talk.stats.prompt_tokens > 400
+    assert talk.stats.prompt_tokens > 300
     # marks and room included, memory grows by what full layers keep of a token
     assert talk.prefix.cache.nbytes < 500_000
 
@@ -275,18 +274,6 @@ def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):
         Conversation(model, tokenizer, system="a").ask("b")
     with pytest.raises(SettingsError, match="without a chat template, content must be"):
         talk.ask([{"type": "text", "text": "a"}])
-
-
-def test_conversation_may_move_between_threads_with_a_chosen_seed(chatty):
-    there, here = Conversation(*chatty, **LONG), Conversation(*chatty, **LONG)
-    for turn in range(2):
-        stream, events = there.ask("ab" * 9 * (turn + 1)), []
-        while not events or events[-1] is not None:
-            with ThreadPoolExecutor(1) as pool:  # a new thread for each event
-                events.append(pool.submit(next, stream, None).result())
-        seed = events[0].seed
-        expected = numbers(here.ask("ab" * 9 * (turn + 1), seed=seed))
-        assert numbers(events[:-1]) == expected
 
 
 # --- thoughts and calls --------------------------------------------------------------

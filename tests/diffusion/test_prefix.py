@@ -140,10 +140,9 @@ def test_other_chunks_reuse_only_what_is_cut_alike(tiny_model):
     assert_same(list(engine.run()), fresh(model, ids, 0, chunk=50))
 
 
-@pytest.mark.parametrize("options", [{}, {"compiled": True, "ahead": True}])
-def test_conversations_side_by_side_change_nothing(tiny_model, unfused, options):
+def test_conversations_side_by_side_change_nothing(tiny_model, unfused):
     """Each has its prefix; they come, end and go on while the others run."""
-    model, _ = tiny_model
+    model, options = tiny_model[0], {"compiled": True, "ahead": True}
     engine, prefixes = Engine(model, **options), [Prefix(model) for _ in range(2)]
     turns, running, events, asked = [1, 3], {}, [], {}
     while min(turns) < 5 or running:
