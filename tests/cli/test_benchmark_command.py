@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from terminal import environment, python
 
 from mlx_dgemma.cli.benchmark import main
 from mlx_dgemma.diffusion.engine import PREFILL_STEP
@@ -250,26 +248,3 @@ def test_refusals_are_one_line_before_anything_runs(monkeypatch):
         line = result.stderr.splitlines()[-1]
         assert line.startswith("error: ") and told in line
         assert isinstance(run(*args, "--debug").exception, DGemmaError)
-
-
-def test_wrong_usage_names_the_flag():
-    for flag, value in (
-        *((f, "0") for f in ("--prompt-tokens", "--canvases", "--steps", "-b", "-n")),
-        *(("--synthetic", "27b"), ("--q-bits", "7"), ("--q-mode", "int4")),
-        *(("--quant-predicate", "most"), ("--dtype", "float64"), ("--temp", "1")),
-    ):
-        result = run("--synthetic", "tiny", flag, value)
-        assert (result.exit_code, result.stdout) == (2, "") and flag in result.stderr
-
-
-@pytest.mark.slow
-def test_help_names_every_option_and_imports_nothing_heavy():
-    options = ("-W", "error", "-X", "importtime")
-    command = python(*options, "-m", "mlx_dgemma.benchmark", "--help")
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0
-    for option in main.params:
-        assert all(name in result.stdout for name in option.opts)
-    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "click" in loaded
-    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "numpy", "rich", "tokenizers"}
