@@ -185,7 +185,8 @@ def test_model_beside_generates_as_many_tokens(llama):
     assert beside["tokens"] == found["median"]["tokens"] == 32
     assert len(beside["trials"]) == 2
     figures = {"prompt_tps", "generation_tps", "wall_tps", "peak_bytes"}
-    for trial in (beside["median"], *beside["trials"]):
+    assert set(beside["median"]) == figures
+    for trial in beside["trials"]:
         assert set(trial) == figures and all(v > 0 for v in trial.values())
         parts = 6 / trial["prompt_tps"] + 31 / trial["generation_tps"]
         assert parts == pytest.approx(32 / trial["wall_tps"])
@@ -196,8 +197,9 @@ def test_model_beside_generates_as_many_tokens(llama):
         "generation",
         "peak",
     ]
-    ours, theirs, ratio = map(float, re.findall(r"(\d+\.\d+)(?: tok/s|$)", lines[-1]))
     assert lines[-1].startswith("wall: ours") and str(llama) in lines[-1]
+    numbers = re.findall(r"([\d,]+\.\d+)(?: tok/s|$)", lines[-1])
+    ours, theirs, ratio = (float(number.replace(",", "")) for number in numbers)
     assert ratio == pytest.approx(ours / theirs, abs=0.01)
 
 
