@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # the names of _HOMES once more, for type checkers
     from .diffusion.prefix import Prefix as Prefix
     from .diffusion.prompt import ImageSource as ImageSource
     from .errors import DGemmaError as DGemmaError
-    from .evaluation.evaluate import Result as Result
-    from .evaluation.evaluate import Row as Row
-    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation import Result as Result
+    from .evaluation import Row as Row
+    from .evaluation import evaluate as evaluate
     from .loading import load as load
     from .model.cache import PrefixCache as PrefixCache
     from .model.language import DiffusionGemma as DiffusionGemma
@@ -62,7 +62,7 @@ _HOMES = {
         "diffusion.prefix": "Prefix",
         "diffusion.prompt": "ImageSource",
         "errors": "DGemmaError",
-        "evaluation.evaluate": "Result Row evaluate",
+        "evaluation": "Result Row evaluate",
         "loading": "load",
         "model.cache": "PrefixCache",
         "model.language": "DiffusionGemma",
