@@ -297,10 +297,12 @@ def test_a_device_without_a_name_has_its_backend_s(machine, name):
 
 def test_unknown_memory_refuses_no_training(machine, tiny):
     machine("cuda", without(H100, "total_memory"))
-    memory.check(tiny, LoRA(), TrainSettings(), -1)
+    memory.check(memory.Job(*memory.read_shape(tiny, None), TrainSettings(), LoRA()))
     machine("cuda", H100 | {"total_memory": 1000})
     with pytest.raises(TrainingError, match=r"this machine has 0\.0 GB"):
-        memory.check(tiny, LoRA(), TrainSettings(), -1)
+        memory.check(
+            memory.Job(*memory.read_shape(tiny, None), TrainSettings(), LoRA())
+        )
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def sample(size: int, *, conditioned: bool = False) -> Sample:
     )
 
 
-@pytest.fixture(scope="module", params=["affine", "mxfp4"])
-def trained(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """The losses of a batch as a function of all adapters, these, and the gradient.
 
     All experts are chosen: where the choice changes, a loss has no gradient. The guess
@@ -43,7 +43,7 @@ def trained(request, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("smooth")
     write_tiny(folder / "dense", top_k_experts=4)
-    convert(folder / "dense", folder / "q", quantize=True, q_mode=request.param)
+    convert(folder / "dense", folder / "q", quantize=True)
     model, _ = load(folder / "q")
     keys = tuple(key for keys in TARGETS.values() for key in keys)
     adapt(model, LoRA(rank=2, scale=1.5, keys=keys))
