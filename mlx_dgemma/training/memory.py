@@ -240,67 +240,57 @@ def check(job: Job) -> None:
         )
 
 
+Step = tuple[str, Job] | None  # flags in words, and the job with them
+
+
 def advise(job: Job, limit: float) -> str | None:
     """Return flags with which a job takes at most `limit` bytes; None if none do.
 
     The first kind of change that is enough alone, as little of it as possible; or else
-    all kinds, one on top of another.
+    all kinds on top of one another, beginning with the base.
     """
-    kinds = range(len(_smaller(job)))
-    for chosen in [*([kind] for kind in kinds), kinds]:
-        after = job
+    for chosen in ([0], [1], [2], [3], [4], [4, 0, 1, 2, 3]):
+        changed, flags = job, dict[int, str]()
         for kind in chosen:
-            while total(after) > limit and (changed := _smaller(after)[kind]):
-                after = changed
-        if total(after) <= limit:
-            return ", ".join(_flags(job, after))
+            while total(changed) > limit and (step := _steps(changed)[kind]):
+                flags[kind], changed = step
+        if total(changed) <= limit:
+            return ", ".join(flags.values())
     return None
 
 
-def _smaller(job: Job) -> list[Job | None]:
-    """Return the job with one step of each kind of change; None at its end."""
-    settings, batch, lora = job.settings, job.settings.batch_size, job.lora
+def _steps(job: Job) -> list[Step]:
+    """Return the next step of each kind of change that saves memory: checkpoints,
+    smaller batches, shorter rows, lower ranks, a coarser base."""
+    settings, size, lora = job.settings, job.settings.batch_size, job.lora
 
-    def change(**changes: int) -> Job:
-        return replace(job, settings=replace(settings, **changes))
+    def step(words: str, **changes: int) -> Step:
+        return words, replace(job, settings=replace(settings, **changes))
 
-    checkpoint = None if settings.grad_checkpoint else change(grad_checkpoint=True)
-    sizes = [n for n in range(1, batch) if batch % n == 0 and n % job.ranks == 0]
-    batches, rows, rank, base = None, None, None, None
-    if sizes:  # as many updates of as many examples
-        parts = batch // sizes[-1]
-        batches = change(
-            batch_size=sizes[-1],
-            grad_accumulation_steps=settings.grad_accumulation_steps * parts,
-            iters=settings.iters * parts,
-        )
+    checkpoint = batches = rows = rank = base = None
+    if not settings.grad_checkpoint:
+        checkpoint = step("--grad-checkpoint", grad_checkpoint=True)
+    if sizes := [n for n in range(1, size) if size % n == n % job.ranks == 0]:
+        changes = {  # as many updates of as many examples
+            "batch_size": sizes[-1],
+            "grad_accumulation_steps": settings.grad_accumulation_steps
+            * size
+            // sizes[-1],
+            "iters": settings.iters * size // sizes[-1],
+        }
+        flags = (f"--{name.replace('_', '-')} {n}" for name, n in changes.items())
+        batches = step(" ".join(flags), **changes)
     length = (job.prefix + job.config.canvas_length) // 2
     if length >= 2 * job.config.canvas_length:
-        rows = change(max_seq_length=length)
-    if lora is not None:  # quantised weights can only be adapted
-        if lora.rank > 1:
-            rank = replace(job, lora=replace(lora, rank=lora.rank // 2))
-        now = weight_bytes(job.config, job.storage)
-        bases = (PRECISIONS[name] for name in ("8 bit", "4 bit"))
-        smaller = (s for s in bases if weight_bytes(job.config, s) < now)
-        base = next((replace(job, storage=storage) for storage in smaller), None)
+        rows = step(f"--max-seq-length {length}", max_seq_length=length)
+    if lora is not None and lora.rank > 1:
+        half = replace(lora, rank=lora.rank // 2)
+        rank = f"--rank {half.rank}", replace(job, lora=half)
+    now = weight_bytes(job.config, job.storage)
+    for bits in (4, 8):
+        storage = PRECISIONS[f"{bits} bit"]
+        # quantised weights can only be adapted
+        if lora is not None and weight_bytes(job.config, storage) < now:
+            words = f"a base of {bits} bits (mlx_dgemma.convert -q --q-bits {bits})"
+            base = words, replace(job, storage=storage)
     return [checkpoint, batches, rows, rank, base]
-
-
-def _flags(before: Job, after: Job) -> list[str]:
-    """Return what makes the one job the other."""
-    old, new, flags = before.settings, after.settings, []
-    if new.grad_checkpoint != old.grad_checkpoint:
-        flags.append("--grad-checkpoint")
-    if new.batch_size != old.batch_size:
-        steps = f"--grad-accumulation-steps {new.grad_accumulation_steps}"
-        flags.append(f"--batch-size {new.batch_size} {steps} --iters {new.iters}")
-    if new.max_seq_length != old.max_seq_length:
-        flags.append(f"--max-seq-length {new.max_seq_length}")
-    if after.lora is not None and after.lora != before.lora:
-        flags.append(f"--rank {after.lora.rank}")
-    if after.storage != before.storage and (code := after.storage.quantization):
-        flags.append(
-            f"a base of {code.bits} bits (mlx_dgemma.convert -q --q-bits {code.bits})"
-        )
-    return flags

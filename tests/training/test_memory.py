@@ -128,13 +128,18 @@ def test_weights_are_those_of_the_checkpoint(tiny, tmp_path, options):
             "a base of 8 bits (mlx_dgemma.convert -q --q-bits 8)",
         ),
         ({"model": "26b"}, 5, None),
+        (
+            {"model": "26b", "batch_size": 1, "max_seq_length": 1024},
+            17.5,
+            "a base of 4 bits (mlx_dgemma.convert -q --q-bits 4), --grad-checkpoint",
+        ),
     ],
 )
-def test_the_first_single_change_that_is_enough(settings, limit, advice):
+def test_the_first_single_change_that_is_enough_or_several(settings, limit, advice):
     assert advise(job(**settings), limit * GB) == advice
 
 
-@pytest.mark.parametrize("limit", [17, 20, 30])
+@pytest.mark.parametrize("limit", [17, 30])
 @pytest.mark.parametrize("model", ["26b", "26b-4bit"])
 def test_a_job_with_the_advised_flags_fits(model, limit):
     for settings in (
