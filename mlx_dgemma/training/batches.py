@@ -80,9 +80,8 @@ class Batches:
         """Return this rank's share of micro-batch `step`."""
         size = self.settings.batch_size
         chosen = order(self.settings.seed, len(data), step * size, size)
-        return self._batch(
-            data, chosen, "train", step, range(self.rank, size, self.ranks)
-        )
+        own = range(self.rank, size, self.ranks)
+        return self._batch(data, chosen, "train", step, own)
 
     def fixed(self, data: Dataset, stream: str, batches: int) -> Iterator[Batch]:
         """Yield this rank's share of the first `batches` batches, -1 for all.

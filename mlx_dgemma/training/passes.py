@@ -119,10 +119,8 @@ def denoise(
     end, window = column + canvas.shape[1], model.config.sliding_window
     view = View([], [], [], [])
     for kind, layer_kv in zip(model.config.layers, kv, strict=True):
-        first, rope = (
-            max(0, column - window + 1) if kind.sliding else 0,
-            inputs.rope[kind],
-        )
+        first = max(0, column - window + 1) if kind.sliding else 0
+        rope = inputs.rope[kind]
         view.prefixes.append(tuple(part[:, :, first:column] for part in layer_kv))
         view.query_rope.append(tuple(table[:, :, column:end] for table in rope))
         view.key_rope.append(tuple(table[:, :, first:end] for table in rope))
