@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..training.settings import TrainSettings
     from ..training.trainer import Trainer
 
+SHARED = ("model", "revision", "data", "adapter_path", "skip_bad")
+OF_TRAINING = ("num_layers", "train_router", "resume", "resume_adapter_file")
+
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
@@ -36,9 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--train", is_flag=True, help="Train.")
 @click.option("--test", is_flag=True, help="Losses on test.jsonl, after training.")
-@click.option(
-    "--estimate", is_flag=True, help="Say how much memory it would take, and stop."
-)
+@click.option("--estimate", is_flag=True, help="Print how much memory it would take.")
 @click.option("--data", help="Folder with train.jsonl, valid.jsonl, test.jsonl.")
 @click.option(
     "--fine-tune-type",
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
     help="Train adapters, or the weights themselves.",
 )
 @click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adam", "adafactor"]),
-    default="adamw",
+    "--optimizer", type=click.Choice(["adamw", "adam", "adafactor"]), default="adamw"
 )
 @click.option("--num-layers", type=int, default=-1, help="Last layers; -1 for all.")
 @click.option("--rank", type=int, default=16, help="Rank of the adapters.")
@@ -108,32 +107,27 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
 
         if given["config"] is not None:
             _read_config(context, given)
-        train, test, estimate = given["train"], given["test"], given["estimate"]
-        if not (train or test or estimate):
+        if not (given["train"] or given["test"] or given["estimate"]):
             raise SettingsError("give at least one of --train, --test and --estimate")
         if given["model"] is None:
             raise SettingsError("--model is missing")
-        if given["data"] is None and (train or test):
+        if given["data"] is None and (given["train"] or given["test"]):
             raise SettingsError("--data is missing")
         lora, settings = _lora(given), _settings(given)
-        model, revision = given["model"], given["revision"]
-        if estimate:
+        shared: dict[str, Any] = {name: given[name] for name in SHARED}
+        shared["settings"] = settings
+        if given["estimate"]:
             from ..training import memory
 
-            count = given["num_layers"]
-            shown = memory.lines(model, revision, settings, lora, count)
+            source = given["model"], given["revision"]
+            shown = memory.lines(*source, settings, lora, given["num_layers"])
             click.echo("\n".join(shown))
-        named = {"model": model, "revision": revision}
-        rows = {name: given[name] for name in ("data", "adapter_path", "skip_bad")}
-        if train:
-            flags = ("num_layers", "train_router", "resume", "resume_adapter_file")
-            options = {name: given[name] for name in flags}
-            _train(lora=lora, settings=settings, **named, **rows, **options)
-        if test:
+        if given["train"]:
+            _train(lora=lora, **shared, **{name: given[name] for name in OF_TRAINING})
+        if given["test"]:
             from ..training.finetune import measure
 
-            batches = given["test_batches"]
-            losses = measure(settings=settings, batches=batches, **named, **rows)
+            losses = measure(batches=given["test_batches"], **shared)
             click.echo("test: denoising {:.4f}, encoder {:.4f}".format(*losses))
 
 
@@ -234,24 +228,12 @@ def _interruptible(trainer: "Trainer") -> Iterator[None]:
 def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
     """A bar with the time left on a terminal; else a line for each event."""
     total, done = trainer.settings.iters, trainer.done
-    if trainer.rank:
-        yield lambda event: None
-    elif not is_terminal(sys.stderr):
-        began = time.monotonic()
-
-        def say(event: "Trained | Validated") -> None:
-            spent = time.monotonic() - began
-            left = spent / max(event.iteration - done, 1) * (total - event.iteration)
-            click.echo(f"{_words(event)}, {left:.0f} s left", err=True)
-
-        yield say
-    else:
+    if not trainer.rank and is_terminal(sys.stderr):
         from rich import progress
         from rich.console import Console
 
-        columns = (
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
+        columns = progress.BarColumn(), progress.MofNCompleteColumn()
+        columns += (
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.description}"),
         )
@@ -260,6 +242,15 @@ def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
             yield lambda event: bar.update(
                 task, completed=event.iteration, description=_words(event)
             )
+        return
+    began = time.monotonic()
+
+    def say(event: "Trained | Validated") -> None:
+        spent = time.monotonic() - began
+        left = spent / max(event.iteration - done, 1) * (total - event.iteration)
+        click.echo(f"{_words(event)}, {left:.0f} s left", err=True)
+
+    yield (lambda event: None) if trainer.rank else say
 
 
 def _words(event: "Trained | Validated") -> str:

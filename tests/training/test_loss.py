@@ -105,21 +105,6 @@ def test_signal_is_the_formula_and_only_e_has_a_gradient(size, scale):
     assert not np.array(none).any()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
-def test_tiles_of_positions_change_nothing(tuned, rows):
-    table, hidden, targets, given = case(300, 5.0)
-
-    def of(table, hidden):
-        found = loss.cross_entropy(embedding_of(table), hidden, targets, CAP)
-        return mx.sum(found * given)
-
-    expected = mx.grad(of, argnums=(0, 1))(table, hidden)
-    tuned(vocabulary_rows=rows)
-    found = mx.grad(of, argnums=(0, 1))(table, hidden)
-    for mine, other in zip(found, expected, strict=True):
-        close(mine, other, 1e-5)
-
-
 @pytest.mark.parametrize(
     ("bits", "group", "mode"), [(4, 32, "affine"), (3, 32, "affine"), (4, 32, "mxfp4")]
 )

@@ -11,7 +11,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import tiny_config, write_tokenizer
+from tiny import write_tiny
 
 from mlx_dgemma import TrainSettings
 from mlx_dgemma.checkpoint.config import read_config
@@ -68,10 +68,10 @@ def sweep(folder, model, levels):
     return rates
 
 
-@pytest.fixture
-def untrained(tmp_path):
+def untrained(folder):
     """A model of one narrow layer, drawn small."""
-    config = tiny_config(
+    write_tiny(
+        folder,
         hidden_size=32,
         num_hidden_layers=1,
         layer_types=["full_attention"],
@@ -79,13 +79,14 @@ def untrained(tmp_path):
         moe_intermediate_size=8,
         num_experts=2,
         top_k_experts=1,
-    ) | {"canvas_length": LETTERS + 1}
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder)
+    )
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(raw | {"canvas_length": LETTERS + 1})
+    )
+    config = read_config(folder)
     rng, weights = np.random.default_rng(0), {}
-    for name, shape in expected_shapes(read_config(folder)).items():
+    for name, shape in expected_shapes(config).items():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             values = np.full(shape, shape[0] ** -0.25)
         elif "norm" in name or "scal" in name:
@@ -94,12 +95,12 @@ def untrained(tmp_path):
             values = rng.normal(0, 0.05, shape)
         weights[disk_name(name)] = mx.array(values.astype(np.float32))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    return lambda: load_model(folder, read_config(folder))
+    return load_model(folder, config)
 
 
-def test_more_steps_help_only_after_training_at_every_noise_level(tmp_path, untrained):
-    first, last = sweep(tmp_path / "a", untrained(), (1e-3, 1.0))
+def test_more_steps_help_only_after_training_at_every_noise_level(tmp_path):
+    first, last = sweep(tmp_path / "a", untrained(tmp_path / "1"), (1e-3, 1.0))
     assert last >= first + 0.4 and last >= 0.6
-    flat = sweep(tmp_path / "b", untrained(), (1.0, 1.0))
+    flat = sweep(tmp_path / "b", untrained(tmp_path / "2"), (1.0, 1.0))
     assert abs(flat[1] - flat[0]) <= 0.1
     assert last >= flat[1] + 0.4
