@@ -114,7 +114,7 @@ def estimate(job: Job) -> dict[str, int]:
             "fine-tune-type full needs dense weights; use lora, or convert the "
             "model with --dequantize first"
         )
-    numbers, device = config.vocab_size * config.hidden_size, job.device.choices
+    table, device = config.vocab_size * config.hidden_size, job.device.choices
     rows = max(1, settings.batch_size // job.ranks)
     decoded = rows * config.canvas_length
     encoded = rows * job.prefix + (decoded if settings.encoder_loss_weight else 0)
@@ -127,7 +127,7 @@ def estimate(job: Job) -> dict[str, int]:
     if job.lora is None and job.num_layers == -1:
         # each tile of positions gives the embedding a gradient of its own
         tiles = 2 + (encoded + decoded) // device.vocabulary_rows
-        updated = max(updated, summed + 2 * value * tiles * numbers)
+        updated = max(updated, summed + 2 * value * tiles * table)
     backward = {
         "gradients": summed,
         "activations kept": kept,
@@ -141,7 +141,7 @@ def estimate(job: Job) -> dict[str, int]:
         # frees nothing before: all arrays of all passes live, with dense weights.
         copies = 6 if settings.grad_checkpoint and quantized else 3
         layers = sum(n for name, n in dense.items() if name.startswith("layers."))
-        signal = 16 * decoded * config.vocab_size + 2 * numbers
+        signal = 16 * decoded * config.vocab_size + 2 * table
         loop = {"activations kept": traced, "working set": FLOAT * copies * layers}
         moments.append(backward | loop | {"vocabulary": FLOAT * signal})
     masters = FLOAT * job.trained if job.lora or value < FLOAT else 0
@@ -156,24 +156,21 @@ def total(job: Job) -> int:
 
 def _activations(job: Job, encoded: int, decoded: int) -> tuple[int, int, int]:
     """Return the bytes layers keep, those one works with, and those of all arrays."""
-    config, again, value = (
-        job.config,
-        job.settings.grad_checkpoint,
-        job.storage.value_bytes,
-    )
+    config, value = job.config, job.storage.value_bytes
+    checkpoint = job.settings.grad_checkpoint
     width, inner = config.hidden_size, config.intermediate_size
     heads, full = config.num_attention_heads, job.lora is None
     experts = config.top_k_experts * (width + 3 * config.moe_intermediate_size)
-    first_reached = 0 if full and job.num_layers == -1 else job.layers.start
+    # the gradient ends in the first layer that is trained, or in the embedding
+    first = 0 if full and job.num_layers == -1 else job.layers.start
     kept = working = traced = 0.0
     for index, layer in enumerate(config.layers):
         queries, keys = heads * layer.head_dim, layer.kv_heads * layer.head_dim
         seen = 0.6 * encoded * config.canvas_length / decoded  # keys, on average
         if layer.sliding:
             seen = min(seen, 1.5 * config.sliding_window)
-        numbers = (
-            6 * width + 3 * inner + 3 * queries + 4 * keys + experts + heads * seen
-        )
+        numbers = 6 * width + 3 * inner + 3 * queries + 4 * keys + heads * seen
+        numbers += experts
         inputs = 0  # of trained products, which their gradients need
         if index in job.layers:
             inputs = (value if full else FLOAT) * (2 * width + queries + inner)
@@ -181,14 +178,14 @@ def _activations(job: Job, encoded: int, decoded: int) -> tuple[int, int, int]:
         token = value * numbers + inputs
         kv = value * keys * (2 if layer.sliding else 1)
         chain = value * max(11 * width, 3 * heads * seen)  # of elementwise operations
-        traced += ((1.6 if again else 1) * encoded + 2 * decoded) * token
-        if again:
+        traced += ((1.6 if checkpoint else 1) * encoded + 2 * decoded) * token
+        if checkpoint:
             kept += (encoded + decoded) * value * width + 2 * encoded * kv
             kept += 2.4 * decoded * inputs
             working = max(working, encoded * (token + 1.4 * inputs + chain))
         else:
             kept += decoded * token + encoded * kv
-            kept += encoded * token * (index >= first_reached)
+            kept += encoded * token * (index >= first)
             working = max(working, encoded * chain)
     return int(kept), int(working), int((3 if full else 4.5) * FLOAT / value * traced)
 
