@@ -242,7 +242,9 @@ def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
         quantization = None
         if options.q_bits or options.q_mode:
             bits = int(options.q_bits) if options.q_bits else None
-            quantization = Quantization.of(options.q_mode or "affine", bits, None)
+            quantization = Quantization.with_defaults(
+                options.q_mode or "affine", bits, None
+            )
         model = synthetic.synthetic_model(
             synthetic.SHAPES[options.synthetic](),
             quantization=quantization,

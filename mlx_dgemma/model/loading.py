@@ -22,6 +22,7 @@ from ..checkpoint.vision import (
     vision_shapes,
 )
 from ..checkpoint.weights import read_layout
+from ..files.safetensors import load_tensors
 from .language import DiffusionGemma
 from .layers import ExpertLinear, FeedForward, QuantizedExpertLinear, QuantizedLinear
 from .vision import Vision
@@ -39,14 +40,8 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     model = DiffusionGemma(config)
     for layer, quantization in layout.quantized.items():
         replace_layer(model, layer, quantization)
-    arrays: dict[Path, dict[str, mx.array]] = {}
-    weights = []
-    for parameter, name in layout.names.items():
-        file = layout.files.tensors[name].file
-        if file not in arrays:
-            arrays[file] = layout.files.load_file(file)
-        weights.append((parameter, arrays[file].pop(name)))
-    model.load_weights(weights, strict=True)
+    weights = load_tensors(layout.parameters)
+    model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
     model.eval()
     model.settings = read_generation_config(config, folder)

@@ -93,8 +93,8 @@ class Storage:
         if q is None:
             return math.prod(shape) * self.value_bytes
         total = 0
-        for part, packed in q.packed(shape).items():
-            coded = q.coded(part)
+        for part, packed in q.packed_shapes(shape).items():
+            coded = q.storage_dtype(part)
             width = self.value_bytes if coded is None else coded.size
             total += math.prod(packed) * width
         return total
@@ -103,7 +103,7 @@ class Storage:
         if self.quantization is None or not quantizable(parameter, shape):
             return None
         layer = layer_path(parameter.removesuffix(".weight"))
-        return RECIPES[self.recipe](layer, self.quantization).fits(shape)
+        return RECIPES[self.recipe](layer, self.quantization).fit_to_shape(shape)
 
 
 @dataclass(frozen=True)

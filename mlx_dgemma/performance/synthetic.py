@@ -179,7 +179,7 @@ def _quantize(
     for path, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Embedding | ExpertLinear):
             continue
-        code = RECIPES[recipe](layer_path(path), base).fits(layer.weight.shape)
+        code = RECIPES[recipe](layer_path(path), base).fit_to_shape(layer.weight.shape)
         if code is not None:
             replace_layer(model, path, code)
             codes[path] = code

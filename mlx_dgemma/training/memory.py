@@ -93,11 +93,11 @@ def read_shape(model: str | Path, revision: str | None) -> tuple[ModelConfig, St
     config = read_config(folder)
     layout = read_layout(folder, config)
     sizes: dict[str, int] = {}
-    for name in layout.names:
+    for name, info in layout.parameters.items():
         layer, _, part = name.rpartition(".")
         weight = f"{layer}.weight" if part in ("scales", "biases") else name
-        sizes[weight] = sizes.get(weight, 0) + layout.info(name).nbytes
-    return config, Loaded(layout.info("norm.weight").dtype.size, sizes=sizes)
+        sizes[weight] = sizes.get(weight, 0) + info.nbytes
+    return config, Loaded(layout.parameters["norm.weight"].dtype.size, sizes=sizes)
 
 
 def estimate(job: Job) -> dict[str, int]:

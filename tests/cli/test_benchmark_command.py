@@ -129,7 +129,7 @@ def test_rows_canvases_and_steps_multiply(rows, canvases, steps):
 )
 def test_weights_are_as_large_as_their_arrays(flags, code, recipe, dtype):
     found = synthetic("-n", 1, *flags.split())
-    q = Quantization.of(*code, None) if code else None
+    q = Quantization.with_defaults(*code, None) if code else None
     model = synthetic_model(
         config_tiny(), quantization=q, recipe=recipe, dtype=dtype, seed=0
     )

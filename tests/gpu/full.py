@@ -61,13 +61,13 @@ TOWER = {  # no image is shown: as small as can be, for those who cannot do with
     "head_dim": 16,
     "standardize": False,
 }
-FOUR = Quantization.of("affine", 4, None)
+FOUR = Quantization.with_defaults("affine", 4, None)
 PRECISIONS: dict[str, tuple[Quantization | None, str]] = {
     "bf16": (None, "uniform"),
-    "8 bit": (Quantization.of("affine", 8, None), "uniform"),
+    "8 bit": (Quantization.with_defaults("affine", 8, None), "uniform"),
     "mixed": (FOUR, "mixed"),
     "4 bit": (FOUR, "uniform"),
-    "nvfp4": (Quantization.of("nvfp4", None, None), "uniform"),
+    "nvfp4": (Quantization.with_defaults("nvfp4", None, None), "uniform"),
 }
 
 
@@ -212,7 +212,7 @@ def _map(
     for name, shape in expected_shapes(config).items():
         if quantizable(name, shape):
             layer = layer_path(name.removesuffix(".weight"))
-            chosen = RECIPES[recipe](layer, coded).fits(shape)
+            chosen = RECIPES[recipe](layer, coded).fit_to_shape(shape)
             if chosen is not None and chosen != coded:
                 overrides[layer] = chosen
     return QuantizationMap(coded, overrides)

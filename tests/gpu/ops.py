@@ -91,7 +91,7 @@ def families() -> dict[str, Family]:
         "machinery": _machinery,
     }
     for mode, bits in CODES:
-        q = Quantization.of(mode, bits, None)
+        q = Quantization.with_defaults(mode, bits, None)
         found[f"{mode} {bits} bit"] = partial(_coded, q=q)
     return found
 

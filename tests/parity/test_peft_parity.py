@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from training.adapter_files import factors, write_peft
+from adapters.adapter_files import factors, write_peft
 
 from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.checkpoint.config import read_config

@@ -31,7 +31,7 @@ TINY = config_tiny()
 L = TINY.canvas_length
 PUZZLE = "4000\n0310\n0430\n0000"
 CODES = [
-    Quantization.of(mode, bits, None)
+    Quantization.with_defaults(mode, bits, None)
     for mode, known in MODES.items()
     for bits in known.bits
 ]

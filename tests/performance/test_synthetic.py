@@ -20,7 +20,7 @@ from mlx_dgemma.performance.synthetic import (
 
 TINY = config_tiny()
 CODES = [None] + [
-    Quantization.of(mode, bits, None)
+    Quantization.with_defaults(mode, bits, None)
     for mode, known in MODES.items()
     for bits in known.bits
 ]
@@ -164,7 +164,7 @@ def test_uniform_quantises_every_layer_alike_in_groups_that_fit():
 
 
 def test_mixed_keeps_all_but_the_experts_at_8_bits():
-    model = build(Quantization.of("mxfp4", None, None), recipe="mixed")
+    model = build(Quantization.with_defaults("mxfp4", None, None), recipe="mixed")
     for path, layer in model.named_modules():
         if "scales" not in layer:
             continue

@@ -1,6 +1,5 @@
 """PEFT's folders: what is one adapter, what is two, and what is refused."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters.adapter_files import PREFIX, factors, write_peft
 from checkpoint.folders import CANVAS, PROMPT, logits
 from mlx.utils import tree_flatten
-from training.adapter_files import PREFIX, factors, write_peft
 
 from mlx_dgemma import generate, load
 from mlx_dgemma.adapters import folder as adapters
@@ -19,7 +18,7 @@ from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.diffusion.sampler import fold
 from mlx_dgemma.diffusion.step import State, StepInputs, Stepper
-from mlx_dgemma.errors import AdapterError
+from mlx_dgemma.errors import AdapterError, CheckpointError
 from mlx_dgemma.model.loading import find_layer, load_model
 
 PATHS = (
@@ -83,16 +82,6 @@ def hidden(model):
 # One adapter
 
 
-def test_who_wrote_a_folder_is_told_by_its_configuration(config, one, tmp_path):
-    assert peft.is_peft(write_peft(tmp_path / "a", {"decoder": one}))
-    config = tmp_path / "a" / "adapter_config.json"
-    for content in ('{"fine_tune_type": "lora"}', "{", "[]", '{"peft_type": null}'):
-        config.write_text(content)
-        assert not peft.is_peft(tmp_path / "a")
-    assert not peft.is_peft(tmp_path)
-    assert not peft.is_peft(tmp_path / "none")
-
-
 def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
     modes = {"decoder": one | alone, "encoder": one}
     model = adapted(tiny, write_peft(tmp_path / "a", modes))
@@ -101,27 +90,21 @@ def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
     assert not tree_flatten(model.trainable_parameters())
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_adapters_of_low_precision_are_multiplied_in_float32(
-    tiny, one, tmp_path, dtype
-):
+def test_adapters_of_low_precision_are_multiplied_in_float32(tiny, one, tmp_path):
     half = {
-        path: tuple(mx.array(side).astype(dtype) for side in pair)
+        path: tuple(mx.array(side).astype(mx.bfloat16) for side in pair)
         for path, pair in one.items()
     }
-    model = adapted(
-        tiny, write_peft(tmp_path / "a", {"decoder": half, "encoder": half})
-    )
+    folder = write_peft(tmp_path / "a", {"decoder": half, "encoder": half})
     floats = {
         path: tuple(np.array(side.astype(mx.float32)) for side in pair)
         for path, pair in half.items()
     }
-    near(logits(model), logits(added(tiny, floats)))
+    near(logits(adapted(tiny, folder)), logits(added(tiny, floats)))
 
 
-@pytest.mark.parametrize("how", [{}, {"q_mode": "mxfp4"}], ids=["affine", "mxfp4"])
-def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path, how):
-    convert(tiny, tmp_path / "q", quantize=True, **how)
+def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path):
+    convert(tiny, tmp_path / "q", quantize=True)
     convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
     folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
     ours, cache = hidden(adapted(tmp_path / "q", folder))
@@ -193,16 +176,6 @@ def test_each_mode_runs_with_its_own_adapter(
     near(model.denoise(CANVAS, quick, signal), model.denoise(CANVAS, ours, signal))
 
 
-def test_one_adapter_for_both_or_their_sum_would_be_wrong(tiny, one, other, tmp_path):
-    folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
-    exact = logits(adapted(tiny, folder))
-    both = {p: (np.vstack([one[p][0], other[p][0]]),) for p in one}
-    both = {p: (a, np.hstack([one[p][1], other[p][1]])) for p, (a,) in both.items()}
-    for wrong in (one, other, both):
-        found = logits(added(tiny, wrong))
-        assert np.abs(found - exact).max() > 0.1 * np.abs(exact).max()
-
-
 def test_the_modes_share_every_weight_and_nothing_is_counted_twice(
     tiny, one, other, tmp_path
 ):
@@ -256,6 +229,7 @@ def test_a_mode_that_lacks_an_adapter_is_told_from_one_that_shares_it(
     assert not peft.read(folder, config).shared
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_two_modes(tiny, one, other, tmp_path, unfused):
     """Also where steps are compiled, and where they were before the adapter came."""
     folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
@@ -297,23 +271,15 @@ def refused(folder: Path, config, *named: str) -> None:
     ("key", "value", "named"),
     [
         ("peft_type", "IA3", "'LORA'"),
-        ("peft_type", "ADALORA", "'LORA'"),
         ("use_dora", True, "DoRA"),
         ("bias", "all", "'none'"),
-        ("bias", "lora_only", "'none'"),
         ("lora_bias", True, "not supported"),
         ("modules_to_save", ["lm_head"], "only adapters"),
         ("fan_in_fan_out", True, "stored that way"),
         ("target_parameters", ["experts.gate_up_proj"], "experts"),
         ("trainable_token_indices", [3], "not supported"),
-        ("layer_replication", [[0, 2]], "not supported"),
-        ("alora_invocation_tokens", [1, 2], "not supported"),
-        ("use_qalora", True, "not supported"),
         ("something_new", {"a": 1}, "not supported"),
         ("init_lora_weights", "pissa", "changes the weights"),
-        ("init_lora_weights", "pissa_niter_16", "changes the weights"),
-        ("init_lora_weights", "olora", "changes the weights"),
-        ("init_lora_weights", "loftq", "changes the weights"),
         ("init_lora_weights", ["corda"], "changes the weights"),
         ("r", 0, "from 1"),
         ("r", None, "missing"),
@@ -335,11 +301,12 @@ def test_what_is_not_plain_lora_is_refused(config, tmp_path, key, value, named):
     refused(folder, config, about, named)
 
 
-@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
-def test_a_beginning_that_leaves_the_weights_alone_is_read(config, tmp_path, value):
+def test_a_start_that_leaves_the_weights_alone_is_read(config, tmp_path):
     layers = factors(config, ("layers.0.self_attn.q_proj",))
-    folder = write_peft(tmp_path / "a", {"decoder": layers}, init_lora_weights=value)
-    assert set(peft.read(folder, config).decoder) == set(layers)
+    for value in (True, False, "gaussian", "eva", "orthogonal"):
+        folder = tmp_path / str(value)
+        write_peft(folder, {"decoder": layers}, init_lora_weights=value)
+        assert set(peft.read(folder, config).decoder) == set(layers)
 
 
 STRANGE = [
@@ -377,7 +344,7 @@ def test_a_tensor_that_belongs_to_no_layer_is_named(config, tmp_path, name):
 def test_an_adapter_of_another_model_names_tensor_and_shapes(config, tmp_path):
     layers = factors(config, ("layers.0.mlp.down_proj",))
     ((a, b),) = layers.values()
-    for number, pair in enumerate([(a[:, :-1], b), (a, b[:-1]), (a[:-1], b)]):
+    for number, pair in enumerate([(a[:, :-1], b), (a, b[:-1])]):
         wrong = {"layers.0.mlp.down_proj": pair}
         folder = write_peft(tmp_path / str(number), {"encoder": wrong})
         refused(folder, config, "down_proj.lora_", "has shape [")
@@ -397,7 +364,9 @@ def test_vision_is_let_pass_only_if_it_adds_nothing(config, one, tmp_path):
 
 
 def test_files_that_are_missing_or_torn_are_named(config, one, tmp_path):
+    assert not peft.is_peft(tmp_path)
     folder = write_peft(tmp_path / "a", {"decoder": one})
+    assert peft.is_peft(folder)
     weights = folder / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
@@ -405,27 +374,24 @@ def test_files_that_are_missing_or_torn_are_named(config, one, tmp_path):
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     refused(folder, config, "pickle", "safe_serialization")
     weights.write_bytes(content[:-9])
-    with pytest.raises(Exception, match="truncated"):
+    with pytest.raises(CheckpointError, match="truncated"):
         peft.read(folder, config)
+    for content in ('{"fine_tune_type": "lora"}', "{", "[]", '{"peft_type": null}'):
+        (folder / "adapter_config.json").write_text(content)
+        assert not peft.is_peft(folder)
 
 
 def test_a_model_takes_one_adapter_only(tiny, one, other, tmp_path):
-    cases = {"decoder": one, "encoder": other}, {"encoder": one}, {"decoder": one}
-    for number, modes in enumerate(cases):
-        folder = write_peft(tmp_path / str(number), modes)
-        model = adapted(tiny, folder)
-        with pytest.raises(AdapterError, match="already"):
-            adapters.load(model, folder)
-
-
-def test_nothing_is_changed_by_what_is_refused(tiny, one, tmp_path):
-    folder = write_peft(tmp_path / "a", {"decoder": one}, use_dora=True)
+    folder = write_peft(tmp_path / "dora", {"decoder": one}, use_dora=True)
     model = load_model(tiny, read_config(tiny))
     before = logits(model)
     with pytest.raises(AdapterError, match="DoRA"):
         adapters.load(model, folder)
     np.testing.assert_array_equal(logits(model), before)
-    written = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(written | {"use_dora": 0}))
-    adapters.load(model, folder)
-    assert np.abs(logits(model) - before).max() > 0.1
+    cases = {"decoder": one, "encoder": other}, {"encoder": one}, {"decoder": one}
+    for number, modes in enumerate(cases):
+        folder = write_peft(tmp_path / str(number), modes)
+        model = adapted(tiny, folder)
+        assert np.abs(logits(model) - before).max() > 0.1
+        with pytest.raises(AdapterError, match="already"):
+            adapters.load(model, folder)

@@ -16,6 +16,7 @@ from mlx_dgemma.checkpoint.weights import expected_shapes
 EVERY = LoRA(
     rank=3, scale=0.7, keys=tuple(k for keys in TARGETS.values() for k in keys)
 )
+SMALL = LoRA(rank=2, scale=1.5, num_layers=2, keys=("mlp.up_proj", "experts.down_proj"))
 PREFIX = "base_model.model.model."
 STACKS = {"decoder": "decoder.", "encoder": "encoder.language_model."}
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]  # path -> A (r, in), B (out, r)
@@ -73,45 +74,27 @@ def write_peft(
 
 # what PEFT 0.21 writes for a plain adapter
 WRITTEN: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
     "auto_mapping": {"base_model_class": "DiffusionGemmaForBlockDiffusion"},
     "base_model_name_or_path": "google/diffusiongemma-26B-A4B-it",
     "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
     "lora_alpha": 6,
-    "lora_bias": False,
     "lora_dropout": 0.05,
-    "lora_ga_config": None,
-    "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
     "peft_type": "LORA",
     "peft_version": "0.21.2",
     "qalora_group_size": 16,
     "r": 3,
-    "rank_pattern": {},
-    "revision": None,
     "target_modules": ["q_proj"],
-    "target_parameters": None,
     "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
 }
+WRITTEN |= {key: {} for key in ("alpha_pattern", "loftq_config", "rank_pattern")}
+OFF = "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora use_rslora"
+WRITTEN |= dict.fromkeys(OFF.split(), False)
+WRITTEN |= dict.fromkeys(
+    "alora_invocation_tokens arrow_config corda_config eva_config exclude_modules "
+    "kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config "
+    "megatron_config modules_to_save monteclora_config revision target_parameters "
+    "trainable_token_indices use_bdlora velora_config".split()
+)
