@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from adapters.adapter_files import factors, write_adapter, write_peft
 from click.testing import CliRunner
 from terminal import CODES, environment, python, run_in_terminal
-from adapters.adapter_files import factors, write_adapter, write_peft
 
 from mlx_dgemma.adapters import fuse as library
 from mlx_dgemma.checkpoint.config import read_config
