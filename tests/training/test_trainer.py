@@ -93,6 +93,7 @@ def assert_same(first, second, atol=0.0):
         np.testing.assert_allclose(array, second[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_losses_fall_and_events_come_in_order(begin, tmp_path):
     events = finish(begin("a", iters=24, learning_rate=5e-2))
     assert iterations(Trained, events) == list(range(2, 25, 2))
