@@ -88,12 +88,9 @@ def prepare(
         )
     group, source = mx.distributed.init(), hub.resolve(model, revision)
     config, storage = memory.read_shape(source, None)
-    reader = ExampleReader(
-        Tokenizer.from_dir(source),
-        config.canvas_length,
-        read_generation_config(config, source).eos,
-        settings.max_seq_length,
-    )
+    ends, longest = read_generation_config(config, source).eos, settings.max_seq_length
+    tokenizer = Tokenizer.from_dir(source)
+    reader = ExampleReader(tokenizer, config.canvas_length, ends, longest)
     valid = None
     if settings.val_batches and (Path(data).expanduser() / FILES["valid"]).exists():
         valid = _read(reader, data, "valid", skip_bad)
