@@ -82,33 +82,33 @@ def test_defaults_are_the_library_s(asked):
 
 
 def test_every_flag_reaches_the_run(asked):
-    settings = {
-        "iters": 12,
-        "batch_size": 2,
-        "grad_accumulation_steps": 3,
-        "optimizer": "adafactor",
-        "learning_rate": 0.5,
-        "lr_schedule": "constant",
-        "warmup_steps": 7,
-        "max_seq_length": 99,
-        "encoder_loss_weight": 0.25,
-        "steps_per_report": 4,
-        "steps_per_eval": 5,
-        "val_batches": -1,
-        "save_every": 6,
-        "seed": 8,
-    }
-    flags = [
-        part
-        for name, value in settings.items()
-        for part in ("--" + name.replace("_", "-"), value)
-    ]
-    flags += ["--mask-prompt", "--grad-checkpoint", "--resume", "--skip-bad"]
-    flags += ["--rank", 3, "--scale", 4, "--num-layers", 5, "--target", "experts"]
-    found = asked(*flags, "--revision", "r", "--resume-adapter-file", "f")
-    settings |= {"mask_prompt": True, "grad_checkpoint": True}
-    keys = TARGETS["experts"]
-    assert found["settings"] == TrainSettings(**settings)
+    flags = (
+        "--iters 12 --batch-size 2 --grad-accumulation-steps 3 --optimizer adafactor "
+        "--learning-rate 0.5 --lr-schedule constant --warmup-steps 7 --seed 8 "
+        "--max-seq-length 99 --encoder-loss-weight 0.25 --steps-per-report 4 "
+        "--steps-per-eval 5 --val-batches -1 --save-every 6 --mask-prompt "
+        "--grad-checkpoint --resume --skip-bad --rank 3 --scale 4 --num-layers 5 "
+        "--target experts --revision r --resume-adapter-file f"
+    )
+    found, keys = asked(*flags.split()), TARGETS["experts"]
+    assert found["settings"] == TrainSettings(
+        iters=12,
+        batch_size=2,
+        grad_accumulation_steps=3,
+        optimizer="adafactor",
+        learning_rate=0.5,
+        lr_schedule="constant",
+        warmup_steps=7,
+        max_seq_length=99,
+        encoder_loss_weight=0.25,
+        mask_prompt=True,
+        grad_checkpoint=True,
+        steps_per_report=4,
+        steps_per_eval=5,
+        val_batches=-1,
+        save_every=6,
+        seed=8,
+    )
     assert found["lora"] == LoRA(rank=3, scale=4, num_layers=5, keys=keys)
     assert found["resume"] and found["skip_bad"]
     assert (found["revision"], found["resume_adapter_file"]) == ("r", "f")
