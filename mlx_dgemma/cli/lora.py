@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from .common import (
+    INTERRUPTED,
     backend_option,
     debug_option,
     is_terminal,
@@ -19,11 +20,13 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..training.finetune import TrainRequest
+    from ..adapters.lora import LoRA
     from ..training.record import Trained, Validated
+    from ..training.settings import TrainSettings
     from ..training.trainer import Trainer
 
-SECONDS_BETWEEN_LINES = 30
+SHARED = ("model", "revision", "data", "adapter_path", "skip_bad")
+OF_TRAINING = ("num_layers", "train_router", "resume", "resume_adapter_file")
 
 
 @click.command(
@@ -36,9 +39,7 @@ SECONDS_BETWEEN_LINES = 30
 )
 @click.option("--train", is_flag=True, help="Train.")
 @click.option("--test", is_flag=True, help="Losses on test.jsonl, after training.")
-@click.option(
-    "--estimate", is_flag=True, help="Say how much memory it would take, and stop."
-)
+@click.option("--estimate", is_flag=True, help="Print how much memory it would take.")
 @click.option("--data", help="Folder with train.jsonl, valid.jsonl, test.jsonl.")
 @click.option(
     "--fine-tune-type",
@@ -47,9 +48,7 @@ SECONDS_BETWEEN_LINES = 30
     help="Train adapters, or the weights themselves.",
 )
 @click.option(
-    "--optimizer",
-    type=click.Choice(["adamw", "adam", "adafactor"]),
-    default="adamw",
+    "--optimizer", type=click.Choice(["adamw", "adam", "adafactor"]), default="adamw"
 )
 @click.option("--num-layers", type=int, default=-1, help="Last layers; -1 for all.")
 @click.option("--rank", type=int, default=16, help="Rank of the adapters.")
@@ -110,16 +109,26 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
             _read_config(context, given)
         if not (given["train"] or given["test"] or given["estimate"]):
             raise SettingsError("give at least one of --train, --test and --estimate")
-        for name in ("model", "data"):
-            if given[name] is None and not (name == "data" and given["estimate"]):
-                raise SettingsError(f"--{name} is missing")
-        request = _request(given)
+        if given["model"] is None:
+            raise SettingsError("--model is missing")
+        if given["data"] is None and (given["train"] or given["test"]):
+            raise SettingsError("--data is missing")
+        lora, settings = _lora(given), _settings(given)
+        shared: dict[str, Any] = {name: given[name] for name in SHARED}
+        shared["settings"] = settings
         if given["estimate"]:
-            _estimate(request)
+            from ..training import memory
+
+            source = given["model"], given["revision"]
+            shown = memory.lines(*source, settings, lora, given["num_layers"])
+            click.echo("\n".join(shown))
         if given["train"]:
-            _train(request)
+            _train(lora=lora, **shared, **{name: given[name] for name in OF_TRAINING})
         if given["test"]:
-            _test(request, given["test_batches"])
+            from ..training.finetune import measure
+
+            losses = measure(batches=given["test_batches"], **shared)
+            click.echo("test: denoising {:.4f}, encoder {:.4f}".format(*losses))
 
 
 def _read_config(context: click.Context, given: dict[str, Any]) -> None:
@@ -134,102 +143,74 @@ def _read_config(context: click.Context, given: dict[str, Any]) -> None:
             given[name] = types[name].type_cast_value(context, value)
 
 
-def _request(given: dict[str, Any]) -> "TrainRequest":
-    """The request that the flags stand for."""
-    from dataclasses import fields
-
+def _lora(given: dict[str, Any]) -> "LoRA | None":
+    """Return the adapters that the flags describe; None for a full fine-tuning."""
     from ..adapters.lora import TARGETS, USUAL, LoRA
     from ..errors import SettingsError
-    from ..training.finetune import TrainRequest
-    from ..training.settings import TrainSettings
 
-    lora, full = None, given["fine_tune_type"] == "full"
+    full = given["fine_tune_type"] == "full"
     if full and given["target"]:
         raise SettingsError("--target is for --fine-tune-type lora")
     if given["train_router"] and not full:
         raise SettingsError(
             "--train-router is for --fine-tune-type full; take --target"
         )
-    if not full:
-        keys = given.get("keys") or tuple(
-            key for name in given["target"] or USUAL for key in TARGETS[name]
-        )
-        lora = LoRA(
-            rank=given["rank"],
-            scale=given["scale"],
-            keys=keys,
-            num_layers=given["num_layers"],
-        )
-    known = {field.name for field in fields(TrainSettings)}
-    settings = TrainSettings(**{k: v for k, v in given.items() if k in known})
-    return TrainRequest(
-        model=given["model"],
-        data=given["data"] or "",
-        adapter_path=given["adapter_path"],
-        lora=lora,
+    if full:
+        return None
+    keys = [key for name in given["target"] or USUAL for key in TARGETS[name]]
+    return LoRA(
+        rank=given["rank"],
+        scale=given["scale"],
+        keys=tuple(given.get("keys") or keys),
         num_layers=given["num_layers"],
-        train_router=given["train_router"],
-        settings=settings,
-        resume=given["resume"],
-        resume_adapter_file=given["resume_adapter_file"],
-        skip_bad=given["skip_bad"],
-        revision=given["revision"],
     )
 
 
-def _estimate(request: "TrainRequest") -> None:
-    from ..training import memory
+def _settings(given: dict[str, Any]) -> "TrainSettings":
+    from dataclasses import fields
 
-    click.echo("\n".join(memory.lines(request)))
+    from ..training.settings import TrainSettings
+
+    names = [field.name for field in fields(TrainSettings)]
+    return TrainSettings(**{name: given[name] for name in names if name in given})
 
 
-def _train(request: "TrainRequest") -> None:
+def _train(**options: Any) -> None:
     from ..adapters import folder as adapters
-    from ..training.finetune import finish, prepare
-    from ..training.record import Saved, Trained, Validated
+    from ..training.finetune import prepare
+    from ..training.record import Saved
 
-    trainer = prepare(request)
-    plan = trainer.plan
-    talks = trainer.rank == 0
-    if talks:
+    trainer = prepare(**options)
+    iters, data, speaks = trainer.settings.iters, trainer.train, trainer.rank == 0
+    if speaks:
         count = adapters.count(adapters.trained(trainer.model))
-        bad, cut = len(plan.train.bad), plan.train.truncated
         click.echo(
-            f"{count:,} trained parameters; {len(plan.train)} examples, "
-            f"{bad} bad rows left out, {cut} answers cut"
+            f"{count:,} trained parameters; {len(data)} examples, "
+            f"{len(data.bad)} bad rows left out, {data.truncated} answers cut"
         )
-    with _interruptible(trainer), _bar(trainer, talks) as show:
+    with _interruptible(trainer), _progress(trainer) as show:
         for event in trainer.run():
-            match event:
-                case Trained() | Validated():
-                    show(event)
-                case Saved() if talks and event.iteration == plan.settings.iters:
-                    click.echo(f"{event.path}: after iteration {event.iteration}")
-    picture = finish(trainer)
-    if talks and picture is None:
+            if not isinstance(event, Saved):
+                show(event)
+            elif speaks and event.iteration == iters:
+                click.echo(f"{event.path}: after iteration {event.iteration}")
+    if speaks and not trainer.draw():
         click.echo(
             "no loss.png: matplotlib is missing; pip install 'mlx-dgemma[plot]'",
             err=True,
         )
-    if trainer.done < plan.settings.iters:
+    if trainer.done < iters:
         click.echo(
-            f"stopped after iteration {trainer.done}, saved in {plan.folder}; "
+            f"stopped after iteration {trainer.done}, saved in {trainer.folder}; "
             "--resume goes on",
             err=True,
         )
-        sys.exit(130)
-
-
-def _test(request: "TrainRequest", batches: int) -> None:
-    from ..training.finetune import measure
-
-    denoising, encoding = measure(request, batches)
-    click.echo(f"test: denoising {denoising:.4f}, encoder {encoding:.4f}")
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager
 def _interruptible(trainer: "Trainer") -> Iterator[None]:
-    """The first Ctrl-C ends the run after the update at hand; the second at once."""
+    """The first Ctrl-C ends the run after the current update; the second at once."""
 
     def on_signal(number: int, frame: Any) -> None:
         trainer.stop()
@@ -244,39 +225,32 @@ def _interruptible(trainer: "Trainer") -> Iterator[None]:
 
 
 @contextmanager
-def _bar(trainer: "Trainer", talks: bool) -> Iterator[Any]:
-    """A bar with the time left on a terminal; else a line for each report."""
-    if not talks:
-        yield lambda event: None
+def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
+    """A bar with the time left on a terminal; else a line for each event."""
+    total, done = trainer.settings.iters, trainer.done
+    if not trainer.rank and is_terminal(sys.stderr):
+        from rich import progress
+        from rich.console import Console
+
+        columns = progress.BarColumn(), progress.MofNCompleteColumn()
+        columns += (
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            yield lambda event: bar.update(
+                task, completed=event.iteration, description=_words(event)
+            )
         return
-    total = trainer.plan.settings.iters
-    if not is_terminal(sys.stderr):
-        began, first = time.monotonic(), trainer.done
+    began = time.monotonic()
 
-        def say(event: "Trained | Validated") -> None:
-            spent = time.monotonic() - began
-            left = spent / max(event.iteration - first, 1) * (total - event.iteration)
-            click.echo(f"{_words(event)}, {left:.0f} s left", err=True)
+    def say(event: "Trained | Validated") -> None:
+        spent = time.monotonic() - began
+        left = spent / max(event.iteration - done, 1) * (total - event.iteration)
+        click.echo(f"{_words(event)}, {left:.0f} s left", err=True)
 
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        Left(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=trainer.done)
-
-        def show(event: "Trained | Validated") -> None:
-            bar.update(task, completed=event.iteration, description=_words(event))
-
-        yield show
+    yield (lambda event: None) if trainer.rank else say
 
 
 def _words(event: "Trained | Validated") -> str:

@@ -1,77 +1,117 @@
-"""Which examples a rank sees when, and what they lose without being trained on."""
+"""Batches of noisy samples as arrays, and which examples each rank sees when."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoint.config import ModelConfig
-from ..model.language import DiffusionGemma
-from .corruption import Corruption, key_of, order
-from .data import Dataset, Example
-from .objective import Batch, losses
+from .corruption import Sample, corrupt, draw_key, order
+from .data import Dataset
 from .settings import TrainSettings
+
+BUCKET = 32  # prefixes are padded to a multiple of it, so that shapes rarely change
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, padded in front so that all canvases begin at `column`."""
+
+    tokens: mx.array  # (B, column + L) int32: padding, prefix, clean canvas
+    noisy: mx.array  # (B, L) int32
+    conditioned: mx.array  # (B, 1, 1) float32: 1 or 0
+    weights: mx.array  # (B, column + L - 1) float32: of next-token pairs, sum 1
+    starts: mx.array  # (B,) int32: first column of each row that is not padding
+    column: int
+    any_conditioned: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        samples: Sequence[Sample],
+        *,
+        mask_prompt: bool = False,
+    ) -> "Batch":
+        """mask_prompt: the encoder's loss leaves out the tokens of the prompt."""
+        rows, length = len(samples), config.canvas_length
+        longest = max(len(sample.prefix) for sample in samples)
+        column = -(-longest // BUCKET) * BUCKET
+        tokens = np.zeros((rows, column + length), dtype=np.int32)
+        weights = np.zeros((rows, column + length - 1), dtype=np.float32)
+        starts = [column - len(sample.prefix) for sample in samples]
+        for row, (start, sample) in enumerate(zip(starts, samples, strict=True)):
+            tokens[row, start:column] = sample.prefix
+            tokens[row, column:] = sample.canvas
+            # pair i predicts token i + 1
+            first = start + (sample.prompt - 1 if mask_prompt else 0)
+            weights[row, first:] = 1 / ((column + length - 1 - first) * rows)
+        conditioned = [sample.conditioned for sample in samples]
+        return cls(
+            mx.array(tokens),
+            mx.array([list(sample.noisy) for sample in samples], dtype=mx.int32),
+            mx.array(conditioned, dtype=mx.float32)[:, None, None],
+            mx.array(weights),
+            mx.array(starts, dtype=mx.int32),
+            column,
+            any(conditioned),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays in the order of the fields."""
+        return [self.tokens, self.noisy, self.conditioned, self.weights, self.starts]
 
 
 class Batches:
-    """The noisy batches of one rank: every `ranks`-th place of the whole batch."""
+    """The batches of one rank, which has every `ranks`-th example of a whole batch."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        settings: TrainSettings,
-        group: mx.distributed.Group,
+        self, config: ModelConfig, settings: TrainSettings, group: mx.distributed.Group
     ):
         self.config, self.settings, self.group = config, settings, group
         self.rank, self.ranks = group.rank(), group.size()
-        self.corruption = Corruption(
-            levels=settings.levels, self_conditioning=settings.self_conditioning
-        )
 
     def train(self, data: Dataset, step: int) -> Batch:
-        """This rank's share of micro-batch `step`."""
-        size, examples = self.settings.batch_size, data.examples
-        chosen = order(self.settings.seed, len(examples), step * size, size)
-        places = range(self.rank, size, self.ranks)
-        shared = [examples[chosen[place]] for place in places]
-        return self._of(shared, "train", step, places)
+        """Return this rank's share of micro-batch `step`."""
+        size = self.settings.batch_size
+        chosen = order(self.settings.seed, len(data), step * size, size)
+        own = range(self.rank, size, self.ranks)
+        return self._batch(data, chosen, "train", step, own)
 
     def fixed(self, data: Dataset, stream: str, batches: int) -> Iterator[Batch]:
-        """The first `batches` batches of a set, -1 for all, each time the same."""
-        size = self.settings.batch_size
-        most = len(data) if batches == -1 else min(len(data), batches * size)
-        for start in range(0, most, size):
-            places = range(start + self.rank, min(start + size, most), self.ranks)
-            if places:  # the last batch may have nothing for a rank
-                chosen = [data.examples[place] for place in places]
-                yield self._of(chosen, stream, 0, places)
+        """Yield this rank's share of the first `batches` batches, -1 for all.
 
-    def _of(
-        self, examples: Sequence[Example], stream: str, step: int, places: Sequence[int]
+        They have the same noise every time.
+        """
+        size = self.settings.batch_size
+        count = len(data) if batches == -1 else min(len(data), batches * size)
+        for start in range(0, count, size):
+            own = range(start + self.rank, min(start + size, count), self.ranks)
+            if own:  # the last batch may have nothing for a rank
+                yield self._batch(data, range(count), stream, 0, own)
+
+    def _batch(
+        self,
+        data: Dataset,
+        chosen: Sequence[int],
+        stream: str,
+        step: int,
+        positions: range,
     ) -> Batch:
         config, settings = self.config, self.settings
         samples = [
-            self.corruption.sample(
-                example,
+            corrupt(
+                data.examples[chosen[position]],
                 config.canvas_length,
                 config.vocab_size,
-                key_of(settings.seed, stream, step, place),
+                settings,
+                draw_key(settings.seed, stream, step, position),
             )
-            for example, place in zip(examples, places, strict=True)
+            for position in positions
         ]
         return Batch.of(config, samples, mask_prompt=settings.mask_prompt)
-
-
-def mean_losses(
-    model: DiffusionGemma, batches: Batches, data: Dataset, stream: str, most: int
-) -> tuple[float, float]:
-    """Mean denoising and encoder loss of the first `most` batches over all ranks."""
-    sums = mx.zeros((3,))
-    for batch in batches.fixed(data, stream, most):
-        found, count = losses(model, batch, encoding=True, again=False), len(batch)
-        part = [found.denoising * count, found.encoding * count, mx.array(float(count))]
-        sums = sums + mx.stack(part)
-        mx.eval(sums)
-    sums = mx.distributed.all_sum(sums, group=batches.group)
-    every: list[float] = sums.tolist()  # type: ignore[assignment]
-    denoising, encoding, count = every
-    return denoising / count, encoding / count

@@ -1,7 +1,8 @@
-"""What training asks of the vocabulary, with no (N, V) logits ever held.
+"""Cross entropy and self-conditioning signal over the vocabulary, in bounded memory.
 
-Each function passes over chunks of the tied matrix E and makes their logits again
-when gradients are wanted. x are the soft-capped logits, c · tanh(h · Eᵀ / c).
+Each function goes over chunks of the tied matrix E for a tile of positions at a time,
+and computes their logits again for gradients: the (N, V) logits never exist at once.
+x are the soft-capped logits, c · tanh(h · Eᵀ / c).
 """
 
 import math
@@ -21,86 +22,85 @@ from ..model.vocab import Embedding
 def cross_entropy(
     embedding: Embedding, hidden: mx.array, targets: mx.array, softcap: float
 ) -> mx.array:
-    """log Σ e^x - x[target] of (N, D) hidden states and (N,) ids: (N,) float32 nats.
+    """Return log Σ e^x - x[target], (N,) float32 nats, of (N, D) states and (N,) ids.
 
-    Differentiable in the hidden states and, where E is dense, in E.
+    Differentiable in the states and, where E is dense, in E.
     """
-    given = hidden, targets
-    return _tiled(lambda h, t: _tile_entropy(embedding, h, t, softcap), *given)
+
+    def tile(hidden: mx.array, targets: mx.array) -> mx.array:
+        return _cross_entropy(embedding, hidden, targets, softcap)
+
+    return _tiled(tile, hidden, targets)
 
 
 def signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
-    """softmax(x) · E · sqrt(D) of (N, D) hidden states, which get no gradient.
+    """Return softmax(x) · E · sqrt(D), (N, D), of (N, D) states.
 
-    E gets one where it is dense, as in transformers: the first pass is a guess, its
-    embedding is not.
+    The states get no gradient; E gets one where it is dense, as in transformers.
     """
-    hidden = mx.stop_gradient(hidden)
-    return _tiled(lambda h: _tile_signal(embedding, h, softcap), hidden)
+    return _tiled(lambda h: _signal(embedding, h, softcap), mx.stop_gradient(hidden))
 
 
-def _tiled(make: Callable[..., mx.array], *given: mx.array) -> mx.array:
-    """`make` of some rows at a time of all that is given, one tile's chunks alive."""
-    most = backends.current().vocabulary_rows
+def _tiled(function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
+    """Apply a function to tiles of rows, one tile after another."""
+    rows = backends.current().vocabulary_rows
     tiles = list[mx.array]()
-    for start in range(0, len(given[0]), most):
-        first, *rest = (array[start : start + most] for array in given)
+    for start in range(0, len(inputs[0]), rows):
+        first, *rest = (array[start : start + rows] for array in inputs)
         if tiles:
             (first,) = mx.depends([first], tiles[-1:])
-        tiles.append(make(first, *rest))
+        tiles.append(function(first, *rest))
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
 
-def _tile_signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
-    """`signal` of one tile of positions."""
+def _signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
     device, root = backends.current(), math.sqrt(hidden.shape[-1])
     dtype = device.product_dtype(hidden.dtype)
     queries = hidden.astype(dtype)
 
-    def soft(*weight: mx.array) -> mx.array:
+    def forward(*weight: mx.array) -> mx.array:
         head, y = _Head(embedding, weight, dtype, softcap), mx.zeros(queries.shape)
-        total = head.log_sum(queries)
+        total, _ = head.log_sum(queries)
         for rows in head.chunks:
-            x, table = head.x(queries, rows, [y])
+            x, table = head.logits(queries, rows, [y])
             y = y + (device.exp(x - total).astype(dtype) @ table).astype(mx.float32)
         return (y * root).astype(hidden.dtype)
 
-    def back(weight: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-        head, parts = _Head(embedding, (weight,), dtype, softcap), []
-        total, given = head.log_sum(queries), (cotangent * root).astype(dtype)
+    def backward(weight: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        head, parts = _Head(embedding, (weight,), dtype, softcap), list[mx.array]()
+        (total, _), given = head.log_sum(queries), (cotangent * root).astype(dtype)
         for rows in head.chunks:
-            x, _ = head.x(queries, rows, parts[-1:])
+            x, _ = head.logits(queries, rows, parts[-1:])
             p = device.exp(x - total).astype(dtype)
             parts.append((p.T @ given).astype(weight.dtype))
         return mx.concatenate(parts)
 
     if isinstance(embedding, nn.QuantizedEmbedding):
-        return mx.stop_gradient(soft())
-    return differentiable(soft, back)(embedding.weight)
+        return mx.stop_gradient(forward())
+    return differentiable(forward, backward)(embedding.weight)
 
 
-def _tile_entropy(
+def _cross_entropy(
     embedding: Embedding, hidden: mx.array, targets: mx.array, softcap: float
 ) -> mx.array:
-    """`cross_entropy` of one tile of positions."""
     device = backends.current()
     dtype = device.product_dtype(hidden.dtype)
 
-    def forth(hidden: mx.array, *weight: mx.array) -> tuple[mx.array, mx.array]:
-        """The entropies, and (N, 1) log Σ e^x for the way back."""
+    def forward(hidden: mx.array, *weight: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the (N,) entropies, and (N, 1) log Σ e^x for the backward pass."""
         head = _Head(embedding, weight, dtype, softcap)
-        total, wanted = head.log_sum_and(hidden.astype(dtype), targets)
+        total, wanted = head.log_sum(hidden.astype(dtype), targets)
         return (total - wanted)[:, 0], total
 
-    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        """Gradients of the states and of E, chunk by chunk."""
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        """Return the gradients of the states and of E, made chunk by chunk."""
         # a single primal comes as it is, several as a tuple
         hidden, *weight = primals if isinstance(primals, tuple | list) else (primals,)
         head = _Head(embedding, weight, dtype, softcap)
         queries, total, given = hidden.astype(dtype), outputs[1], cotangents[0][:, None]
         gradient, parts = mx.zeros(queries.shape), []
         for rows in head.chunks:
-            x, table = head.x(queries, rows, [gradient, *parts[-1:]])
+            x, table = head.logits(queries, rows, [gradient, *parts[-1:]])
             hit = targets[:, None] == mx.arange(rows.start, rows.stop)
             d = (device.exp(x - total) - hit) * given
             d = (d * (1 - mx.square(x / softcap))).astype(dtype)  # through the cap
@@ -110,18 +110,16 @@ def _tile_entropy(
         gradient = gradient.astype(hidden.dtype)
         return (gradient, mx.concatenate(parts)) if weight else gradient
 
-    entropy = differentiable(forth, back)
-    if isinstance(embedding, nn.QuantizedEmbedding):
-        return entropy(hidden)[0]
-    return entropy(hidden, embedding.weight)[0]
+    dense = () if isinstance(embedding, nn.QuantizedEmbedding) else (embedding.weight,)
+    return differentiable(forward, backward)(hidden, *dense)[0]
 
 
 @dataclass(frozen=True)
 class _Head:
     """The vocabulary as a head, chunk by chunk.
 
-    weight: the dense E as an argument, so that it can have a gradient; nothing where
-    the embedding is quantised.
+    weight   the dense E as an argument, so that it can have a gradient; empty where the
+             embedding is quantised
     """
 
     embedding: Embedding
@@ -133,17 +131,15 @@ class _Head:
     def chunks(self) -> list[slice]:
         vocabulary = self.embedding.weight.shape[0]
         chunk = backends.current().vocabulary_chunk
-        return [
-            slice(start, min(start + chunk, vocabulary))
-            for start in range(0, vocabulary, chunk)
-        ]
+        starts = range(0, vocabulary, chunk)
+        return [slice(start, min(start + chunk, vocabulary)) for start in starts]
 
-    def x(
+    def logits(
         self, queries: mx.array, rows: slice, after: list[mx.array]
     ) -> tuple[mx.array, mx.array]:
-        """(N, C) float32 logits of a chunk, and its (C, D) rows of E.
+        """Return the (N, C) float32 logits of a chunk, and its (C, D) rows of E.
 
-        after: what is computed before: the graph alone would let all chunks live.
+        after   what must be computed before, or all chunks would be alive at once
         """
         if after:
             (queries,) = mx.depends([queries], after)
@@ -155,23 +151,20 @@ class _Head:
         cap = mx.array(self.softcap)
         return backends.current().softcap(logits, self.softcap, cap), table
 
-    def log_sum(self, queries: mx.array) -> mx.array:
-        """(N, 1) log Σ e^x."""
-        return self.log_sum_and(queries, mx.full((len(queries),), -1))[0]
-
-    def log_sum_and(
-        self, queries: mx.array, targets: mx.array
+    def log_sum(
+        self, queries: mx.array, targets: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
-        """(N, 1) log Σ e^x, and x of the (N,) targets."""
+        """Return (N, 1) log Σ e^x, and (N, 1) x of the (N,) targets, if any."""
         device, highest = backends.current(), mx.full((len(queries), 1), -1e30)
         total, wanted = mx.zeros_like(highest), mx.zeros_like(highest)
         for rows in self.chunks:
-            x, _ = self.x(queries, rows, [total, wanted])
+            x, _ = self.logits(queries, rows, [total, wanted])
             before = highest
             highest = mx.maximum(highest, mx.max(x, axis=-1, keepdims=True))
             total = total * mx.exp(before - highest)
             total = total + mx.sum(device.exp(x - highest), axis=-1, keepdims=True)
-            index, width = targets[:, None] - rows.start, rows.stop - rows.start
-            here = mx.take_along_axis(x, mx.clip(index, 0, width - 1), axis=-1)
-            wanted = mx.where((index >= 0) & (index < width), here, wanted)
+            if targets is not None:
+                index, width = targets[:, None] - rows.start, rows.stop - rows.start
+                here = mx.take_along_axis(x, mx.clip(index, 0, width - 1), axis=-1)
+                wanted = mx.where((index >= 0) & (index < width), here, wanted)
         return highest + mx.log(total), wanted

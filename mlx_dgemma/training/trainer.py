@@ -5,9 +5,11 @@ data and its number, so a run that stopped goes on to the same weights as one th
 not, and ranks that share a batch get the gradients one rank would have got.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,86 +20,97 @@ from mlx.utils import tree_flatten, tree_map
 from .. import backends
 from ..adapters import folder as adapters
 from ..adapters.lora import LoRA, adapt, unfreeze
-from ..errors import SettingsError, TrainingError
+from ..errors import AdapterError, SettingsError, TrainingError
+from ..files.atomic import save_arrays
 from ..model.language import DiffusionGemma
-from .batches import Batches, mean_losses
+from .batches import Batches
 from .data import Dataset
-from .record import Log, Saved, Trained, Validated
+from .objective import mean_losses
+from .record import Event, Log, Saved, Trained, Validated, draw
 from .settings import TrainSettings
-from .update import Gradients, Tree, Weights
+from .update import Gradients, Weights
 
-STATE = "training_state.safetensors"
-LOG = "log.jsonl"
-Event = Trained | Validated | Saved
+STATE, LOG, PICTURE = "training_state.safetensors", "log.jsonl", "loss.png"
+# Settings that may differ when a run is resumed.
+FREE = ("steps_per_report", "steps_per_eval", "save_every", "val_batches")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainPlan:
-    """What is trained on what, and where it goes.
+@dataclass
+class _Sums:
+    """What happened since the last report."""
 
-    lora        None to train the weights themselves, of the last `num_layers` layers
-    router      whether their routers are trained as well
-    described   what adapter_config.json is to say beside that: the model, the flags
+    losses: mx.array = field(default_factory=lambda: mx.zeros((2,)))
+    norm: float = 0.0
+    updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True, eq=False)
+class Trainer:
+    """One run. `run` yields its events; `stop` ends it after the current update.
+
+    model         gets its adapters, or is unfrozen, here
+    valid         None for no validation
+    folder        receives the adapter, the state and the log
+    lora          None to train the weights themselves, of the last `num_layers` layers
+    train_router  whether their routers are trained as well
+    source        further entries of adapter_config.json: names of model and data
+    compiled      whether batches are traced; None for what the backend prefers
     """
 
+    model: DiffusionGemma
     settings: TrainSettings
     train: Dataset
     valid: Dataset | None
     folder: Path
     lora: LoRA | None = None
     num_layers: int = -1
-    router: bool = False
-    described: dict[str, Any]
-    model_digest: str = ""  # of the base's configuration
+    train_router: bool = False
+    source: dict[str, str] = field(default_factory=dict)
+    compiled: bool | None = None
+    group: mx.distributed.Group = field(default_factory=mx.distributed.init)
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """What must be the same for a run to go on; by the name of its flag."""
-        given = {name: str(value) for name, value in asdict(self.settings).items()}
-        for free in ("steps_per_report", "steps_per_eval", "save_every", "val_batches"):
-            del given[free]
-        given |= {"lora": str(self.lora), "num_layers": str(self.num_layers)}
-        given |= {"train_router": str(self.router), "data": self.train.digest}
-        return given | {"model": self.model_digest}
-
-
-class Trainer:
-    """One run. `run` yields what happens; `stop` ends it after the update at hand."""
-
-    def __init__(
-        self,
-        model: DiffusionGemma,
-        plan: TrainPlan,
-        *,
-        compiled: bool | None = None,
-        group: mx.distributed.Group | None = None,
-    ):
-        self.model, self.plan, self.settings = model, plan, plan.settings
-        self.group = mx.distributed.init() if group is None else group
+    def __post_init__(self) -> None:
         self.rank, self.ranks = self.group.rank(), self.group.size()
         if self.settings.batch_size % self.ranks:
             raise SettingsError(
                 f"batch_size is {self.settings.batch_size}; it must be a multiple of "
                 f"the {self.ranks} ranks"
             )
-        if plan.lora is not None:
-            adapt(model, plan.lora, self.settings.seed)
+        if self.lora is not None:
+            adapt(self.model, self.lora, self.settings.seed)
         else:
-            unfreeze(model, plan.num_layers, router=plan.router)
-        compiled = backends.current().compiles if compiled is None else compiled
-        self.gradients = Gradients(model, self.settings, compiled=compiled)
-        self.weights = Weights(model, self.settings)
-        self.batches = Batches(model.config, self.settings, self.group)
+            unfreeze(self.model, self.num_layers, router=self.train_router)
+        if self.compiled is None:
+            self.compiled = backends.current().compiles
+        self.gradients = Gradients(self.model, self.settings, compiled=self.compiled)
+        self.weights = Weights(self.model, self.settings)
+        self.batches = Batches(self.model.config, self.settings, self.group)
         self.done = 0  # micro-batches
+        self.tokens = 0  # trained on by all ranks, as far as reported
         self._stopped = False
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What must be the same for a run to be resumed, by the name of its flag."""
+        config = json.dumps(self.model.config.raw, sort_keys=True)
+        settings = asdict(self.settings).items()
+        return {name: str(value) for name, value in settings if name not in FREE} | {
+            "lora": str(self.lora),
+            "num_layers": str(self.num_layers),
+            "train_router": str(self.train_router),
+            "data": self.train.digest,
+            "model": hashlib.sha256(config.encode()).hexdigest()[:16],
+        }
+
     def stop(self) -> None:
-        """End after the update at hand, saving what was reached."""
+        """End the run after the current update; what was reached is saved."""
         self._stopped = True
 
     def resume(self) -> None:
-        """Go on from the state in the folder. Raises TrainingError when it cannot."""
-        path = self.plan.folder / STATE
+        """Continue from the state in the folder. Raises TrainingError if it cannot."""
+        path = self.folder / STATE
         if not path.is_file():
             raise TrainingError(f"{path}: no such file; nothing to --resume")
         loaded: Any
@@ -106,7 +119,7 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"{path}: cannot be read ({error})") from None
         arrays, metadata = loaded
-        for name, value in self.plan.fingerprint.items():
+        for name, value in self.fingerprint.items():
             if metadata.get(name) != value:
                 raise TrainingError(
                     f"{path}: {name} was {metadata.get(name)} and is {value} now; "
@@ -115,133 +128,106 @@ class Trainer:
         self.weights.restore(arrays)
         self.done = int(metadata["iteration"])
         if self.rank == 0:
-            adapters.drop_partials(self.plan.folder)
+            adapters.drop_partials(self.folder)
+
+    def start_from(self, path: Path) -> None:
+        """Start from trained weights, with a fresh optimizer."""
+        adapters.check_weights(self.model, self.lora, path)
+        arrays: Any = mx.load(str(path))
+        if unknown := sorted(set(arrays) - set(adapters.trained(self.model))):
+            raise AdapterError(f"{path}: {unknown[0]} is not trained here")
+        self.weights.replace(arrays)
 
     def run(self) -> Iterator[Event]:
-        """Train to the last iteration; yields Trained, Validated and Saved events.
-
-        Stopped, what was reached by then is saved.
-        """
-        log = Log(self.plan.folder / LOG, self.done, writes=self.rank == 0)
-        settings, report = self.settings, Report(self)
-        if self.done == 0 and self.plan.valid is not None:
-            yield log.add(self.validate())
-        saved = self.done
-        while self.done < settings.iters and not self._all_stop():
-            began = time.perf_counter()
-            report.add(*self._update(), time.perf_counter() - began)
-            last = self.done == settings.iters
-            if last or self._passed(settings.steps_per_report):
-                yield log.add(report.take())
-            if self.plan.valid is not None and (
-                last or self._passed(settings.steps_per_eval)
-            ):
-                yield log.add(self.validate())
-            if last or self._passed(settings.save_every):
-                yield self.save()
+        """Train to the last iteration, or until `stop`, and yield all events."""
+        settings, sums, saved = self.settings, _Sums(), self.done
+        log = Log(self.folder / LOG, self.done, writes=self.rank == 0)
+        if self.done == 0 and self.valid is not None:
+            yield log.add(self._validate(self.valid))
+        while self.done < settings.iters and not self._any_rank_stopped():
+            self._update(sums)
+            if self._due(settings.steps_per_report):
+                yield log.add(self._report(sums))
+                sums = _Sums()
+            if self.valid is not None and self._due(settings.steps_per_eval):
+                yield log.add(self._validate(self.valid))
+            if self._due(settings.save_every):
+                yield self._save()
                 saved = self.done
         if saved < self.done:
-            yield self.save()
+            yield self._save()
 
-    def _all_stop(self) -> bool:
-        """Whether any rank was told to stop: the others would wait for it for ever."""
+    def draw(self) -> bool:
+        """Draw the losses into the folder; return False without matplotlib."""
+        return draw(self.folder / LOG, self.folder / PICTURE)
+
+    def _any_rank_stopped(self) -> bool:
+        """Whether any rank stops: the others would wait for it forever."""
         if self.ranks == 1:
             return self._stopped
-        told = mx.distributed.all_sum(mx.array(int(self._stopped)), group=self.group)
-        return told.item() != 0
+        stopped = mx.array(int(self._stopped))
+        return mx.distributed.all_sum(stopped, group=self.group).item() != 0
 
-    def _passed(self, every: int) -> bool:
-        """Whether the update just taken went past a multiple of `every`."""
+    def _due(self, every: int) -> bool:
+        """Whether the last update passed a multiple of `every`, or ended the run."""
         before = self.done - self.settings.grad_accumulation_steps
-        return self.done // every > before // every
+        return self.done // every > before // every or self.done == self.settings.iters
 
-    def _update(self) -> tuple[list[mx.array], mx.array, int]:
-        """One update: summed losses of its micro-batches, gradient norm, tokens."""
-        count = self.settings.grad_accumulation_steps
-        number = self.done // count
-        summed, sums, tokens = None, [mx.array(0.0), mx.array(0.0)], 0
-        tree = self.weights.tree
+    def _update(self, sums: _Sums) -> None:
+        began, count = time.perf_counter(), self.settings.grad_accumulation_steps
+        number, tree, summed = self.done // count, self.weights.tree, None
         for _ in range(count):
-            batch = self.batches.train(self.plan.train, self.done)
+            batch = self.batches.train(self.train, self.done)
             found, gradients = self.gradients(tree, batch)
-            summed = gradients if summed is None else _add(summed, gradients)
-            sums = [sums[0] + found.denoising, sums[1] + found.encoding]
-            mx.eval(summed, sums)
-            tokens += batch.tokens.size
+            if summed is not None:
+                gradients = tree_map(mx.add, summed, gradients)
+            summed = gradients
+            sums.losses = sums.losses + mx.stack([found.denoising, found.encoding])
+            mx.eval(summed, sums.losses)
+            sums.tokens += batch.tokens.size
             self.done += 1
         gradients = tree_map(lambda g: g / count, summed)
         if self.ranks > 1:
             gradients = average_gradients(gradients, self.group)
-        norm = self.weights.update(gradients, number)
-        return sums, norm, tokens
+        sums.norm += float(self.weights.update(gradients, number).item())
+        sums.updates += 1
+        sums.seconds += time.perf_counter() - began
 
-    def validate(self) -> Validated:
-        """Mean losses over the validation data, under the same noise every time."""
-        assert self.plan.valid is not None
-        most = self.settings.val_batches
-        given = self.model, self.batches, self.plan.valid, "valid", most
-        return Validated(self.done, *mean_losses(*given))
-
-    def save(self) -> Saved:
-        """Write the adapter and all that a resumed run needs, each whole or not."""
-        folder = self.plan.folder
-        if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            metadata = self.plan.fingerprint | {"iteration": str(self.done)}
-            adapters.save_arrays(folder / STATE, self.weights.arrays(), metadata)
-            config = adapters.config_of(self.plan.lora, self.plan.num_layers)
-            weights: Any = dict(tree_flatten(self.weights.tree))
-            adapters.save(folder, weights, self.plan.described | config)
-            numbered = folder / f"{self.done:07}_{adapters.WEIGHTS}"
-            adapters.save_arrays(numbered, weights)
-        return Saved(self.done, folder / adapters.WEIGHTS)
-
-
-class Report:
-    """Means over the updates since the last report."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.tokens = trainer, 0
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums, self.norms = mx.zeros((2,)), list[float]()
-        self.batches, self.new, self.seconds = 0, 0, 0.0
-
-    def add(
-        self, sums: list[mx.array], norm: mx.array, tokens: int, seconds: float
-    ) -> None:
-        self.sums = self.sums + mx.stack(sums)
-        self.norms.append(float(norm.item()))  # type: ignore[arg-type]
-        self.batches += self.trainer.settings.grad_accumulation_steps
-        self.new += tokens
-        self.seconds += seconds
-
-    def take(self) -> Trained:
-        """The means over all ranks; begins anew."""
-        trainer = self.trainer
-        every = mx.distributed.all_sum(
-            mx.concatenate([self.sums / self.batches, mx.array([self.new])]),
-            group=trainer.group,
-        )
-        means: list[float] = every.tolist()  # type: ignore[assignment]
-        denoising, encoding, tokens = means
+    def _report(self, sums: _Sums) -> Trained:
+        """Return the means over all ranks."""
+        batches = sums.updates * self.settings.grad_accumulation_steps
+        own = mx.concatenate([sums.losses / batches, mx.array([sums.tokens])])
+        every: Any = mx.distributed.all_sum(own, group=self.group).tolist()
+        denoising, encoding, tokens = every
         self.tokens += int(tokens)
-        update = trainer.done // trainer.settings.grad_accumulation_steps - 1
-        event = Trained(
-            iteration=trainer.done,
-            denoising=denoising / trainer.ranks,
-            encoding=encoding / trainer.ranks,
-            norm=sum(self.norms) / len(self.norms),
-            learning_rate=trainer.settings.rate(update),
-            iterations_per_second=self.batches / self.seconds,
-            tokens_per_second=tokens / self.seconds,
+        last_update = self.done // self.settings.grad_accumulation_steps - 1
+        return Trained(
+            iteration=self.done,
+            denoising=denoising / self.ranks,
+            encoding=encoding / self.ranks,
+            norm=sums.norm / sums.updates,
+            learning_rate=self.settings.rate(last_update),
+            iterations_per_second=batches / sums.seconds,
+            tokens_per_second=tokens / sums.seconds,
             trained_tokens=self.tokens,
             peak_memory=mx.get_peak_memory(),
         )
-        self.restart()
-        return event
 
+    def _validate(self, data: Dataset) -> Validated:
+        """Return mean losses over validation data, with the same noise every time."""
+        count = self.settings.val_batches
+        found = mean_losses(self.model, self.batches, data, "valid", count)
+        return Validated(self.done, *found)
 
-def _add(a: Tree, b: Tree) -> Tree:
-    return tree_map(lambda x, y: x + y, a, b)
+    def _save(self) -> Saved:
+        """Write the adapter and all that a resumed run needs, each file atomically."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            metadata = self.fingerprint | {"iteration": str(self.done)}
+            save_arrays(self.folder / STATE, self.weights.state(), metadata)
+            weights: Any = dict(tree_flatten(self.weights.tree))
+            config = adapters.config_of(self.lora, self.num_layers)
+            described = {**self.source, **asdict(self.settings), **config}
+            adapters.save(self.folder, weights, described)
+            save_arrays(self.folder / f"{self.done:07}_{adapters.WEIGHTS}", weights)
+        return Saved(self.done, self.folder / adapters.WEIGHTS)

@@ -1,7 +1,7 @@
 """From a micro-batch to gradients, and from gradients to new weights.
 
-The weights that are updated are float32 copies, whatever the model computes in: a
-bfloat16 weight would swallow small updates. An adapter is float32 itself.
+The optimizer updates float32 copies, whatever the model computes in: a bfloat16 weight
+would swallow small updates. An adapter is float32 itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..model.language import DiffusionGemma
-from .objective import Batch, Losses, losses
+from .batches import Batch
+from .objective import Losses, losses
 from .settings import TrainSettings
 
 Tree = Any  # nested dicts and lists of arrays
@@ -29,25 +30,24 @@ class Gradients:
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, weights: Tree, batch: Batch) -> tuple[Losses, Tree]:
-        """Gradients of what is trained, in float32."""
-        key = (batch.column, len(batch), batch.guesses)
+        """Return the losses, and the gradients of `weights` in float32."""
+        key = batch.column, len(batch), batch.any_conditioned
         if key not in self._programs:
-            self._programs[key] = self._program(batch)
+            self._programs[key] = self._program(batch.column, batch.any_conditioned)
         (_, found), gradients = self._programs[key](weights, batch.arrays)
-        # tracing has left its own arrays in the model
-        self.model.update(weights)
+        self.model.update(weights)  # tracing has left its own arrays in the model
         return Losses(*found), tree_map(lambda g: g.astype(mx.float32), gradients)
 
-    def _program(self, example: Batch) -> Callable[..., Any]:
+    def _program(self, column: int, any_conditioned: bool) -> Callable[..., Any]:
         settings = self.settings
 
         def objective(weights: Tree, arrays: list) -> tuple[mx.array, tuple]:
             self.model.update(weights)
             found = losses(
                 self.model,
-                example.filled(arrays),
+                Batch(*arrays, column=column, any_conditioned=any_conditioned),
                 encoding=settings.encoder_loss_weight > 0,
-                again=settings.grad_checkpoint,
+                checkpoint=settings.grad_checkpoint,
             )
             weighted = settings.encoder_loss_weight * found.encoding
             return found.denoising + weighted, (found.denoising, found.encoding)
@@ -57,7 +57,7 @@ class Gradients:
 
 
 class Weights:
-    """What is trained: float32 masters, and the optimizer's memory of them."""
+    """What is trained: float32 masters, and the optimizer with its state."""
 
     def __init__(self, model: DiffusionGemma, settings: TrainSettings):
         self.model, self.settings = model, settings
@@ -66,61 +66,55 @@ class Weights:
         self.master: Tree = tree_map(lambda a: a.astype(mx.float32), trainable)
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(self.master)
-        self.put_back()
+        self._update_model()
 
     @property
     def tree(self) -> Tree:
-        """The trained weights as the model computes with them."""
+        """The trained weights in the dtypes that the model computes with."""
         return tree_map(lambda a, dtype: a.astype(dtype), self.master, self._dtypes)
 
-    def put_back(self) -> None:
-        """Give the model its weights, evaluated."""
+    def _update_model(self) -> None:
         weights = self.tree
         mx.eval(weights)
         self.model.update(weights)
 
     def update(self, gradients: Tree, number: int) -> mx.array:
-        """Take update `number`; returns the norm the gradients had."""
+        """Make update `number`; return the norm the gradients had before clipping."""
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
         self.optimizer.learning_rate = self.settings.rate(number)
         self.master = self.optimizer.apply_gradients(gradients, self.master)
         mx.eval(self.master, self.optimizer.state, norm)
-        self.put_back()
+        self._update_model()
         return norm
 
-    def begin(self, arrays: Mapping[str, mx.array]) -> None:
-        """Start from other weights, given by path; the optimizer knows nothing yet."""
+    def replace(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take other weights by their paths; the optimizer stays as it is."""
         self.master = tree_map_with_path(
             lambda path, a: arrays[path].astype(mx.float32) if path in arrays else a,
             self.master,
         )
-        self.put_back()
+        self._update_model()
 
-    def arrays(self) -> dict[str, mx.array]:
-        """All that a later run needs to go on as if it had not stopped."""
-        return _flat("weights", self.master) | _flat("optimizer", self.optimizer.state)
+    def state(self) -> dict[str, mx.array]:
+        """Return all that a later run needs to continue to the same bits."""
+        parts = {"weights": self.master, "optimizer": self.optimizer.state}
+        flat: Any = tree_flatten(parts)
+        return dict(flat)
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Take over what `arrays` gave.
+        """Take over what `state` returned.
 
-        In the order of the trees as they are: the norm of gradients is a sum in that
-        order, and must round as it would have.
+        The trees keep their order: a norm is a sum in that order, and rounds with it.
         """
-        self.master, self.optimizer.state = (
-            tree_map_with_path(
-                lambda path, _, part=part: arrays[f"{part}.{path}"], tree
-            )
-            for part, tree in (
-                ("weights", self.master),
-                ("optimizer", self.optimizer.state),
-            )
-        )
+        parts = {"weights": self.master, "optimizer": self.optimizer.state}
+        parts = tree_map_with_path(lambda path, _: arrays[path], parts)
+        self.master, self.optimizer.state = parts["weights"], parts["optimizer"]
         mx.eval(self.master, self.optimizer.state)
-        self.put_back()
+        self._update_model()
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
-    """The optimizer of the settings; its rate is set at every update."""
+    """Return the optimizer of the settings; its rate is set at every update."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adafactor":
         return optim.Adafactor(
@@ -132,8 +126,3 @@ def make_optimizer(settings: TrainSettings) -> optim.Optimizer:
     if settings.optimizer == "adam":
         return optim.Adam(rate, betas=BETAS, bias_correction=True)
     return optim.AdamW(rate, betas=BETAS, weight_decay=decay, bias_correction=True)
-
-
-def _flat(name: str, tree: Tree) -> dict[str, mx.array]:
-    flat: Any = tree_flatten(tree)
-    return {f"{name}.{path}": array for path, array in flat}

@@ -10,7 +10,7 @@ LORA = ("rank", "scale", "keys", "dropout")
 
 
 def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
-    """The flags a file sets, by name with underscores.
+    """Return the flags a file sets, by name with underscores.
 
     `lora_parameters` holds rank, scale and keys; dropout may only be 0. Raises
     SettingsError naming the file and the key.
@@ -23,43 +23,33 @@ def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise SettingsError(f"{path}: is no YAML ({why})") from None
-    if not isinstance(document, Mapping):
-        raise SettingsError(f"{path}: must hold names and values")
-    found: dict[str, Any] = {}
-    for name, value in document.items():
-        if name == "lora_parameters":
-            found |= _lora(value, path)
-        elif name not in known or name in ("config", "debug"):
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{path}: is no YAML ({reason})") from None
+    values = _mapping(document, f"{path}:")
+    lora = _mapping(values.pop("lora_parameters", {}), f"{path}: lora_parameters")
+    for name in values:
+        if name not in known or name in ("config", "debug"):
             raise SettingsError(f"{path}: {name} is no flag of mlx_dgemma.lora")
-        else:
-            found[name] = _number(value)
-    return found
+    if unknown := sorted(set(lora) - set(LORA)):
+        raise SettingsError(
+            f"{path}: lora_parameters holds {unknown[0]}; known: {', '.join(LORA)}"
+        )
+    if dropout := lora.pop("dropout", 0):
+        raise SettingsError(f"{path}: dropout is {dropout}; only 0 is supported")
+    return {name: _number(value) for name, value in (values | lora).items()}
 
 
-def _lora(value: Any, path: Path) -> dict[str, Any]:
+def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise SettingsError(f"{path}: lora_parameters must hold names and values")
-    if strange := sorted(set(value) - set(LORA)):
-        raise SettingsError(
-            f"{path}: lora_parameters holds {strange[0]}; known: {', '.join(LORA)}"
-        )
-    if value.get("dropout"):
-        raise SettingsError(
-            f"{path}: dropout is {value['dropout']}; only 0 is supported"
-        )
-    found = {name: _number(value[name]) for name in ("rank", "scale") if name in value}
-    if "keys" in value:
-        found["keys"] = tuple(value["keys"])
-    return found
+        raise SettingsError(f"{where} must hold names and values")
+    return dict(value)
 
 
 def _number(value: Any) -> Any:
-    """1e-5, which YAML takes for text, as mlx-lm reads it."""
+    """Return the number in a text like 1e-5, which YAML takes for a word."""
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return value
-    return value
+    return tuple(value) if isinstance(value, list) else value

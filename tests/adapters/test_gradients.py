@@ -5,17 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from adapters.layers import beside, choices, fill, flat, linear, mixture, random
-from mlx.utils import tree_unflatten
-from tiny import write_tiny
-
-from mlx_dgemma import load
-from mlx_dgemma.adapters.lora import TARGETS, LoRA, adapt
-from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.training import objective
-from mlx_dgemma.training.objective import Batch, Sample, losses
-
-EVERY = tuple(key for keys in TARGETS.values() for key in keys)
+from adapters.layers import beside, choices, linear, mixture, random
 
 
 def slope(of, at: dict[str, mx.array], direction: dict[str, mx.array], eps: float):
@@ -96,61 +86,3 @@ def test_gradients_reach_the_adapters_of_the_experts_that_were_chosen(
     for name in ("up.a", "up.b", "down.a", "down.b"):
         largest = np.abs(np.array(gradient[name])).max(axis=(1, 2))
         assert (largest > 0).tolist() == [True, True, True, False]  # the last is idle
-
-
-def sample(size: int, *, conditioned: bool = False) -> Sample:
-    rng = np.random.default_rng(size)
-    canvas, noise = rng.integers(5, 32, (2, 16))
-    return Sample(
-        prefix=rng.integers(5, 32, size).tolist(),
-        prompt=size,
-        canvas=canvas.tolist(),
-        noisy=np.where(rng.random(16) < 0.5, noise, canvas).tolist(),
-        conditioned=conditioned,
-    )
-
-
-@pytest.fixture(scope="module", params=["affine", "mxfp4"])
-def trained(request, tmp_path_factory):
-    """A 4-bit model with every adapter, both losses of a batch, and their gradient.
-
-    All experts are chosen: where the choice changes, a loss has no gradient. The guess
-    is a constant, as the gradient takes it.
-    """
-    folder = tmp_path_factory.mktemp("smooth")
-    write_tiny(folder / "dense", top_k_experts=4)
-    convert(folder / "dense", folder / "q", quantize=True, q_mode=request.param)
-    model = load(folder / "q")[0]
-    adapt(model, LoRA(rank=2, scale=1.5, keys=EVERY))
-    fill(model)
-    batch = Batch.of(model.config, [sample(3), sample(9, conditioned=True)])
-
-    def of(arrays):
-        model.update(tree_unflatten(list(arrays.items())))
-        found = losses(model, batch, encoding=True, again=False)
-        return found.denoising + found.encoding
-
-    guess = random(2, 16, 64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "_signal", lambda model, hidden: guess)
-        at = flat(model.trainable_parameters())
-        gradient = mx.grad(of)(at)
-        mx.eval(gradient)
-        yield of, at, gradient
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("side", ["lora_a", "lora_b"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_both_losses_have_the_gradient_of_every_kind_of_adapter(trained, target, side):
-    """Along the gradient and a random direction at once: along one that is random
-    alone, a loss of thousands of weights barely moves."""
-    of, at, gradient = trained
-    ends = tuple(f"{key}.{side}" for key in TARGETS[target])
-    own = {name: array for name, array in at.items() if name.endswith(ends)}
-    mine = {name: gradient[name] for name in own}
-    assert len(own) > 2 and all(mx.any(array).item() for array in mine.values())
-    aligned, other = scaled(mine, 1 / length(mine)), along(own, 0)
-    direction = {name: aligned[name] + other[name] for name in own}
-    measured = slope(lambda moved: of(at | moved), own, direction, eps=0.03)
-    assert product(direction, mine) == pytest.approx(measured, rel=5e-3)

@@ -26,9 +26,9 @@ from mlx_dgemma.checkpoint.quantize import Quantization
 from mlx_dgemma.performance.cost import Storage
 from mlx_dgemma.performance.synthetic import TINY, synthetic_model
 from mlx_dgemma.training.data import Dataset, Example
-from mlx_dgemma.training.memory import Job, estimate
+from mlx_dgemma.training.memory import Job, total
 from mlx_dgemma.training.settings import TrainSettings
-from mlx_dgemma.training.trainer import Trainer, TrainPlan
+from mlx_dgemma.training.trainer import Trainer
 
 UPDATES = 2  # the optimizer's memory is there from the second on
 EXAMPLES = 8
@@ -136,16 +136,16 @@ MODELS = {
         dtype="bfloat16",
     ),
 }
-AGAIN = {"grad_checkpoint": True}
+CHECKPOINT = {"grad_checkpoint": True}
 WAYS = {
-    "LoRA, checkpoint": Way(settings=AGAIN),
+    "LoRA, checkpoint": Way(settings=CHECKPOINT),
     "LoRA": Way(),
-    "full, checkpoint": Way(lora=None, settings=AGAIN),
+    "full, checkpoint": Way(lora=None, settings=CHECKPOINT),
     "full": Way(lora=None),
     "last 2 layers": Way(lora=LoRA(num_layers=2)),
     "rank 4, adafactor, 2 micro-batches": Way(
         lora=LoRA(rank=4),
-        settings=AGAIN | {"optimizer": "adafactor", "grad_accumulation_steps": 2},
+        settings=CHECKPOINT | {"optimizer": "adafactor", "grad_accumulation_steps": 2},
     ),
 }
 
@@ -163,14 +163,8 @@ def settings_of(model: Model, way: Way) -> TrainSettings:
 
 def estimated(model: Model, way: Way) -> int:
     """Bytes, by the formula for the device at hand."""
-    job = Job(
-        config=model.config,
-        storage=model.storage,
-        lora=way.lora,
-        settings=settings_of(model, way),
-        num_layers=way.num_layers,
-    )
-    return estimate(job).total
+    settings = settings_of(model, way)
+    return total(Job(model.config, model.storage, settings, way.lora, way.num_layers))
 
 
 def measured(model: Model, way: Way) -> int:
@@ -191,16 +185,16 @@ def measured(model: Model, way: Way) -> int:
         for _ in range(EXAMPLES)
     )
     with tempfile.TemporaryDirectory() as folder:
-        plan = TrainPlan(
+        trainer = Trainer(
+            model=built,
             settings=settings_of(model, way),
             train=Dataset(examples),
             valid=None,
             folder=Path(folder),
             lora=way.lora,
             num_layers=way.num_layers,
-            described={},
+            compiled=False,
         )
-        trainer = Trainer(built, plan, compiled=False)
         mx.reset_peak_memory()
         list(trainer.run())
     return mx.get_peak_memory() - before

@@ -1,4 +1,4 @@
-"""`mlx_dgemma.lora`: flags and YAML to a request, what it prints, what it refuses."""
+"""`mlx_dgemma.lora`: flags and YAML to a run, what it prints, what it refuses."""
 
 import json
 import sys
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlx_dgemma import LoRA, TrainSettings, load
+from mlx_dgemma import LoRA, TrainSettings, convert, load
 from mlx_dgemma.adapters.lora import TARGETS
 from mlx_dgemma.cli import lora as command
-from mlx_dgemma.cli.generate import main as generate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from runs import write_rows
 
 QUICK = ["--iters", 4, "--batch-size", 4, "--rank", 2, "--val-batches", 1]
 QUICK += ["--warmup-steps", 1, "--steps-per-report", 2, "--learning-rate", 0.01]
+TRAIN = ["--train", "--model", "m", "--data", "d"]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def refused(*args):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The request that would be trained."""
-    requests = []
-    monkeypatch.setattr(command, "_train", requests.append)
+    """`asked(*flags)`: the keywords of the run that would begin."""
 
     def ask(*args):
-        result = run("--train", "--model", "m", "--data", "d", *args)
+        found = {}
+        monkeypatch.setattr(command, "_train", found.update)
+        result = run(*TRAIN, *args)
         assert (result.exit_code, result.stderr) == (0, "")
-        return requests[-1]
+        return found
 
     return ask
 
@@ -54,92 +54,86 @@ def test_it_trains_saves_and_tests(tiny, data, tmp_path):
     given = ["--model", tiny, "--data", data, "--adapter-path", out]
     result = run("--train", "--test", *given, *QUICK)
     assert result.exit_code == 0, result.output
-    told = result.stdout.splitlines()
-    count = sum(a.size for a in _arrays(out / "adapters.safetensors").values())
-    assert told[0] == (
+    first, saved, tested = result.stdout.splitlines()
+    count = sum(a.size for a in _adapter(out).values())
+    assert first == (
         f"{count:,} trained parameters; 24 examples, 0 bad rows left out, 0 answers cut"
     )
-    assert told[1] == f"{out}/adapters.safetensors: after iteration 4"
-    assert told[2].startswith("test: denoising ")
+    assert saved == f"{out}/adapters.safetensors: after iteration 4"
+    assert tested.startswith("test: denoising ")
     lines = result.stderr.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         *("iteration 0", "iteration 2", "iteration 4", "iteration 4")
     ]
     assert all(line.endswith(" s left") for line in lines)
     assert (out / "loss.png").exists()
-    with_adapter = CliRunner().invoke(
-        generate,
-        ["--model", str(tiny), "--adapter-path", str(out), "--prompt", "a", "-m", "3"],
-    )
-    assert with_adapter.exit_code == 0, with_adapter.output
 
 
-def _arrays(path):
+def _adapter(folder):
     import mlx.core as mx
 
-    return mx.load(str(path))
+    return mx.load(str(folder / "adapters.safetensors"))
 
 
 def test_defaults_are_the_library_s(asked):
-    request = asked()
-    assert request.settings == TrainSettings()
-    assert request.lora == LoRA()
-    assert (request.resume, request.skip_bad, request.train_router) == (False,) * 3
+    found = asked()
+    assert (found["settings"], found["lora"]) == (TrainSettings(), LoRA())
+    assert not (found["resume"] or found["skip_bad"] or found["train_router"])
 
 
-def test_every_flag_reaches_the_request(asked):
-    settings = {
-        "iters": 12,
-        "batch_size": 2,
-        "grad_accumulation_steps": 3,
-        "optimizer": "adafactor",
-        "learning_rate": 0.5,
-        "lr_schedule": "constant",
-        "warmup_steps": 7,
-        "max_seq_length": 99,
-        "encoder_loss_weight": 0.25,
-        "steps_per_report": 4,
-        "steps_per_eval": 5,
-        "val_batches": -1,
-        "save_every": 6,
-        "seed": 8,
-    }
-    flags = [
-        part
-        for name, value in settings.items()
-        for part in ("--" + name.replace("_", "-"), value)
-    ]
-    switches = ["--mask-prompt", "--grad-checkpoint", "--resume", "--skip-bad"]
-    chosen = ["--rank", 3, "--scale", 4, "--num-layers", 5, "--target", "experts"]
-    request = asked(*flags, *switches, *chosen, "--revision", "r")
-    assert request.settings == TrainSettings(
-        **settings, mask_prompt=True, grad_checkpoint=True
+def test_every_flag_reaches_the_run(asked):
+    flags = (
+        "--iters 12 --batch-size 2 --grad-accumulation-steps 3 --optimizer adafactor "
+        "--learning-rate 0.5 --lr-schedule constant --warmup-steps 7 --seed 8 "
+        "--max-seq-length 99 --encoder-loss-weight 0.25 --steps-per-report 4 "
+        "--steps-per-eval 5 --val-batches -1 --save-every 6 --mask-prompt "
+        "--grad-checkpoint --resume --skip-bad --rank 3 --scale 4 --num-layers 5 "
+        "--target experts --revision r --resume-adapter-file f"
     )
-    keys = TARGETS["experts"]
-    assert request.lora == LoRA(rank=3, scale=4, num_layers=5, keys=keys)
-    assert request.resume and request.skip_bad and request.revision == "r"
+    found, keys = asked(*flags.split()), TARGETS["experts"]
+    assert found["settings"] == TrainSettings(
+        iters=12,
+        batch_size=2,
+        grad_accumulation_steps=3,
+        optimizer="adafactor",
+        learning_rate=0.5,
+        lr_schedule="constant",
+        warmup_steps=7,
+        max_seq_length=99,
+        encoder_loss_weight=0.25,
+        mask_prompt=True,
+        grad_checkpoint=True,
+        steps_per_report=4,
+        steps_per_eval=5,
+        val_batches=-1,
+        save_every=6,
+        seed=8,
+    )
+    assert found["lora"] == LoRA(rank=3, scale=4, num_layers=5, keys=keys)
+    assert found["resume"] and found["skip_bad"]
+    assert (found["revision"], found["resume_adapter_file"]) == ("r", "f")
     full = asked("--fine-tune-type", "full", "--train-router", "--num-layers", 2)
-    assert (full.lora, full.train_router, full.num_layers) == (None, True, 2)
+    assert (full["lora"], full["train_router"], full["num_layers"]) == (None, True, 2)
 
 
-def test_yaml_says_what_the_command_line_does_not(asked, tmp_path):
+def test_yaml_sets_what_the_command_line_does_not(asked, tmp_path):
     path = tmp_path / "lora.yaml"
     path.write_text(
         "iters: 30\nbatch_size: 3\nlearning_rate: 1e-5\ngrad_checkpoint: true\n"
         "num_layers: 2\nlora_parameters:\n  rank: 5\n  scale: 10.0\n  dropout: 0.0\n"
         "  keys: [self_attn.q_proj, mlp.down_proj]\n"
     )
-    request = asked("-c", path, "--batch-size", 6)
-    assert request.settings == TrainSettings(
+    found = asked("-c", path, "--batch-size", 6)
+    assert found["settings"] == TrainSettings(
         iters=30, batch_size=6, learning_rate=1e-5, grad_checkpoint=True
     )
     keys = ("self_attn.q_proj", "mlp.down_proj")
-    assert request.lora == LoRA(rank=5, scale=10, num_layers=2, keys=keys)
+    assert found["lora"] == LoRA(rank=5, scale=10, num_layers=2, keys=keys)
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
+def test_bad_yaml_is_refused_by_name(tmp_path):
+    path = tmp_path / "lora.yaml"
+    for text, message in (
         ("report_to: wandb", "report_to is no flag"),
         ("lora_parameters:\n  alpha: 3", "holds alpha; known: rank, scale"),
         ("lora_parameters:\n  dropout: 0.1", "dropout is 0.1; only 0 is supported"),
@@ -148,26 +142,19 @@ def test_yaml_says_what_the_command_line_does_not(asked, tmp_path):
         ("a: [", "is no YAML"),
         ("- a", "must hold names and values"),
         ("iters: 0", "iters is 0; it must be from 1 up"),
-    ],
-)
-def test_bad_yaml_is_refused_by_name(tmp_path, text, named):
-    path = tmp_path / "lora.yaml"
-    path.write_text(text)
-    given = ["--train", "--model", "m", "--data", "d"]
-    assert named in refused("-c", path, *given)
-
-
-def test_yaml_values_are_checked_like_flags(tmp_path):
-    path = tmp_path / "lora.yaml"
+    ):
+        path.write_text(text)
+        assert message in refused("-c", path, *TRAIN)
     path.write_text("fine_tune_type: dora")
-    result = run("-c", path, "--train", "--model", "m", "--data", "d")
+    result = run("-c", path, *TRAIN)
     assert result.exit_code == 2 and "'dora' is not one of" in result.stderr
 
 
 def test_what_does_not_go_together_is_refused(tiny, data, tmp_path):
     base = ["--train", "--model", tiny, "--data", data]
     full = ["--fine-tune-type", "full"]
-    for args, named in (
+    convert(tiny, tmp_path / "q", quantize=True, q_group_size=32)
+    for args, message in (
         (["--model", tiny, "--data", data], "give at least one of --train, --test"),
         (["--train", "--data", data], "--model is missing"),
         (["--train", "--model", tiny], "--data is missing"),
@@ -180,33 +167,30 @@ def test_what_does_not_go_together_is_refused(tiny, data, tmp_path):
         (["--train", "--model", tiny, "--data", tmp_path / "no"], "no such folder"),
         ([*base, "--resume-adapter-file", tmp_path / "x"], "no such file"),
         ([*base, "--resume", "--resume-adapter-file", "x"], "exclude one another"),
+        ([*base, *full, "--model", tmp_path / "q"], "needs dense weights"),
     ):
-        assert named in refused(*args, "--adapter-path", tmp_path / "a")
+        assert message in refused(*args, "--adapter-path", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_bad_rows_are_named_or_counted(tiny, data, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = (data / "train.jsonl").read_text()
-    (folder / "train.jsonl").write_text(rows + '{"prompt": "a"}\n')
-    given = ["--train", "--model", tiny, "--data", folder, *QUICK]
-    said = refused(*given, "--adapter-path", tmp_path / "a")
-    assert f"{folder}/train.jsonl:25: has neither" in said and "--skip-bad" in said
-    result = run(*given, "--adapter-path", tmp_path / "a", "--skip-bad")
+def test_bad_rows_are_named_or_counted_beside_a_quantised_base(tiny, data, tmp_path):
+    (tmp_path / "data").mkdir()
+    path, base, out = tmp_path / "data" / "train.jsonl", tmp_path / "q", tmp_path / "a"
+    path.write_text((data / "train.jsonl").read_text() + '{"prompt": "a"}\n{"a"\n')
+    convert(tiny, base, quantize=True, q_group_size=32)
+    given = ["--train", "--model", base, "--data", path.parent, *QUICK]
+    given += ["--adapter-path", out]
+    said = refused(*given)
+    assert f"{path}:25: has neither" in said and "--skip-bad" in said
+    result = run(*given, "--skip-bad")
     assert result.exit_code == 0, result.output
-    assert "24 examples, 1 bad rows left out" in result.stdout
+    assert "24 examples, 2 bad rows left out" in result.stdout
+    load(base, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["model"] == str(base)
 
 
-def test_a_quantised_base_is_not_trained_itself(tiny, data, tmp_path):
-    from mlx_dgemma import convert
-
-    convert(tiny, tmp_path / "q", quantize=True, q_bits=4, q_group_size=32)
-    given = ["--train", "--model", tmp_path / "q", "--data", data, *QUICK]
-    given += ["--adapter-path", tmp_path / "a"]
-    assert "needs dense weights" in refused(*given, "--fine-tune-type", "full")
-    result = run(*given)
-    assert result.exit_code == 0, result.output
-    load(tmp_path / "q", tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["model"] == str(tmp_path / "q")
+def test_estimate_needs_neither_data_nor_files():
+    result = run("--estimate", "--model", "26b-4bit", "--grad-checkpoint")
+    assert result.exit_code == 0 and "together" in result.stdout
+    assert "Mac of 48 GB (38.7 for one process): fits" in result.stdout

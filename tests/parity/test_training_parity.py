@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.weights import parameter_name
 from mlx_dgemma.model.loading import load_model
-from mlx_dgemma.training.objective import Batch, Sample, losses
+from mlx_dgemma.training.batches import Batch
+from mlx_dgemma.training.corruption import Sample
+from mlx_dgemma.training.objective import losses
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -133,13 +135,13 @@ def test_losses_and_every_gradient(tmp_path, number):
 
     model = load_model(path, read_config(path))
     batch = Batch.of(model.config, samples, mask_prompt=mask_prompt)
-    for again in (False, True):
-        assert_the_same(model, batch, again, expected, theirs)
+    for checkpoint in (False, True):
+        assert_the_same(model, batch, checkpoint, expected, theirs)
 
 
-def assert_the_same(model, batch, again, expected, theirs):
+def assert_the_same(model, batch, checkpoint, expected, theirs):
     def both(model):
-        found = losses(model, batch, encoding=True, again=again)
+        found = losses(model, batch, checkpoint=checkpoint)
         return found.denoising + found.encoding, found
 
     (_, found), gradients = nn.value_and_grad(model, both)(model)

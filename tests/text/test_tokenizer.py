@@ -135,7 +135,10 @@ def test_a_word_vocabulary_without_unknown_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ('{"bos_token": ', "tokenizer_config.json: broken JSON (Expecting value: line 1"),
+        (
+            '{"bos_token": ',
+            "tokenizer_config.json: broken JSON (Expecting value: line 1",
+        ),
         ("[1]", "tokenizer_config.json: is list, not an object"),
         (b'{"a": "\xff"}', "tokenizer_config.json: not UTF-8 at byte 7"),
         ('{"bos_token": "<none>"}', "bos_token is '<none>', which the vocabulary"),
