@@ -1,14 +1,14 @@
-"""Everything that only a GPU can tell, in one call and one JSON.
+"""Everything that only a GPU can show, in one call and one JSON file.
 
     python tests/gpu/run.py --out gpu.json          all of it, about 20 minutes
     python tests/gpu/run.py --only parity,sudoku    some sections or parts
-    python tests/gpu/run.py --dry-run               what it would do, and could not
-    python tests/gpu/run.py --rehearse              at toy sizes on the CPU
-    python tests/gpu/run.py --table gpu.json        Markdown of a run
+    python tests/gpu/run.py --dry-run               list the parts and what they lack
+    python tests/gpu/run.py --rehearse              toy sizes on the CPU
+    python tests/gpu/run.py --table gpu.json        a finished run as Markdown
 
-Each part runs in a process of its own, so one that breaks costs only itself; the file
-is whole after each. What does not fit a card's memory is skipped and said. Exits with
-1 if a part failed or broke.
+Each part runs in a process of its own, so a crash ends that part alone; the file is
+complete after each. What a card has no memory for is skipped by name. Exits with 1 if
+a part failed or broke.
 """
 
 import argparse
@@ -36,10 +36,11 @@ from mlx_dgemma import backends  # noqa: E402
 from mlx_dgemma.performance import devices  # noqa: E402
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "numpy")
+SCRATCH = Path(tempfile.gettempdir())
 
 
-def survey(setting: Setting) -> dict[str, Any]:
-    """The machine: its device and choices, and the versions of what is compared."""
+def describe_machine(setting: Setting) -> dict[str, Any]:
+    """Return the device and its choices, and the versions of what is compared."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -55,11 +56,11 @@ def survey(setting: Setting) -> dict[str, Any]:
     }
 
 
-MACHINE = Part(name="machine/survey", says="what this machine is", run=survey)
+MACHINE = Part(name="machine", says="what this machine is", run=describe_machine)
 
 
-def work(name: str, result: Path, rehearsal: bool) -> None:
-    """Run one part here and leave its figures in a file."""
+def run_here(name: str, result: Path, rehearsal: bool) -> None:
+    """Run one part in this process and write its figures to a file."""
     if rehearsal:
         backends.choose("cpu")
     part = next(p for p in [MACHINE, *plan.parts()] if p.name == name)
@@ -68,16 +69,15 @@ def work(name: str, result: Path, rehearsal: bool) -> None:
     result.write_text(json.dumps(figures))
 
 
-def started(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
-    """Run a part in a process of its own: its status, seconds, figures or error."""
+def run_process(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
+    """Run a part in a new process; return status, seconds, and figures or error."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         command = [sys.executable, __file__, "--part", part.name, str(result)]
-        command += ["--rehearse"] * rehearsal
         try:
             ended = subprocess.run(
-                command,
+                command + ["--rehearse"] * rehearsal,
                 env=os.environ | part.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -102,9 +102,9 @@ def _outcome(result: Path, ended: subprocess.CompletedProcess[str]) -> dict[str,
 
 
 def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> bool:
-    """Run parts until the budget of seconds is spent; whether all that ran are well."""
+    """Run parts until `budget` seconds are spent; return whether none failed."""
     begun = time.perf_counter()
-    machine = started(MACHINE, rehearsal, 120)
+    machine = run_process(MACHINE, rehearsal, 120)
     found: dict[str, Any] = {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
@@ -112,43 +112,38 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         "machine": machine.get("figures", machine),
         "parts": {},
     }
-    chosen = found["machine"].get("device", {}).get("chosen", {})
-    limits, device = chosen.get("limits", {}), chosen.get("name")
+    limits = found["machine"].get("device", {}).get("chosen", {}).get("limits", {})
     free = limits.get("free") or limits.get("memory")
     for part in wanted:
         part = replace(part, memory=0, disk=0) if rehearsal else part
         left = budget - (time.perf_counter() - begun)
-        why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device)
+        why = part.obstacle(SCRATCH, free)
         if why is None and left < 10:
             why = "no time was left"
         if why is None:
-            one = started(part, rehearsal, min(part.seconds, left))
+            one = run_process(part, rehearsal, min(part.seconds, left))
         else:
             one = {"status": "skipped", "why": why}
         found["parts"][part.name] = one
-        _write(out, found)
+        staged = out.with_name(out.name + ".part")
+        staged.write_text(json.dumps(found, indent=1))
+        staged.replace(out)
         print(f"{part.name:<36}{one['status']:<9}{one.get('why', '')}", flush=True)
-    _write(out, found)
     return not {"failed", "broke"} & {p["status"] for p in found["parts"].values()}
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
-    staged = out.with_name(out.name + ".part")
-    staged.write_text(json.dumps(found, indent=1))
-    staged.replace(out)
-
-
-def listed(wanted: list[Part]) -> str:
-    """What a run would do here."""
-    device = backends.chosen().backend
+def listing(wanted: list[Part]) -> str:
+    """Return one line per part, with what keeps it from running here."""
+    device = backends.current()
     limits = device.limits()
     lines = [f"on {device.name}: {device.description()}"]
     for part in wanted:
-        free = limits.free or limits.memory
-        why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device.name)
+        why = part.obstacle(SCRATCH, limits.free or limits.memory)
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
-        lines.append(f"{part.name:<36}{part.says}" + (f"  [skip: {why}]" * bool(why)))
+        lines.append(
+            f"{part.name:<36}{part.says}" + (f"  [skip: {why}]" if why else "")
+        )
     return "\n".join(lines)
 
 
@@ -164,22 +159,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.part is not None:
         name, result = options.part
-        work(name, Path(result), options.rehearse)
-        return
+        return run_here(name, Path(result), options.rehearse)
     if options.table is not None:
-        print(tables.markdown(json.loads(options.table.read_text())))
-        return
+        return print(tables.markdown(json.loads(options.table.read_text())))
     words = (options.only or "").split(",")
     wanted = [p for p in plan.parts() if any(word in p.name for word in words)]
     if not wanted:
         parser.error(f"no part is named like {options.only!r}; --dry-run lists them")
     if options.dry_run:
-        print(listed(wanted))
-        return
+        return print(listing(wanted))
     if not options.rehearse and backends.current().name == "cpu":
         parser.error("no GPU here; --dry-run lists, --rehearse runs at toy sizes")
-    well = run(wanted, options.out, rehearsal=options.rehearse, budget=options.seconds)
-    sys.exit(not well)
+    passed = run(
+        wanted, options.out, rehearsal=options.rehearse, budget=options.seconds
+    )
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":
