@@ -2,9 +2,9 @@
 
     python convert/export_golden.py
 
-Each file holds one `generate` of transformers on the built-in checkpoint, every draw
-included: per step the canvas, logits, proposals, noise, entropies, accepted
-positions, argmax and stop flag. Ours must follow it decision by decision.
+Each file holds one `generate` of transformers on the built-in checkpoint with all its
+random draws: per step the canvas, logits, proposals, noise, entropies, accepted
+positions, argmax and stop flag. Ours must make the same decisions.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ GOLDEN = ROOT / "tests" / "golden"
 ASSETS = ROOT / "mlx_dgemma" / "assets"
 MODEL = "sudoku4"
 CONDITIONED = 1e-4  # largest |Δ| of logits between float32 and float64
-# name -> what is asked of transformers beyond the checkpoint's settings
+# name -> puzzle, seed, and changes to the checkpoint's settings
 RUNS = {
     "solved": {"puzzle": 0, "seed": 0},
     "another": {"puzzle": 1, "seed": 1},
     "few_steps": {"puzzle": 2, "seed": 2, "max_denoising_steps": 3},
     "cold": {"puzzle": 3, "seed": 3, "t_max": 0.2, "t_min": 0.1},
     "patient": {"puzzle": 4, "seed": 4, "stability_threshold": 3},
-    # an answer that no token ends goes on for several canvases
+    # without an end token the answer has several canvases
     "canvases": {
         "puzzle": 5,
         "seed": 5,
@@ -45,7 +45,7 @@ RUNS = {
 
 
 def arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
-    """A trajectory as flat arrays: (steps, …), canvases told apart by `lengths`."""
+    """Return a trajectory as (steps, …) arrays; `lengths` are steps per canvas."""
     steps = trajectory.steps
     return {
         "prompt": np.array(trajectory.prompt, np.int32),
@@ -64,9 +64,9 @@ def arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
 
 
 def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
-    """Whether float64 gives the recorded logits, or a near tie of experts decides.
+    """Return whether float64 gives the recorded logits.
 
-    Where rounding can send a token to other experts, no two programs agree.
+    Where a near tie lets rounding send a token to other experts, it does not.
     """
     length = len(trajectory.starts[0])
     for index, steps in enumerate(trajectory.canvases):
@@ -82,7 +82,7 @@ def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
 
 
 def prompt_of(puzzle: int) -> list[int]:
-    """The rendered prompt of a held-out puzzle."""
+    """Return the rendered prompt of a held-out puzzle."""
     sys.path.insert(0, str(ROOT))
     from mlx_dgemma.text.chat import chat_ids
     from mlx_dgemma.text.tokenizer import Tokenizer
