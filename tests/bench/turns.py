@@ -3,9 +3,9 @@
     python tests/bench/turns.py [--model sudoku4] [--conversations 20] [--turns 6]
 
 Each turn asks for a puzzle; before some turns a past message is edited or a turn is
-taken back. The same messages and seed go through `stream_generate`, which encodes all of
-them, and every number of every step must be equal. Prints Markdown; exits with 1 when
-anything differs.
+taken back. The same messages and seed go through `stream_generate`, which encodes all
+of them, and every number of every step must be equal. Prints Markdown; exits with 1
+when anything differs.
 """
 
 import argparse

@@ -51,6 +51,7 @@ MIDDLE = SMALL | {
     "sliding_window": 128,
 }
 SIZES = {"tiny": (SMALL, 32, 50), "mid": (MIDDLE, 256, 300)}  # config, canvas, prefix
+LAYOUTS = ("release", "transformers")
 RECIPES: dict[str, dict[str, Any]] = {
     "8 bit": {"q_bits": 8},
     "6 bit": {"q_bits": 6},

@@ -1,26 +1,21 @@
-"""A part of a GPU run, where it runs, and when it cannot."""
+"""What a part of a GPU run is, and when it cannot run on a machine."""
 
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where a part runs.
+class Setting(NamedTuple):
+    """Where a part runs."""
 
-    rehearsal   toy sizes on the CPU: shows that the code runs, measures nothing
-    scratch     a folder for checkpoints, removed when the part is done
-    """
-
-    rehearsal: bool
-    scratch: Path
+    rehearsal: bool  # toy sizes on the CPU: shows that the code runs
+    scratch: Path  # a folder for checkpoints, removed when the part is done
 
     @property
     def torch_device(self) -> str:
@@ -30,26 +25,16 @@ class Setting:
         return "cuda" if not self.rehearsal and torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
-    """One thing that a run does, in a process of its own.
+    """One thing that a run does, in a process of its own."""
 
-    name      section/what, unique
-    says      what it does and how it is judged
-    run       Setting -> figures; `passed` among them is the verdict
-    memory    bytes of device memory it needs; `disk` bytes of the scratch folder
-    needs     packages beyond those of this project
-    seconds   time limit
-    """
-
-    name: str
-    says: str
-    run: Callable[[Setting], dict[str, Any]]
-    memory: int = GB
-    disk: int = 0
-    needs: tuple[str, ...] = ()
-    seconds: int = 120
-    environment: dict[str, str] = field(default_factory=dict)
+    name: str  # section/what, unique
+    run: Callable[[Setting], dict[str, Any]]  # returns figures, `passed` the verdict
+    memory: int = GB  # of the device, in bytes
+    disk: int = 0  # of the scratch folder, in bytes
+    needs: tuple[str, ...] = ()  # packages beyond those of this project
+    seconds: int = 120  # time limit
 
     @property
     def section(self) -> str:

@@ -6,6 +6,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import full
@@ -20,7 +21,17 @@ from sudoku import held_out
 
 from mlx_dgemma import backends, convert, load
 
-NO_TF32 = {"MLX_ENABLE_TF32": "0"}  # float32 products in float32
+# section -> what its parts do and how they are judged
+SECTIONS = {
+    "ops": "each MLX operation at the 26B's shapes, against the CPU or numpy",
+    "parity": "logits of two steps; dense: at most "
+    f"{parity.ALLOWED:g} times transformers' error, quantised: the CPU's",
+    "trajectory": "trajectories recorded from transformers, step by step",
+    "sudoku": "500 unseen puzzles, of which 99% must be solved",
+    "full": "the 26B with random weights: load, prefill 8K tokens, 3 canvases of 16 "
+    "steps; beside a canvas of mlx-vlm on the same files, if installed",
+    "suite": "the tests of model, sampler and engine, on this device",
+}
 TORCH = ("torch", "transformers", "safetensors")
 MODULES = ("tests/test_backends.py", "tests/model", "tests/diffusion")
 # On a CPU all 500 puzzles are solved, dense and quantised. Another device rounds
@@ -30,84 +41,36 @@ SUDOKU_RECIPES = ("8 bit", "mixed", "4 bit", "mxfp8", "mxfp4", "nvfp4")
 
 
 def parts() -> Iterator[Part]:
-    """Yield every part; names are `section/what`."""
+    """Yield every part."""
     for name, family in ops.families().items():
-        yield Part(
-            name=f"ops/{name}",
-            says="each operation once at the 26B's shapes, against numpy",
-            run=partial(_ops, family=family),
-            memory=8 * GB,
-            environment=NO_TF32,
-        )
-    yield from _parity()
-    yield Part(
-        name="trajectory/golden",
-        says="trajectories recorded from transformers, step by step and as a whole",
-        run=partial(pytest_on_device, paths=("tests/test_golden.py",)),
-        environment=NO_TF32,
-        seconds=180,
-    )
-    for recipe in (None, *SUDOKU_RECIPES):
-        yield Part(
-            name=f"sudoku/{recipe or 'dense'}",
-            says=f"500 unseen puzzles; {SOLVED:.0%} must be solved",
-            run=partial(sudoku, recipe=recipe),
-        )
-    yield from _full()
-    yield Part(
-        name="suite/modules",
-        says="the tests of model, sampler and engine, on this device",
-        run=partial(pytest_on_device, paths=MODULES),
-        environment=NO_TF32,
-        seconds=300,
-    )
-
-
-def _parity() -> Iterator[Part]:
-    for size in parity.SIZES:
-        for dtype in parity.TIED:
-            layouts = ["release", "transformers"] if size == "tiny" else ["release"]
-            for layout in layouts:
-                yield Part(
-                    name=f"parity/{size} {dtype} {layout}",
-                    says="logits of two steps against transformers and MLX on the CPU: "
-                    f"at most {parity.ALLOWED:g} times transformers' error",
-                    run=partial(parity.dense, size=size, dtype=dtype, layout=layout),
-                    memory=4 * GB,
-                    needs=TORCH,
-                    environment=NO_TF32,
-                )
+        yield Part(f"ops/{name}", partial(_ops, family=family), memory=8 * GB)
+    for size, dtype, layout in product(parity.SIZES, parity.TIED, parity.LAYOUTS):
+        if size == "tiny" or layout == "release":
+            run = partial(parity.dense, size=size, dtype=dtype, layout=layout)
+            name = f"parity/{size} {dtype} {layout}"
+            yield Part(name, run, memory=4 * GB, needs=TORCH)
     for recipe in parity.RECIPES:
-        yield Part(
-            name=f"parity/{recipe}",
-            says="quantised, bfloat16, against its weights made dense on the CPU: at "
-            f"most {parity.ALLOWED:g} times the CPU's error",
-            run=partial(parity.quantized, recipe=recipe),
-            memory=2 * GB,
-        )
-
-
-def _full() -> Iterator[Part]:
+        run = partial(parity.quantized, recipe=recipe)
+        yield Part(f"parity/{recipe}", run, memory=2 * GB)
+    golden = partial(pytest_on_device, paths=("tests/test_golden.py",))
+    yield Part("trajectory/golden", golden, seconds=180)
+    yield Part("sudoku/dense", partial(sudoku, recipe=None))
+    for recipe in SUDOKU_RECIPES:
+        yield Part(f"sudoku/{recipe}", partial(sudoku, recipe=recipe))
     # the precision that most people will run comes first
     for precision in ("mixed", "bf16", "8 bit", "nvfp4", "4 bit"):
         memory, disk = full.required_bytes(precision)
-        yield Part(
-            name=f"full/{precision}",
-            says="the 26B with random weights: load, prefill 8K tokens, 3 canvases of "
-            "16 steps; beside a canvas of mlx-vlm on the same files, if installed",
-            run=partial(full.measure_precision, precision=precision),
-            memory=memory,
-            disk=disk,
-            seconds=420,
-        )
+        run = partial(full.measure_precision, precision=precision)
+        yield Part(f"full/{precision}", run, memory, disk, seconds=420)
     yield Part(
-        name="full/transformers bf16",
-        says="the same shape in transformers on torch, eager: a step, the prefill",
-        run=full.measure_transformers,
+        "full/transformers bf16",
+        full.measure_transformers,
         memory=full.required_bytes("bf16")[0] + 4 * GB,
         needs=TORCH,
         seconds=300,
     )
+    modules = partial(pytest_on_device, paths=MODULES)
+    yield Part("suite/modules", modules, seconds=300)
 
 
 def _ops(setting: Setting, family: ops.Family) -> dict:

@@ -56,13 +56,12 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
     }
 
 
-MACHINE = Part(name="machine", says="what this machine is", run=describe_machine)
+MACHINE = Part("machine", describe_machine)
 
 
 def run_here(name: str, result: Path, rehearsal: bool) -> None:
     """Run one part in this process and write its figures to a file."""
-    if rehearsal:
-        backends.choose("cpu")
+    backends.choose("cpu" if rehearsal else None)  # before the first product
     part = next(p for p in [MACHINE, *plan.parts()] if p.name == name)
     with tempfile.TemporaryDirectory() as folder:
         figures = part.run(Setting(rehearsal, Path(folder)))
@@ -78,7 +77,6 @@ def run_process(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
         try:
             ended = subprocess.run(
                 command + ["--rehearse"] * rehearsal,
-                env=os.environ | part.environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -136,14 +134,15 @@ def listing(wanted: list[Part]) -> str:
     """Return one line per part, with what keeps it from running here."""
     device = backends.current()
     limits = device.limits()
-    lines = [f"on {device.name}: {device.description()}"]
+    lines, section = [f"on {device.name}: {device.description()}"], ""
     for part in wanted:
+        if part.section != section:
+            section = part.section
+            lines.append(f"{section}: {plan.SECTIONS[section]}")
         why = part.obstacle(SCRATCH, limits.free or limits.memory)
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
-        lines.append(
-            f"{part.name:<36}{part.says}" + (f"  [skip: {why}]" if why else "")
-        )
+        lines.append(f"  {part.name:<36}" + (f"skip: {why}" if why else ""))
     return "\n".join(lines)
 
 

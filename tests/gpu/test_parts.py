@@ -1,6 +1,5 @@
 """The judged parts of `run.py` as tests on a Metal or CUDA device (`-m gpu`)."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,8 +21,6 @@ def test_part(name, tmp_path):
     part, device = PARTS[name], backends.current()
     assert device.name != "cpu", "`-m gpu` needs a Metal or CUDA device"
     limits = device.limits()
-    for variable, value in part.environment.items():
-        os.environ.setdefault(variable, value)  # read once, before the first product
     why = part.obstacle(tmp_path, limits.free or limits.memory)
     if why is not None and "installed" not in why:
         pytest.skip(why)  # a smaller card
