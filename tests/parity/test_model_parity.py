@@ -6,7 +6,6 @@ rounding can send a token to other experts than in the truth; such tokens, whose
 is nearly tied in the truth, are left out, and routers are tested apart.
 """
 
-import itertools
 import warnings
 from pathlib import Path
 
@@ -253,16 +252,3 @@ def test_long_prompts_in_chunks(tmp_path, seed):
             model.encode(ids(prompt[:, start : start + size]), prefix)
         logits = model.denoise(ids(canvas), prefix)
         assert_as_exact(f"{size} at a time", logits, reference, exact)
-
-
-def test_configurations_cover_every_axis():
-    for key, values in {
-        "sliding_window": WINDOWS,
-        "num_experts": [e for e, _ in EXPERTS],
-        "head_dim": [d for d, _ in DIMS],
-    }.items():
-        assert {c["text"][key] for c in CONFIGURATIONS} == set(values)
-    around = {c["prefix"] - c["text"]["sliding_window"] for c in CONFIGURATIONS}
-    assert {-1, 0, 1} <= around
-    axes = {(c["layout"], c["dtype"]) for c in CONFIGURATIONS}
-    assert axes >= set(itertools.product(("release", "transformers"), TIED))

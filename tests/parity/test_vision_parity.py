@@ -10,7 +10,6 @@ from test_model_parity import assert_as_exact, ids, load_all
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.vision import read_vision, read_vision_weights, vision_shapes
-from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.model.vision import Image, Vision
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -121,28 +120,6 @@ def test_prompts_with_images(tmp_path, case, count):
             model.encode(ids(tokens[:, begin:end]), cache, inside)
         logits = model.denoise(ids(canvas), cache)
         assert_as_exact(f"{size} at a time", logits, wanted[1], wanted[0])
-
-
-def test_tokens_of_an_image_see_one_another(tmp_path):
-    """The first token of an image changes with its last pixel, in any kind of layer."""
-    from make_tiny import make_checkpoint
-
-    path = make_checkpoint(tmp_path / "m", text={"sliding_window": 4})
-    model, tower = load_model(path, read_config(path)), load_tower(path)
-    tokens, (start,) = prompt_with([(4, 3)])
-    pixels, positions = picture((4, 3))
-    other = pixels.copy()
-    other[-1] = 1 - other[-1]
-    hidden = [
-        np.array(
-            model.encode_hidden(
-                ids(tokens), model.make_cache(), [Image(start, tower(p, positions))]
-            )
-        )[0]
-        for p in (pixels, other)
-    ]
-    changed = np.abs(hidden[0] - hidden[1]).max(axis=-1) > 1e-6
-    assert not changed[:start].any() and changed[start:].all()
 
 
 def drawn(width: int, height: int, mode: str):
