@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .diffusion.events import Commit, Event, Prefilled, Step
     from .diffusion.generation import generate, stream_generate
     from .errors import DGemmaError
-    from .evaluation.evaluate import evaluate
+    from .evaluation import evaluate
     from .loading import load
     from .settings import Settings
     from .training.finetune import train
@@ -38,7 +38,7 @@ _HOME = {
     "Step": "diffusion.events",
     "TrainSettings": "training.settings",
     "convert": "checkpoint.convert",
-    "evaluate": "evaluation.evaluate",
+    "evaluate": "evaluation",
     "fuse": "adapters.fuse",
     "generate": "diffusion.generation",
     "load": "loading",

@@ -64,3 +64,7 @@ class MediaError(DGemmaError):
 
 class HubError(DGemmaError):
     """A model could not be found or fetched."""
+
+
+class SlowBlasWarning(UserWarning):
+    """MLX computes on a CPU with a BLAS that is far slower than OpenBLAS."""

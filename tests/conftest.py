@@ -3,7 +3,6 @@
 import ctypes
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,12 @@ def tiny_model(tiny):
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """`tuned(vocabulary_chunk=128)`: other choices of the backend in use."""
+    """`tuned(vocabulary_chunk=128)`: other numbers of the backend in use."""
     from mlx_dgemma import backends
 
-    def change(**choices) -> None:
-        device = backends.current()
-        monkeypatch.setattr(device, "choices", replace(device.choices, **choices))
+    def change(**numbers) -> None:
+        for name, value in numbers.items():
+            monkeypatch.setattr(backends.current(), name, value)
 
     return change
 
@@ -52,7 +51,7 @@ def experts_run(monkeypatch):
 
 @pytest.fixture
 def as_gpu(unfused) -> Iterator[None]:
-    """A GPU's choices and ways, computed by the CPU."""
+    """A GPU's numbers and operations, computed by the CPU."""
     from mlx_dgemma import backends
 
     class Simulated(backends.Metal):

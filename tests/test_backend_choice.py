@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_dgemma.backends.interface import Backend
 
 from mlx_dgemma import backends, installation
 from mlx_dgemma.adapters.lora import LoRA
 from mlx_dgemma.backends import BACKENDS, ENVIRONMENT, Choices, Limits
 from mlx_dgemma.backends.cuda import PTX_CACHE
-from mlx_dgemma.backends.interface import Backend
 from mlx_dgemma.errors import BackendError, TrainingError
 from mlx_dgemma.training import memory
 from mlx_dgemma.training.settings import TrainSettings

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.weights import FLOATS
 from ..errors import AdapterError, ConfigError, SettingsError
-from ..files.atomic import replace, save_arrays
+from ..files.atomic import save_arrays, write_atomically
 from ..files.json import Keys, read_json
 from ..files.safetensors import read_header
 from ..model.language import DiffusionGemma
@@ -32,7 +32,9 @@ def save(folder: Path, weights: Mapping[str, mx.array], config: dict[str, Any]) 
     """Write both files into `folder`, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-    replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(
+        folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8")
+    )
     save_arrays(folder / WEIGHTS, weights)
 
 

@@ -1,119 +1,108 @@
-"""Which device runs the model, and what follows from it. Nobody else asks.
+"""Which device computes, and its numbers. No other module asks which device this is.
 
-Chosen once, when first needed: the device MLX computes on by default, or the one that
-$MLX_DGEMMA_BACKEND or `choose` names.
+The device is chosen once, when it is first needed: MLX's default device, or the one
+that $MLX_DGEMMA_BACKEND or `choose` names.
 """
 
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 import mlx.core as mx
 
 from .. import installation
 from ..errors import BackendError
+from .base import Backend as Backend
+from .base import ExpertPath as ExpertPath
+from .base import differentiable as differentiable
 from .cpu import CPU
 from .cuda import CUDA
-from .interface import Backend, Choices, ExpertPath, Limits
 from .metal import Metal
 
-__all__ = [
-    "BACKENDS",
-    "CPU",
-    "CUDA",
-    "Backend",
-    "Choices",
-    "ExpertPath",
-    "Limits",
-    "Metal",
-    "choose",
-    "chosen",
-    "current",
-    "peak_memory",
-    "using",
-]
 ENVIRONMENT = "MLX_DGEMMA_BACKEND"
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU(), Metal(), CUDA())}
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The backend in use, and why it is."""
-
-    backend: Backend
-    reason: str
-    asked: bool = True  # or MLX's own default
-
-
-_chosen: Chosen | None = None
+_current: Backend | None = None
+_reason = ""
 
 
 def current() -> Backend:
-    """The backend in use."""
-    return chosen().backend
+    """Return the backend in use; it is chosen now if it was not before."""
+    return _current or choose()
 
 
-def chosen() -> Chosen:
-    """The backend in use and why; chosen now if that did not happen before."""
-    return _chosen or choose()
+def choose(name: str | None = None, by: str = "the caller") -> Backend:
+    """Compute on the device "cpu", "metal" or "cuda" from now on; return its backend.
 
+    name    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device
+    by      who asks, for messages
 
-def choose(name: str | None = None, by: str = "the caller") -> Chosen:
-    """Compute on the device of that name, "cpu", "metal" or "cuda", from now on.
-
-    None: what $MLX_DGEMMA_BACKEND says, or else MLX's default device. `by` is who asks,
-    for refusals and reasons. Arrays and models made before stay where they are: choose
-    before loading. Raises BackendError, in one line with the mend, when the name is
-    unknown or the device cannot be used here.
+    Arrays and models made before stay where they are, so choose before loading. Raises
+    BackendError when the name is unknown or the device cannot be used here.
     """
-    global _chosen
-    found = _asked_for(name, by) if name is not None else _found()
-    if (missing := found.backend.missing()) is not None:
-        here = "" if found.asked else f"; {ENVIRONMENT}=cpu computes on the CPU"
-        raise BackendError(f"{found.backend.name}: {missing}{here}")
-    if (several := installation.clash(installation.installed())) is not None:
-        warnings.warn(several, stacklevel=2)
-    mx.set_default_device(mx.Device(found.backend.kind))
-    found.backend.prepare()
-    _chosen = found
-    return found
-
-
-@contextmanager
-def using(backend: Backend) -> Iterator[Backend]:
-    """Compute on another backend for a while, or on one with other choices."""
-    global _chosen
-    before, device = _chosen, mx.default_device()
-    mx.set_default_device(mx.Device(backend.kind))
-    _chosen = Chosen(backend, "asked for by the program")
-    try:
-        yield backend
-    finally:
-        _chosen = before
-        mx.set_default_device(device)
-
-
-def peak_memory() -> int:
-    """Most bytes MLX has held since the process began."""
-    return mx.get_peak_memory()
-
-
-def _asked_for(name: str, by: str) -> Chosen:
+    global _current, _reason
+    if name is None and (name := os.environ.get(ENVIRONMENT) or None):
+        by = f"${ENVIRONMENT}"
+    reason, advice = f"asked for by {by}", ""
+    if name is None:
+        name, reason = _default(), "MLX's default device"
+        advice = f"; {ENVIRONMENT}=cpu computes on the CPU"
     if name not in BACKENDS:
         raise BackendError(
             f"backend asked for by {by} is {name!r}; known: {', '.join(BACKENDS)}"
         )
-    return Chosen(BACKENDS[name], f"asked for by {by}")
+    backend = BACKENDS[name]
+    if (missing := backend.missing()) is not None:
+        raise BackendError(f"{name}: {missing}{advice}")
+    if (several := installation.several_libraries()) is not None:
+        warnings.warn(several, stacklevel=2)
+    mx.set_default_device(mx.Device(backend.kind))
+    backend.prepare()
+    _current, _reason = backend, reason
+    return backend
 
 
-def _found() -> Chosen:
-    if name := os.environ.get(ENVIRONMENT):
-        return _asked_for(name, f"${ENVIRONMENT}")
+def _default() -> str:
     if mx.default_device().type == mx.DeviceType.cpu:
-        name = "cpu"
-    else:
-        name = "metal" if mx.metal.is_available() else "cuda"
-    reason = "the device MLX computes on by default here"
-    return Chosen(BACKENDS[name], reason, asked=False)
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[Backend]:
+    """Compute on another backend for a while."""
+    global _current, _reason
+    before = _current, _reason, mx.default_device()
+    mx.set_default_device(mx.Device(backend.kind))
+    _current, _reason = backend, "asked for by the program"
+    try:
+        yield backend
+    finally:
+        _current, _reason, device = before
+        mx.set_default_device(device)
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Return the state of each backend; of the one in use its device, memory, numbers.
+
+    As JSON can hold it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, backend in BACKENDS.items():
+        missing = backend.missing()
+        state = f"available: --backend {name}" if missing is None else "missing: "
+        found[name] = {"state": state + (missing or "")}
+    try:
+        backend = current()
+    except BackendError as error:
+        return found | {"none in use": {"state": str(error)}}
+    found[backend.name] = {
+        "state": f"in use: {_reason}",
+        "device": backend.description(),
+        "memory": backend.memory(),
+        **asdict(backend),
+        "info": dict(backend.info()),
+    }
+    return found

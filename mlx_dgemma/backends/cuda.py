@@ -1,84 +1,54 @@
-"""NVIDIA's GPUs, through MLX's CUDA backend.
-
-The choices follow from MLX's source (0.32): its quantised tensor-core kernel takes 16
-bits, 4 or 8 of them per weight, and outputs in multiples of 128; sorted rows of experts
-run grouped from 4 rows per expert on; attention of heads wider than 128 is unfused.
-Not measured on a GPU yet: `tests/gpu/run.py` does that.
-"""
+"""NVIDIA's GPUs, through MLX's CUDA backend. `tests/gpu/run.py` measures on one."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import installation
-from . import gpu
-from .interface import Backend, Choices, Limits, keep_float32, whole
+from .base import Backend
 
-CAPABILITY = (7, 5)  # Turing, the oldest that MLX is compiled for
 PTX_CACHE = "MLX_PTX_CACHE_DIR"
-CHOICES = replace(gpu.CHOICES, product_rows=128)
-WHY = gpu.WHY | {
-    "product_rows": "its fast quantised kernel takes multiples of 128 only",
-    "fused_attention": "it has no fused kernel for heads wider than 128",
-    "experts": "one row per pair, sorted, runs grouped on tensor cores",
-}
 
 
+@dataclass(eq=False)
 class CUDA(Backend):
-    """An NVIDIA GPU, the first that is visible."""
+    """The first NVIDIA GPU that is visible."""
 
     name = "cuda"
-    kind = mx.DeviceType.gpu
-    why = WHY
-
-    def __init__(self, choices: Choices = CHOICES):
-        super().__init__(choices)
+    product_rows: int = 128  # MLX's tensor-core kernel takes multiples of 128 only
 
     def missing(self) -> str | None:
-        if not mx.cuda.is_available():  # says how MLX was built, not what is here
-            return installation.cuda_missing()
+        if not mx.cuda.is_available():  # how MLX was built, not what is here
+            return installation.several_libraries() or installation.NO_CUDA
         if mx.device_count(self.kind) == 0:
-            return installation.invisible_gpu()
-        capability = _capability(self.info())
-        if capability is not None and capability < CAPABILITY:
-            return (
-                f"{self.description()} has compute capability "
-                f"{'.'.join(map(str, capability))}, MLX needs 7.5 or newer"
-            )
-        return installation.headers_missing(Path(mx.__file__).parents[1])
+            return installation.NO_GPU
+        major = self.info_number("compute_capability_major")
+        minor = self.info_number("compute_capability_minor")
+        if major is not None and minor is not None and (major, minor) < (7, 5):
+            found = f"{self.description()} has compute capability {major}.{minor}"
+            return f"{found}, MLX needs 7.5 or newer"
+        if not installation.has_headers(Path(mx.__file__).parents[1]):
+            return installation.NO_HEADERS
+        return None
 
     def prepare(self) -> None:
-        """Keep the kernels that MLX makes at run time, minutes of work in all, where
-        the next process finds them: MLX's own place is emptied with /tmp."""
-        keep_float32()
-        if PTX_CACHE not in os.environ and (kernels := self._kernels()) is not None:
-            os.environ[PTX_CACHE] = str(kernels)
-
-    def limits(self) -> Limits:
-        info = self.info()
-        return Limits(whole(info, "total_memory"), whole(info, "free_memory"))
-
-    def _kernels(self) -> Path | None:
-        """A folder of their own for what kernels depend on but are not named after.
-
-        None where there is no home to write to; MLX would keep nothing at all there.
-        """
-        toolkit, architecture = installation.toolkit(), self.info().get("architecture")
-        made_for = f"mlx-{version('mlx')}-{toolkit.extra}-{architecture}"
+        """Keep kernels made at run time, minutes of work, for the next process."""
+        super().prepare()
+        if PTX_CACHE in os.environ:
+            return
+        # a folder for each of what kernels depend on, which their file names leave out
+        architecture = str(self.info().get("architecture"))
+        kernels = "-".join([version("mlx"), *installation.installed(), architecture])
         try:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = cache / "mlx-dgemma" / "ptx" / made_for
+            folder = cache / "mlx-dgemma" / "ptx" / kernels
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # RuntimeError: nobody knows where home is
-            return None
-        return folder
+            os.environ[PTX_CACHE] = str(folder)
+        except (OSError, RuntimeError):  # no place to write to, or no home
+            pass
 
-
-def _capability(info: Mapping[str, str | int]) -> tuple[int, int] | None:
-    major = whole(info, "compute_capability_major")
-    minor = whole(info, "compute_capability_minor")
-    return None if major is None or minor is None else (major, minor)
+    def memory(self) -> int | None:
+        return self.info_number("total_memory")

@@ -1,7 +1,9 @@
 """`mlx_dgemma.benchmark`: how fast this machine denoises, and how fast it could."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,93 +12,55 @@ from .common import backend_option, debug_option, one_line_errors, version_optio
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
-    from ..performance.measure import Workload
 
-SHAPES = ("26b", "tiny")
-CHIP = "a Mac, as 'M4 Max 64GB'; 'all' lists every chip"
+SUBJECTS = ("model", "synthetic", "estimate", "backends")
+SUBJECT_FLAGS = "--model, --synthetic, --estimate and --backends"
+
+
+def choice(*names: str, of: str, **more: Any):
+    return click.option(*names, type=click.Choice(of.split()), **more)
+
+
+def count(*names: str, default: int, help: str):
+    return click.option(
+        *names, type=click.IntRange(1), default=default, show_default=True, help=help
+    )
 
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Give one of --model, --synthetic, --estimate and --backends.",
+    epilog=f"Give one of {SUBJECT_FLAGS}.",
 )
 @click.option("--model", help="Model folder, hub id or built-in name.")
-@click.option(
+@choice(
     "--synthetic",
-    type=click.Choice(SHAPES),
-    help="Random weights of that shape, made here: times are real, text is noise.",
+    of="26b tiny",
+    help="Random weights of a shape: times are real, text is noise.",
 )
-@click.option(
-    "--estimate", metavar="MAC", help=f"Measure nothing: fit and floor on {CHIP}."
-)
-@click.option(
-    "--backends",
-    is_flag=True,
-    help="Measure nothing: which device was chosen, and why.",
-)
-@click.option(
-    "--q-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Bits per weight of --synthetic.  [default: dense]",
-)
-@click.option(
-    "--q-mode",
-    type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]),
-    help="Quantisation mode of --synthetic.  [default: affine with --q-bits]",
-)
-@click.option(
+@click.option("--estimate", help="Fit and floor on a Mac, 'M4 Max 64GB', or on 'all'.")
+@click.option("--backends", is_flag=True, help="Which device was chosen, and why.")
+@click.option("--beside", help="A token-by-token model, timed through mlx-lm.")
+@choice("--q-bits", of="2 3 4 5 6 8", help="Bits of --synthetic.  [default: dense]")
+@choice("--q-mode", of="affine mxfp4 mxfp8 nvfp4", help="Quantisation of --synthetic.")
+@choice(
     "--quant-predicate",
-    type=click.Choice(["uniform", "mixed"]),
+    of="uniform mixed",
     default="uniform",
     show_default=True,
-    help="Recipe of --synthetic; mixed: experts as asked, the rest at 8 bits.",
+    help="mixed: experts as asked, the rest at 8 bits.",
 )
-@click.option(
+@choice(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Type of what --synthetic leaves dense.  [default: bfloat16]",
+    of="float32 float16 bfloat16",
+    help="Of dense weights.  [default: bfloat16]",
 )
-@click.option(
-    "-p",
-    "--prompt-tokens",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Tokens of a random prompt.",
-)
+@count("-p", "--prompt-tokens", default=512, help="Tokens of a random prompt.")
 @click.option("--prompt", help="A real prompt; canvases then stop when they are done.")
-@click.option(
-    "--canvases",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Canvases per row.",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Denoising steps per canvas.",
-)
-@click.option(
-    "-b",
-    "--batch-size",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Rows denoised together.",
-)
-@click.option(
-    "-n", "--num-trials", type=click.IntRange(1), default=5, show_default=True
-)
-@click.option(
-    "--prefill-step-size",
-    type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="Prompt tokens encoded at a time.",
-)
+@count("--canvases", default=1, help="Canvases per row.")
+@count("--steps", default=16, help="Denoising steps per canvas.")
+@count("-b", "--batch-size", default=1, help="Rows denoised together.")
+@count("-n", "--num-trials", default=5, help="Runs whose median is shown.")
+@count("--prefill-step-size", default=2048, help="Prompt tokens encoded at a time.")
 @click.option("--roofline", is_flag=True, help="How far a step is from its floor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
@@ -109,100 +73,101 @@ def main(debug: bool, **given: Any) -> None:
     Steps are a fixed number and canvases do not stop early, unless --prompt is
     given. Figures are medians over the trials, after one trial to warm up.
     """
-    options = Options(**given)
+    options = SimpleNamespace(**given)
     with one_line_errors(debug):
-        options.check()
+        _refuse_combinations(options)
         if options.estimate is not None:
-            _estimate(options.estimate)
-            return
-        if options.backends:
-            _survey(options.as_json)
-            return
-        found = _measure(options)
-        if options.as_json:
-            click.echo(json.dumps(found, indent=2))
+            lines, found = _estimate(options.estimate), None
+        elif options.backends:
+            from .. import backends
+
+            found = backends.describe()
+            lines = []
+            for name, backend in found.items():
+                lines.append(f"{name:<6} {backend['state']}")
+                lines += [f"  {k:<18}{v}" for k, v in backend.items() if k != "state"]
         else:
-            click.echo("\n".join(_lines(found)))
+            from ..checkpoint import hub
+
+            other = None if options.beside is None else hub.resolve(options.beside)
+            found = _measure(options)
+            if other is not None:
+                found["beside"] = _beside(other, options, found)
+            lines = _lines(found)
+        click.echo(json.dumps(found, indent=2) if options.as_json else "\n".join(lines))
 
 
-@dataclass(frozen=True)
-class Options:
-    """What was asked for on the command line."""
+def _refuse_combinations(options: SimpleNamespace) -> None:
+    """Raise SettingsError for flags that do not go together."""
+    from ..errors import SettingsError
 
-    model: str | None
-    synthetic: str | None
-    estimate: str | None
-    backends: bool
-    q_bits: str | None
-    q_mode: str | None
-    quant_predicate: str
-    dtype: str | None
-    prompt_tokens: int
-    prompt: str | None
-    canvases: int
-    steps: int
-    batch_size: int
-    num_trials: int
-    prefill_step_size: int
-    roofline: bool
-    as_json: bool
-    revision: str | None
-
-    def check(self) -> None:
-        """Raise SettingsError for flags that do not go together."""
-        from ..errors import SettingsError
-
-        subjects = (self.model, self.synthetic, self.estimate, self.backends or None)
-        if sum(subject is not None for subject in subjects) != 1:
-            raise SettingsError(
-                "give one of --model, --synthetic, --estimate and --backends"
-            )
-        if self.synthetic is None and (self.q_bits or self.q_mode or self.dtype):
-            raise SettingsError(
-                "--q-bits, --q-mode and --dtype are for --synthetic, not for a model"
-            )
-        if self.quant_predicate != "uniform" and not (self.q_bits or self.q_mode):
-            raise SettingsError("--quant-predicate mixed needs --q-bits or --q-mode")
-        if self.estimate is not None and (self.as_json or self.roofline):
-            raise SettingsError("--json and --roofline need something to measure")
-        if self.backends and self.roofline:
-            raise SettingsError("--roofline needs something to measure")
-        if self.revision is not None and self.model is None:
-            raise SettingsError("--revision needs --model")
-        if self.prompt is not None and self.model is None:
-            raise SettingsError("--prompt needs --model: noise cannot answer")
+    given = {
+        name for name, value in vars(options).items() if value not in (None, False)
+    }
+    measured, quantized = given & {"model", "synthetic"}, given & {"q_bits", "q_mode"}
+    for allowed, message in (
+        (len(given & set(SUBJECTS)) == 1, f"give one of {SUBJECT_FLAGS}"),
+        (
+            "synthetic" in given or not (quantized or "dtype" in given),
+            "--q-bits, --q-mode and --dtype are for --synthetic, not for a model",
+        ),
+        (
+            quantized or options.quant_predicate == "uniform",
+            "--quant-predicate mixed needs --q-bits or --q-mode",
+        ),
+        ("estimate" not in given or not options.as_json, "--estimate has no --json"),
+        (measured or not options.roofline, "--roofline needs something to measure"),
+        (measured or "beside" not in given, "--beside needs something to measure"),
+        (
+            "beside" not in given or options.batch_size == 1,
+            "--beside compares one row; leave --batch-size out",
+        ),
+        ("model" in given or "revision" not in given, "--revision needs --model"),
+        (
+            "model" in given or "prompt" not in given,
+            "--prompt needs --model: noise cannot answer",
+        ),
+    ):
+        if not allowed:
+            raise SettingsError(message)
 
 
-def _estimate(machine: str) -> None:
+def _estimate(mac: str) -> list[str]:
     from ..performance import chips, estimate
     from ..performance.synthetic import config_26b
 
-    if machine == "all":
-        lines = estimate.table(config_26b())
-    else:
-        lines = estimate.lines(estimate.estimate(config_26b(), *chips.find(machine)))
-    click.echo("\n".join(lines))
+    if mac == "all":
+        return estimate.table(config_26b())
+    return estimate.lines(config_26b(), *chips.find(mac))
 
 
-def _survey(as_json: bool) -> None:
-    from ..performance import devices
-
-    found = devices.survey()
-    click.echo(
-        json.dumps(found, indent=2) if as_json else "\n".join(devices.lines(found))
-    )
-
-
-def _measure(options: Options) -> dict[str, Any]:
-    """Everything that was measured, as --json prints it."""
+def _measure(options: SimpleNamespace) -> dict[str, Any]:
+    """Return everything that was measured, as --json prints it."""
+    from ..loading import load
     from ..performance import measure
     from ..performance.cost import Loaded, weight_bytes
+    from ..text.chat import chat_ids
 
-    model, name, job = _subject(options)
+    prompts = None
+    if options.model is not None:
+        name = options.model
+        model, tokenizer = load(name, revision=options.revision)
+        if options.prompt is not None:
+            prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
+    else:
+        model, name = _synthetic(options)
+    job = measure.Workload(
+        prompts
+        or measure.random_prompts(model, options.batch_size, options.prompt_tokens),
+        canvases=options.canvases,
+        steps=options.steps,
+        early=prompts is not None,
+        prefill_step_size=options.prefill_step_size,
+    )
     measure.run(model, job)
     trials = [measure.run(model, job, seed) for seed in range(options.num_trials)]
     found: dict[str, Any] = {
-        "machine": asdict(measure.Machine()),
+        "machine": measure.machine(),
         "model": name,
         "weight_bytes": weight_bytes(model.config, Loaded.of(model)),
         "job": {
@@ -222,56 +187,46 @@ def _measure(options: Options) -> dict[str, Any]:
     return found
 
 
-def _subject(options: Options) -> tuple["DiffusionGemma", str, "Workload"]:
-    """The model, what to call it, and the job."""
+def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     from ..checkpoint.convert import DTYPES
     from ..checkpoint.quantize import Quantization
-    from ..loading import load
-    from ..performance import synthetic
-    from ..performance.measure import Workload, random_prompts
-    from ..text.chat import chat_ids
+    from ..performance.synthetic import SHAPES, synthetic_model
 
-    prompts = None
-    if options.model is not None:
-        model, tokenizer = load(options.model, revision=options.revision)
-        name = options.model
-        if options.prompt is not None:
-            prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
-    else:
-        assert options.synthetic is not None
-        quantization = None
-        if options.q_bits or options.q_mode:
-            bits = int(options.q_bits) if options.q_bits else None
-            quantization = Quantization.of(options.q_mode or "affine", bits, None)
-        model = synthetic.synthetic_model(
-            synthetic.SHAPES[options.synthetic](),
-            quantization=quantization,
-            recipe=options.quant_predicate,
-            dtype=DTYPES[options.dtype or "bfloat16"],
-            seed=0,
-        )
-        name = f"synthetic {options.synthetic}"
-        if quantization is not None:
-            name += f", {quantization.bits} bit {quantization.mode}"
-            name += f", {options.quant_predicate}"
-    job = Workload(
-        prompts or random_prompts(model, options.batch_size, options.prompt_tokens),
-        canvases=options.canvases,
-        steps=options.steps,
-        early=prompts is not None,
-        prefill_step_size=options.prefill_step_size,
+    quantization, name = None, f"synthetic {options.synthetic}"
+    if options.q_bits is not None or options.q_mode is not None:
+        bits = None if options.q_bits is None else int(options.q_bits)
+        quantization = Quantization.of(options.q_mode or "affine", bits, None)
+        name += f", {quantization.bits} bit {quantization.mode}"
+        name += f", {options.quant_predicate}"
+    model = synthetic_model(
+        SHAPES[options.synthetic](),
+        quantization=quantization,
+        recipe=options.quant_predicate,
+        dtype=DTYPES[options.dtype or "bfloat16"],
+        seed=0,
     )
-    return model, name, job
+    return model, name
+
+
+def _beside(
+    folder: Path, options: SimpleNamespace, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Run the other model on as many tokens as ours committed."""
+    from ..performance.beside import run_beside
+
+    prompt = options.prompt_tokens if options.prompt is None else options.prompt
+    tokens = max(2, round(found["median"]["tokens"]))
+    chunk = options.prefill_step_size
+    figures = run_beside(folder, prompt, tokens, options.num_trials, chunk)
+    return {"model": options.beside, **figures}
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    """What was measured, for a person."""
     from ..diffusion.report import size
 
     machine, job, median = found["machine"], found["job"], found["median"]
     step, parts = median["step_seconds"], found["parts"]
     rest = step - parts["body"] - parts["vocabulary"]
-    per_step = f"{1e3 * step:,.1f} ms"
     lines = [
         f"{found['model']}: {size(found['weight_bytes'])} of weights",
         f"{machine['device']}; mlx {machine['mlx']}, "
@@ -280,24 +235,30 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{job['steps']} steps, behind {job['prompt_tokens']} tokens of prompt; "
         f"median of {len(found['trials'])}",
         "",
-        f"{'prefill':<22}{median['prefill_tps']:>12,.1f} tok/s",
-        f"{'denoising step':<22}{per_step:>15}",
-        f"{'  body':<22}{1e3 * parts['body']:>12,.1f} ms",
-        f"{'  vocabulary':<22}{1e3 * parts['vocabulary']:>12,.1f} ms",
-        f"{'  host and the rest':<22}{1e3 * rest:>12,.1f} ms",
-        f"{'commit':<22}{1e3 * parts['commit']:>12,.1f} ms",
-        f"{'canvases':<22}{median['canvases_per_second']:>12,.3f} a second",
-        f"{'tokens per forward':<22}{median['tokens_per_forward']:>12,.2f}",
-        f"{'wall':<22}{median['wall_tps']:>12,.1f} tok/s",
-        f"{'peak memory':<22}{size(median['peak_bytes']):>15}",
+        _line("prefill", f"{median['prefill_tps']:,.1f}", "tok/s"),
+        _line("denoising step", f"{1e3 * step:,.1f}", "ms"),
+        _line("  body", f"{1e3 * parts['body']:,.1f}", "ms"),
+        _line("  vocabulary", f"{1e3 * parts['vocabulary']:,.1f}", "ms"),
+        _line("  host and the rest", f"{1e3 * rest:,.1f}", "ms"),
+        _line("commit", f"{1e3 * parts['commit']:,.1f}", "ms"),
+        _line("canvases", f"{median['canvases_per_second']:,.3f}", "a second"),
+        _line("tokens per forward", f"{median['tokens_per_forward']:,.2f}"),
+        _line("wall", f"{median['wall_tps']:,.1f}", "tok/s"),
+        _line("peak memory", *size(median["peak_bytes"]).split()),
     ]
     if "roofline" in found:
         lines += ["", *_roofline_lines(found["roofline"], step)]
+    if "beside" in found:
+        lines += ["", *_beside_lines(found["beside"], median["wall_tps"])]
     return lines
 
 
+def _line(label: str, number: str, unit: str = "") -> str:
+    return f"{label:<22}{number:>12} {unit}".rstrip()
+
+
 def _roofline_lines(roofline: dict[str, Any], step: float) -> list[str]:
-    """The floor of a step by part, and how far off the measured step is."""
+    """Return the floor of a step by part, and how far off the measured step is."""
     lines = [
         f"one copy {roofline['bytes_per_second'] / 1e9:,.1f} GB/s, one product "
         f"{roofline['flops_per_second'] / 1e12:,.3f} TFLOP/s, measured now",
@@ -313,6 +274,21 @@ def _roofline_lines(roofline: dict[str, Any], step: float) -> list[str]:
         f"floor {1e3 * floor:,.2f} ms; the step takes {step / floor:.1f} times that"
     )
     return lines
+
+
+def _beside_lines(beside: dict[str, Any], ours: float) -> list[str]:
+    from ..diffusion.report import size
+
+    median, name = beside["median"], beside["model"]
+    return [
+        f"beside {name}, token by token through mlx-lm: {beside['tokens']} tokens "
+        f"behind {beside['prompt_tokens']}",
+        _line("prompt", f"{median['prompt_tps']:,.1f}", "tok/s"),
+        _line("generation", f"{median['generation_tps']:,.1f}", "tok/s"),
+        _line("peak memory", *size(median["peak_bytes"]).split()),
+        f"wall: ours {ours:,.1f} tok/s, {name} {median['wall_tps']:,.1f} tok/s, "
+        f"ratio {ours / median['wall_tps']:.2f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ class Engine:
     ):
         self.model = model
         self.running: list[Canvas] = []
-        choices = backends.current().choices
-        self._ahead = choices.runs_ahead if ahead is None else ahead
-        self._compiled = choices.compiles if compiled is None else compiled
+        device = backends.current()
+        self._ahead = device.runs_ahead if ahead is None else ahead
+        self._compiled = device.compiles if compiled is None else compiled
         self._numbers = itertools.count()
         # by lane: which canvases, and what they see
         self._views: dict[BatchKey, tuple[tuple[tuple[int, int], ...], View]] = {}

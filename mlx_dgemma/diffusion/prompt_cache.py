@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..errors import CheckpointError
-from ..files.atomic import replace
+from ..files.atomic import write_atomically
 from ..files.safetensors import TensorInfo, read_header
 from ..model.cache import LayerKV, PrefixCache, Snapshot
 from ..model.language import DiffusionGemma
@@ -54,7 +54,7 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
             mx.save_safetensors(file, arrays, metadata)
 
     try:
-        replace(path, write)
+        write_atomically(path, write)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
 

@@ -3,7 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
-from .. import backends
+import mlx.core as mx
+
 from .events import Commit, Event, Prefilled, Step
 
 LISTED = 8  # canvases whose steps are given one by one
@@ -51,7 +52,7 @@ class Report:
             f"{self._canvases()} · "
             f"{self.tokens_per_forward:.2f} tokens per forward · "
             f"{self.committed_tokens / seconds:.1f} tok/s wall · "
-            f"peak memory {size(backends.peak_memory())} · seed {self.seed}"
+            f"peak memory {size(mx.get_peak_memory())} · seed {self.seed}"
         )
 
     def _canvases(self) -> str:

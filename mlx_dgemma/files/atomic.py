@@ -7,8 +7,8 @@ recognised by that process's id and removed by the next one.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -154,21 +154,36 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a hidden sibling of `path`, which then takes its name.
+
+    The file is durable before it is renamed. A link is followed to its target; a file
+    that is replaced keeps its mode. On failure `path` stays as it was and nothing is
+    left beside it; an OSError names `path`.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        write(partial)
+        _fsync(partial)
+        if target.exists():
+            shutil.copymode(target, partial)
+        partial.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def save_arrays(
     path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file that appears under its name when it is whole and durable."""
+    """Write a safetensors file with `write_atomically`. Raises OSError."""
     metadata = {"format": "mlx", **(metadata or {})}
-    replace(path, lambda p: mx.save_safetensors(str(p), dict(arrays), metadata))
 
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # MLX would add a suffix to a name
+            mx.save_safetensors(file, dict(arrays), metadata)
 
-def replace(path: Path, write: Any) -> None:
-    """`write` a hidden sibling of `path`, make it durable and give it the name."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, write)

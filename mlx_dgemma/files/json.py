@@ -1,49 +1,93 @@
-"""Reading the small JSON files of a checkpoint, with errors that name the key."""
+"""Strict reading of JSON files and JSON lines; errors name the file and the key."""
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 MAX_JSON_BYTES = 64 * 2**20  # a weight index of a large model is a few MB
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object in a text, or in UTF-8 bytes with or without a BOM.
+
+    Raises DataError with a reason, without a place: broken JSON, no object, NaN or
+    Infinity (which JSON does not have), half a surrogate pair, or nested too deeply.
+    """
+
+    def refuse(constant: str) -> None:
+        raise DataError(f"holds {constant}, which is not a JSON number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=refuse)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise DataError("holds a lone surrogate; remove it") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"broken JSON ({error})") from None
+    except RecursionError:
+        raise DataError("is nested too deeply") from None
+    except ValueError:  # of int, for thousands of digits
+        raise DataError("broken JSON (a number is too long)") from None
+    if not isinstance(value, dict):
+        raise DataError(f"is {type(value).__name__}, not an object")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Return the JSON object in a small file.
 
-    Raises ConfigError when the file is missing, torn, not UTF-8, not an object,
-    or holds NaN or Infinity, which JSON does not have.
+    Raises ConfigError when the file is missing, too large, or `parse_object` refuses.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path}: larger than 64 MB, so not a configuration")
-        text = path.read_text(encoding="utf-8")
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; is this a model folder?") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except DataError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
-    def refuse(constant: str) -> None:
-        raise ConfigError(f"{path}: holds {constant}, which is not a JSON number")
 
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not blank, numbered from 1.
+
+    Raises DataError when the file cannot be read.
+    """
     try:
-        value = json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: broken JSON at line {error.lineno} ({error.msg})"
-        ) from None
-    except RecursionError:
-        raise ConfigError(f"{path}: cannot be parsed (nested too deeply)") from None
-    except ValueError:  # of int, for thousands of digits
-        raise ConfigError(f"{path}: cannot be parsed (a number is too long)") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
-    return value
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSON lines file with their line numbers.
+
+    Raises DataError "path:line: reason" for the first line `parse_object` refuses.
+    """
+    for number, line in read_lines(path):
+        try:
+            row = parse_object(line)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        yield number, row
 
 
 class Keys:

@@ -266,7 +266,7 @@ class Attention(nn.Module):
 
     def _tile(self, rows: int, keys: int) -> int:
         """How many queries may have their scores in memory at once."""
-        most = backends.current().choices.score_bytes
+        most = backends.current().score_bytes
         return max(FEWEST, most // (4 * rows * self.heads * keys))
 
     def _heads(self, x: mx.array) -> mx.array:

@@ -97,7 +97,7 @@ def join_products(model: DiffusionGemma) -> None:
     For models that are run only: training and fusing know the layers by their names on
     disk, which are gone then.
     """
-    rows = backends.current().choices.product_rows
+    rows = backends.current().product_rows
     width = model.config.intermediate_size
     if width % rows == 0 or 2 * width % rows:
         return

@@ -71,7 +71,7 @@ class VisionAttention(nn.Module):
         queries = turn(self.q_norm(self._heads(self.q_proj(x))), turns)
         keys = turn(self.k_norm(self._heads(self.k_proj(x))), turns)
         values = mx.fast.rms_norm(self._heads(self.v_proj(x)), None, self.eps)
-        tile = max(FEWEST, device.choices.score_bytes // (4 * self.heads * count))
+        tile = max(FEWEST, device.score_bytes // (4 * self.heads * count))
         outputs: list[mx.array] = []
         for begin in range(0, count, tile):
             some = queries[:, :, begin : begin + tile]

@@ -113,7 +113,7 @@ def read(
     products and each tile of positions. banned: tokens that have no part in anything,
     as if their logits were infinitely low.
     """
-    most, readings = backends.current().choices.vocabulary_rows, []
+    most, readings = backends.current().vocabulary_rows, []
     for start in range(0, len(hidden), most):
         rows = slice(start, start + most)
         # one tile's chunks at a time
@@ -202,7 +202,7 @@ class _Swept:
 def _sweep(ask: _Asked) -> _Swept:
     """Chunk by chunk over the vocabulary."""
     vocabulary, device = ask.embedding.weight.shape[0], backends.current()
-    chunk = device.choices.vocabulary_chunk
+    chunk = device.vocabulary_chunk
     queries, count = ask.queries, len(ask.queries)
     highest = mx.full((count, 1), -1e30)
     argmax = mx.zeros((count, 1), dtype=mx.uint32)

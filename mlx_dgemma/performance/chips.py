@@ -27,87 +27,63 @@ EXAMPLE = "M4 Max 64GB"
 class Chip:
     """One bin of a chip.
 
-    bandwidth      of memory, GB/s (10^9)
-    clock          of the GPU at its highest, GHz
-    memory         sizes sold with it, GB (2^30)
-    matrix_flops   16-bit operations of a GPU core per cycle in matrix products
+    clock        of the GPU at its highest, GHz
+    bandwidth    of memory, GB/s (10^9)
+    memory       sizes sold with it, GB (2^30)
     """
 
     name: str
-    gpu_cores: int
     clock: float
+    gpu_cores: int
     bandwidth: float
     memory: tuple[int, ...]
-    matrix_flops: int = ALU_FLOPS
 
     @property
     def tflops(self) -> float:
-        """10^12 operations a second, 16-bit matrix products; derived, see above."""
-        return self.gpu_cores * self.matrix_flops * self.clock / 1000
-
-    @property
-    def tflops_fp32(self) -> float:
-        """10^12 operations a second in float32, on the ALUs."""
-        return self.gpu_cores * ALU_FLOPS * self.clock / 1000
+        """10^12 operations a second in 16-bit matrix products; derived, see above."""
+        per_cycle = ACCELERATOR_FLOPS if self.name.startswith("M5") else ALU_FLOPS
+        return self.gpu_cores * per_cycle * self.clock / 1000
 
 
-# Bins of one name stand together, the slower first.
-CHIPS = (
-    Chip("M1", 7, 1.278, 68.25, (8, 16)),
-    Chip("M1", 8, 1.278, 68.25, (8, 16)),
-    Chip("M1 Pro", 14, 1.296, 200, (16, 32)),
-    Chip("M1 Pro", 16, 1.296, 200, (16, 32)),
-    Chip("M1 Max", 24, 1.296, 400, (32, 64)),
-    Chip("M1 Max", 32, 1.296, 400, (32, 64)),
-    Chip("M1 Ultra", 48, 1.296, 800, (64, 128)),
-    Chip("M1 Ultra", 64, 1.296, 800, (64, 128)),
-    Chip("M2", 8, 1.398, 100, (8, 16, 24)),
-    Chip("M2", 10, 1.398, 100, (8, 16, 24)),
-    Chip("M2 Pro", 16, 1.398, 200, (16, 32)),
-    Chip("M2 Pro", 19, 1.398, 200, (16, 32)),
-    Chip("M2 Max", 30, 1.398, 400, (32, 64)),
-    Chip("M2 Max", 38, 1.398, 400, (32, 64, 96)),
-    Chip("M2 Ultra", 60, 1.398, 800, (64, 128, 192)),
-    Chip("M2 Ultra", 76, 1.398, 800, (64, 128, 192)),
-    Chip("M3", 8, 1.398, 100, (8, 16, 24)),
-    Chip("M3", 10, 1.398, 100, (8, 16, 24)),
-    Chip("M3 Pro", 14, 1.398, 150, (18, 36)),
-    Chip("M3 Pro", 18, 1.398, 150, (18, 36)),
-    Chip("M3 Max", 30, 1.398, 300, (36, 96)),
-    Chip("M3 Max", 40, 1.398, 400, (48, 64, 128)),
-    Chip("M3 Ultra", 60, 1.398, 819, (96, 256)),
-    Chip("M3 Ultra", 80, 1.398, 819, (96, 256, 512)),
-    Chip("M4", 8, 1.470, 120, (16, 24)),
-    Chip("M4", 10, 1.470, 120, (16, 24, 32)),
-    Chip("M4 Pro", 16, 1.578, 273, (24, 48, 64)),
-    Chip("M4 Pro", 20, 1.578, 273, (24, 48, 64)),
-    Chip("M4 Max", 32, 1.578, 410, (36,)),
-    Chip("M4 Max", 40, 1.578, 546, (48, 64, 128)),
-    Chip("M5", 8, 1.578, 153, (16,), ACCELERATOR_FLOPS),
-    Chip("M5", 10, 1.578, 153, (16, 24, 32), ACCELERATOR_FLOPS),
-    Chip("M5 Pro", 16, 1.620, 307, (24, 48), ACCELERATOR_FLOPS),
-    Chip("M5 Pro", 20, 1.620, 307, (24, 48, 64), ACCELERATOR_FLOPS),
-    Chip("M5 Max", 32, 1.620, 460, (36,), ACCELERATOR_FLOPS),
-    Chip("M5 Max", 40, 1.620, 614, (48, 64, 128), ACCELERATOR_FLOPS),
-    Chip("M5 Ultra", 64, 1.620, 1200, (96, 256), ACCELERATOR_FLOPS),
-    Chip("M5 Ultra", 80, 1.620, 1200, (96, 256, 512), ACCELERATOR_FLOPS),
-)
+# name: GHz, then a (GPU cores, GB/s, memory sizes) for each bin, the slower first
+TABLE = {
+    "M1": (1.278, (7, 68.25, (8, 16)), (8, 68.25, (8, 16))),
+    "M1 Pro": (1.296, (14, 200, (16, 32)), (16, 200, (16, 32))),
+    "M1 Max": (1.296, (24, 400, (32, 64)), (32, 400, (32, 64))),
+    "M1 Ultra": (1.296, (48, 800, (64, 128)), (64, 800, (64, 128))),
+    "M2": (1.398, (8, 100, (8, 16, 24)), (10, 100, (8, 16, 24))),
+    "M2 Pro": (1.398, (16, 200, (16, 32)), (19, 200, (16, 32))),
+    "M2 Max": (1.398, (30, 400, (32, 64)), (38, 400, (32, 64, 96))),
+    "M2 Ultra": (1.398, (60, 800, (64, 128, 192)), (76, 800, (64, 128, 192))),
+    "M3": (1.398, (8, 100, (8, 16, 24)), (10, 100, (8, 16, 24))),
+    "M3 Pro": (1.398, (14, 150, (18, 36)), (18, 150, (18, 36))),
+    "M3 Max": (1.398, (30, 300, (36, 96)), (40, 400, (48, 64, 128))),
+    "M3 Ultra": (1.398, (60, 819, (96, 256)), (80, 819, (96, 256, 512))),
+    "M4": (1.470, (8, 120, (16, 24)), (10, 120, (16, 24, 32))),
+    "M4 Pro": (1.578, (16, 273, (24, 48, 64)), (20, 273, (24, 48, 64))),
+    "M4 Max": (1.578, (32, 410, (36,)), (40, 546, (48, 64, 128))),
+    "M5": (1.578, (8, 153, (16,)), (10, 153, (16, 24, 32))),
+    "M5 Pro": (1.620, (16, 307, (24, 48)), (20, 307, (24, 48, 64))),
+    "M5 Max": (1.620, (32, 460, (36,)), (40, 614, (48, 64, 128))),
+    "M5 Ultra": (1.620, (64, 1200, (96, 256)), (80, 1200, (96, 256, 512))),
+}
+CHIPS = [Chip(name, clock, *b) for name, (clock, *bins) in TABLE.items() for b in bins]
 
 
-def find(written: str) -> tuple[Chip, int]:
-    """The chip and the memory in GB that a text such as "M4 Max 64GB" names.
+def find(text: str) -> tuple[Chip, int]:
+    """Return the chip and the memory in GB that a text such as "M4 Max 64GB" names.
 
-    Where Apple sells a memory size with one bin only, it decides the bin; where with
-    two, the slower is taken. Raises SettingsError naming the known chips, or the
-    memory sizes of the chip named.
+    A memory size that Apple sells with one bin only decides the bin; with two, the
+    slower is taken. Raises SettingsError naming the known chips, or the memory sizes
+    of the chip.
     """
-    match = WRITTEN.fullmatch(written.strip())
+    match = WRITTEN.fullmatch(text.strip())
     name = " ".join(match[1].split()).casefold() if match else ""
     bins = [chip for chip in CHIPS if chip.name.casefold() == name]
     if match is None or not bins:
-        known = ", ".join(dict.fromkeys(chip.name for chip in CHIPS))
         raise SettingsError(
-            f"chip is {written!r}; write it like {EXAMPLE!r}, with one of {known}"
+            f"chip is {text!r}; write it like {EXAMPLE!r}, with one of "
+            f"{', '.join(TABLE)}"
         )
     memory = int(match[2])
     for chip in bins:
@@ -115,6 +91,5 @@ def find(written: str) -> tuple[Chip, int]:
             return chip, memory
     sizes = sorted({size for chip in bins for size in chip.memory})
     raise SettingsError(
-        f"chip is {written!r}; {bins[0].name} is sold with "
-        f"{', '.join(map(str, sizes))} GB"
+        f"chip is {text!r}; {bins[0].name} is sold with {', '.join(map(str, sizes))} GB"
     )

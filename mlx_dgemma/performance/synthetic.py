@@ -1,13 +1,10 @@
 """Models of a real shape with random weights, to measure time and memory with.
 
-The text they write is noise: only how long it takes and what it needs means
-anything. No file is read and none is written but a configuration, on its way
-through the same reader as a checkpoint's.
+Their text is noise: only how long it takes and how much memory it needs counts.
 """
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,25 +17,22 @@ from ..checkpoint.config import ModelConfig, read_config
 from ..checkpoint.generation_config import read_generation_config
 from ..checkpoint.quantize import RECIPES, Quantization
 from ..checkpoint.weights import layer_path
-from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..model.layers import ExpertLinear
 from ..model.loading import join_products, replace_layer
 
-# config.json of google/diffusiongemma-26B-A4B-it without its vision tower, and its
-# generation_config.json under the key where the reader also looks for it.
+# config.json of google/diffusiongemma-26B-A4B-it without its vision tower. Keys that
+# are not here have the values that the reader takes for missing ones.
 RELEASE_26B: dict[str, Any] = {
     "model_type": "diffusion_gemma",
     "canvas_length": 256,
-    "eos_token_id": [1, 106],
-    "tie_word_embeddings": True,
+    "eos_token_id": [1, 106, 50],
     "text_config": {
         "vocab_size": 262144,
         "hidden_size": 2816,
         "intermediate_size": 2112,
         "moe_intermediate_size": 704,
         "num_hidden_layers": 30,
-        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 256,
@@ -47,35 +41,9 @@ RELEASE_26B: dict[str, Any] = {
         "num_experts": 128,
         "top_k_experts": 8,
         "sliding_window": 1024,
-        "rms_norm_eps": 1e-6,
-        "final_logit_softcapping": 30.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "use_bidirectional_attention": "vision",
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": 1_000_000.0,
-                "partial_rotary_factor": 0.25,
-            },
-        },
-    },
-    "generation_config": {
-        "eos_token_id": [1, 106, 50],
-        "max_new_tokens": 256,
-        "max_denoising_steps": 48,
-        "t_max": 0.8,
-        "t_min": 0.4,
-        "stability_threshold": 1,
-        "confidence_threshold": 0.005,
-        "sampler_config": {
-            "_cls_name": "EntropyBoundSamplerConfig",
-            "entropy_bound": 0.1,
-        },
     },
 }
-# Every kind of layer and of fallback, small enough for a test; like no release.
+# Every kind of layer, small enough for a test; like no release.
 TINY: dict[str, Any] = {
     "model_type": "diffusion_gemma",
     "canvas_length": 16,
@@ -97,31 +65,28 @@ TINY: dict[str, Any] = {
         "sliding_window": 8,
     },
 }
-# Numbers a 4-bit float (e2m1) and an 8-bit one (e4m3, top exponent bit 0) can be.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E4M3 = [
-    2.0 ** (max(exponent, 1) - 7) * ((exponent > 0) + fraction / 8)
-    for exponent in range(8)
-    for fraction in range(8)
-]
-NUMBERS = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
-NO_NAN = 0xBFBFBFBF  # clears each byte's top exponent bit: 0x7F and 0xFF are NaN
+NO_NAN = (
+    0xFEFEFEFE  # clears each byte's lowest bit: the 8-bit floats 0x7F, 0xFF are NaN
+)
 
 
 def config_26b() -> ModelConfig:
-    """The released 26B, text only."""
+    """Return the released 26B, text only."""
     return _read(RELEASE_26B)
 
 
 def config_tiny() -> ModelConfig:
-    """Three layers of width 64 over 512 words, for tests."""
+    """Return three layers of width 64 over 512 words, for tests."""
     return _read(TINY)
 
 
-SHAPES: dict[str, Callable[[], ModelConfig]] = {
-    "26b": config_26b,
-    "tiny": config_tiny,
-}
+SHAPES = {"26b": config_26b, "tiny": config_tiny}
+
+
+def _read(raw: dict[str, Any]) -> ModelConfig:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw))
+        return read_config(Path(folder))
 
 
 def synthetic_model(
@@ -132,28 +97,39 @@ def synthetic_model(
     dtype: mx.Dtype,
     seed: int,
 ) -> DiffusionGemma:
-    """A model of this shape with random weights, evaluated on the default device.
+    """Return a model of this shape with random weights, evaluated.
 
-    `quantization` by `recipe`, a name in RECIPES, or dense for None; `dtype` is that
-    of norms, scales and dense weights. Linear maps and embedding have mean 0 and
-    standard deviation about 1/sqrt(inputs), norms and scalars are 1: logits are
-    finite. Text from it is noise. One tensor is made at a time, so memory stays
-    below the model's size and once more its largest tensor's. Raises SettingsError
-    for an unknown recipe.
+    quantization    None: dense
+    recipe          name in RECIPES: which layers the quantization is for
+    dtype           of norms, scales and dense weights
+
+    Norms and scalars are 1; the other weights have mean 0 and a deviation of about
+    1/sqrt(inputs), so logits are finite. One tensor is made at a time: memory stays
+    below the size of the model and of its largest tensor.
     """
     model = DiffusionGemma(config)
-    codes = {} if quantization is None else _quantize(model, quantization, recipe)
+    codes: dict[str, Quantization] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Embedding | ExpertLinear):
+            continue
+        if quantization is not None:
+            code = RECIPES[recipe](layer_path(path), quantization)
+            if (code := code.fits(layer.weight.shape)) is not None:
+                replace_layer(model, path, code)
+                codes[path] = code
     parameters = tree_flatten(model.parameters())
     assert isinstance(parameters, list)
     keys = mx.random.split(mx.random.key(seed), len(parameters))
     weights = []
     for (name, placeholder), key in zip(parameters, keys, strict=True):
         layer, _, part = name.rpartition(".")
-        if layer in codes:
-            array = _coded(part, placeholder.shape, codes[layer], dtype, key)
+        if part == "bias":
+            array = mx.zeros(placeholder.shape, dtype=dtype)
+        elif layer in codes:
+            array = _quantized(part, placeholder.shape, codes[layer], dtype, key)
         else:
-            array = _dense(part, placeholder.shape, dtype, key)
-        mx.eval(array)  # its random bits are freed before the next tensor's are made
+            array = _dense(placeholder.shape, dtype, key)
+        mx.eval(array)  # frees its random bits before the next tensor is made
         weights.append((name, array))
     model.load_weights(weights, strict=True)
     model.eval()
@@ -162,70 +138,27 @@ def synthetic_model(
     return model
 
 
-def _read(raw: dict[str, Any]) -> ModelConfig:
-    """A configuration by the reader of checkpoint folders."""
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        return read_config(Path(folder))
-
-
-def _quantize(
-    model: DiffusionGemma, base: Quantization, recipe: str
-) -> dict[str, Quantization]:
-    """Put quantised layers where the recipe wants them: path -> how it is coded."""
-    if recipe not in RECIPES:
-        raise SettingsError(f"recipe is {recipe!r}; supported: {', '.join(RECIPES)}")
-    codes = {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Embedding | ExpertLinear):
-            continue
-        code = RECIPES[recipe](layer_path(path), base).fits(layer.weight.shape)
-        if code is not None:
-            replace_layer(model, path, code)
-            codes[path] = code
-    return codes
-
-
-def _dense(
-    part: str, shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array
-) -> mx.array:
-    """Ones for a norm or scalar, zeros for a bias, else one of 256 even values."""
-    if part == "bias":
-        return mx.zeros(shape, dtype=dtype)
+def _dense(shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:
+    """Return ones for a norm or scalar, else values from 256 equal steps."""
     if len(shape) < 2:
         return mx.ones(shape, dtype=dtype)
     size = math.prod(shape)
     steps = _bits(-(-size // 4), key).view(mx.uint8)[:size].reshape(shape)
-    return (steps.astype(dtype) - 127.5) * _even_step(8, shape[-1])
+    return (steps.astype(dtype) - 127.5) * math.sqrt(12 / (4**8 * shape[-1]))
 
 
-def _coded(
+def _quantized(
     part: str, shape: tuple[int, ...], q: Quantization, dtype: mx.Dtype, key: mx.array
 ) -> mx.array:
-    """One part of a quantised layer: any bits, and a scale that suits them."""
-    if part == "bias":
-        return mx.zeros(shape, dtype=dtype)
+    """Return a part of a quantised layer: any bits, and scales of a real row."""
     if part == "weight":
         packed = _bits(math.prod(shape), key).reshape(shape)
         return packed & NO_NAN if q.mode == "mxfp8" else packed
     inputs = shape[-1] * q.group_size
-    if q.mode == "affine":
-        step = _even_step(q.bits, inputs)
-        middle = -step * (2**q.bits - 1) / 2
-        return mx.full(shape, step if part == "scales" else middle, dtype=dtype)
-    numbers = NUMBERS[q.mode]
-    spread = math.sqrt(sum(number**2 for number in numbers) / len(numbers))
-    scale = 1 / (spread * math.sqrt(inputs))
-    if q.mode == "nvfp4":  # its scales are e4m3, the others' powers of two
-        return mx.full(shape, mx.to_fp8(mx.array(scale)))
-    return mx.full(shape, 127 + round(math.log2(scale)), dtype=mx.uint8)
-
-
-def _even_step(bits: int, inputs: int) -> float:
-    """Between 2^bits even values, all as likely, whose deviation is 1/sqrt(inputs)."""
-    return math.sqrt(12 / ((4**bits - 1) * inputs))
+    row = mx.random.normal((1, inputs), dtype, key=mx.random.key(0)) / inputs**0.5
+    return mx.contiguous(mx.broadcast_to(q.apply(row)[part], shape))
 
 
 def _bits(words: int, key: mx.array) -> mx.array:
-    """(words,) random uint32. A split is raw random bits, floats would round them."""
+    """Return (words,) random uint32: a split key is raw random bits."""
     return mx.random.split(key, -(-words // 2)).reshape(-1)[:words]

@@ -67,10 +67,6 @@ class Traits:
         nothing is fused; of logits fewer, as fewer operations are allocated ahead."""
         return cls(device, 6)
 
-    @property
-    def choices(self) -> backends.Choices:
-        return self.device.choices
-
     def loops(self, dtype: mx.Dtype, *, quantized: bool) -> bool:
         """Whether experts take one product each."""
         return self.device.experts(dtype, quantized=quantized, pairs=1) == "loop"
@@ -220,7 +216,7 @@ class Pass:
         heads, columns = self.config.num_attention_heads, self.seen + self.new
         if not self.causal:
             return self.tokens * heads * columns
-        largest = self.traits.choices.score_bytes // (4 * self.texts * heads * columns)
+        largest = self.traits.device.score_bytes // (4 * self.texts * heads * columns)
         most, window = max(FEWEST, largest), None
         if self.layer.sliding:
             window = self.config.sliding_window

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import backends
-from ..backends.gradients import differentiable
+from ..backends import differentiable
 from ..model.layers import dequantize
 from ..model.vocab import Embedding
 
@@ -41,7 +41,7 @@ def signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
 
 def _tiled(make: Callable[..., mx.array], *given: mx.array) -> mx.array:
     """`make` of some rows at a time of all that is given, one tile's chunks alive."""
-    most = backends.current().choices.vocabulary_rows
+    most = backends.current().vocabulary_rows
     tiles = list[mx.array]()
     for start in range(0, len(given[0]), most):
         first, *rest = (array[start : start + most] for array in given)
@@ -132,7 +132,7 @@ class _Head:
     @property
     def chunks(self) -> list[slice]:
         vocabulary = self.embedding.weight.shape[0]
-        chunk = backends.current().choices.vocabulary_chunk
+        chunk = backends.current().vocabulary_chunk
         return [
             slice(start, min(start + chunk, vocabulary))
             for start in range(0, vocabulary, chunk)

@@ -131,7 +131,7 @@ def stored(folder: Path) -> tuple[ModelConfig, Storage]:
 
 def device_bytes() -> int | None:
     """Bytes that MLX may use on this machine, without swapping; None if unknown."""
-    return backends.current().limits().memory
+    return backends.current().memory()
 
 
 def advise(job: Job, limit: float) -> str | None:

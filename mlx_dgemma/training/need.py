@@ -301,8 +301,8 @@ def _at_logits(
 ) -> dict[str, int]:
     """alone: whether nothing but logits is computed meanwhile. Else half as many of
     them were alive, for the other half of what is allocated ahead is of layers."""
-    rows, last = min(job.traits.choices.vocabulary_rows, passes[0].tokens), passes[-1]
-    chunk = min(job.traits.choices.vocabulary_chunk, job.config.vocab_size)
+    rows, last = min(job.traits.device.vocabulary_rows, passes[0].tokens), passes[-1]
+    chunk = min(job.traits.device.vocabulary_chunk, job.config.vocab_size)
     logits = FLOAT * job.traits.logits * rows * chunk
     if job.quantized:  # two chunks of the table made dense
         logits += 2 * job.value * chunk * job.config.hidden_size
@@ -339,7 +339,7 @@ def _table(job: Job) -> int:
 
 def _tiles(job: Job) -> int:
     """How many gradients the vocabulary's losses and signal give the embedding."""
-    rows = job.traits.choices.vocabulary_rows
+    rows = job.traits.device.vocabulary_rows
     found = -(-job.decoder[0].tokens // rows)
     if job.encoding:
         found += -(-(job.encoder[0].tokens - job.texts) // rows)
@@ -391,7 +391,7 @@ def _signal(job: Job) -> int:
     logits, tables, states = SIGNAL
     tokens, width = job.decoder[0].tokens, job.config.hidden_size
     words = job.config.vocab_size
-    chunks = -(-words // job.traits.choices.vocabulary_chunk)
+    chunks = -(-words // job.traits.device.vocabulary_chunk)
     mixing = 70 * tokens * job.config.intermediate_size  # its way into the canvas
     found = logits * tokens * words + tables * words * width
     return FLOAT * (found + states * chunks * tokens * width) + mixing

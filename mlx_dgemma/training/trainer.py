@@ -84,7 +84,7 @@ class Trainer:
             adapt(model, plan.lora, self.settings.seed)
         else:
             unfreeze(model, plan.num_layers, router=plan.router)
-        compiled = backends.current().choices.compiles if compiled is None else compiled
+        compiled = backends.current().compiles if compiled is None else compiled
         self.gradients = Gradients(model, self.settings, compiled=compiled)
         self.weights = Weights(model, self.settings)
         self.batches = Batches(model.config, self.settings, self.group)
@@ -237,7 +237,7 @@ class Report:
             iterations_per_second=self.batches / self.seconds,
             tokens_per_second=tokens / self.seconds,
             trained_tokens=self.tokens,
-            peak_memory=backends.peak_memory(),
+            peak_memory=mx.get_peak_memory(),
         )
         self.restart()
         return event

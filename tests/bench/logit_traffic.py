@@ -44,7 +44,7 @@ def operations(step, given, vocabulary: int) -> list[Operation]:
     """Operations of a step that touch an array of logits, in order."""
     found: list[Operation] = []
     made: dict[str, tuple[str, int]] = {}  # a view is the array that it shows
-    chunk = backends.current().choices.vocabulary_chunk
+    chunk = backends.current().vocabulary_chunk
     widths = {vocabulary, chunk, vocabulary % chunk}
 
     def weigh(name: str, shape: tuple[int, ...]) -> tuple[str, int]:

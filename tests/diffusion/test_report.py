@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dgemma import Commit, Prefilled, Step, backends
+from mlx_dgemma import Commit, Prefilled, Step
 from mlx_dgemma.diffusion import report
 from mlx_dgemma.diffusion.report import Report, size
 
@@ -46,7 +46,7 @@ def after_two_seconds(monkeypatch):
         return made
 
     monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
-    monkeypatch.setattr(backends, "peak_memory", lambda: 3_000_000)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
     return make
 
 

@@ -169,8 +169,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of random weights, made on the device."""
     quantization, recipe = PRECISIONS[precision]
-    device = backends.current()
-    unjoined = type(device)(replace(device.choices, product_rows=1))
+    unjoined = replace(backends.current(), product_rows=1)
     with backends.using(unjoined):  # layers as they are on disk
         model = synthetic_model(
             config, quantization=quantization, recipe=recipe, dtype=dtype, seed=0

@@ -33,7 +33,6 @@ import tables  # noqa: E402
 from parts import Part, Setting  # noqa: E402
 
 from mlx_dgemma import backends  # noqa: E402
-from mlx_dgemma.performance import devices  # noqa: E402
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "numpy")
 SCRATCH = Path(tempfile.gettempdir())
@@ -48,12 +47,20 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "device": devices.survey(),
+        "device": backends.current().description(),
+        "free_memory": free_memory(),
+        "backends": backends.describe(),
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
     }
+
+
+def free_memory() -> int | None:
+    """Return the device memory in bytes that a part may use, if the device says so."""
+    device = backends.current()
+    return device.info_number("free_memory") or device.memory()
 
 
 MACHINE = Part("machine", describe_machine)
@@ -110,8 +117,7 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         "machine": machine.get("figures", machine),
         "parts": {},
     }
-    limits = found["machine"].get("device", {}).get("chosen", {}).get("limits", {})
-    free = limits.get("free") or limits.get("memory")
+    free = found["machine"].get("free_memory")
     for part in wanted:
         part = replace(part, memory=0, disk=0) if rehearsal else part
         left = budget - (time.perf_counter() - begun)
@@ -133,13 +139,12 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
 def listing(wanted: list[Part]) -> str:
     """Return one line per part, with what keeps it from running here."""
     device = backends.current()
-    limits = device.limits()
     lines, section = [f"on {device.name}: {device.description()}"], ""
     for part in wanted:
         if part.section != section:
             section = part.section
             lines.append(f"{section}: {plan.SECTIONS[section]}")
-        why = part.obstacle(SCRATCH, limits.free or limits.memory)
+        why = part.obstacle(SCRATCH, free_memory())
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
         lines.append(f"  {part.name:<36}" + (f"skip: {why}" if why else ""))

@@ -13,10 +13,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     if found["rehearsal"]:
         yield "A rehearsal on a CPU at toy sizes: these figures mean nothing.\n"
     machine, parts = found["machine"], found["parts"]
-    chosen = machine.get("device", {}).get("chosen", {})
     versions = machine.get("versions", {}).items()
     installed = ", ".join(f"{name} {version}" for name, version in versions if version)
-    yield f"{chosen.get('device', 'unknown device')}; {installed}; {found['began']}."
+    yield f"{machine.get('device', 'unknown device')}; {installed}; {found['began']}."
     yield f"`{found['command']}`"
     sections = dict.fromkeys(name.partition("/")[0] for name in parts)
     for section in sections:

@@ -1,0 +1,297 @@
+"""How many answers are right: rows of JSONL, denoised in batches and compared."""
+
+import json
+import runpy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .diffusion.engine import Engine
+from .diffusion.events import Commit
+from .errors import DataError, SettingsError, TokenizerError
+from .files.json import read_jsonl
+from .model.language import DiffusionGemma
+from .settings import Settings, check_int
+from .text.chat import chat_ids
+from .text.tokenizer import Tokenizer
+
+BATCH_SIZE = 50
+Progress = Callable[[int, int, int], None]  # steps allowed, answers done, answers
+Scorer = Callable[[str, str, str], Mapping[str, float]]  # prompt, answer, expected
+Check = Callable[[str, str], object]  # prompt, expected; raises ValueError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and the right answer.
+
+    prompt    one user's text, or chat messages
+    answer    the text that is right
+    tools     functions the model may call, as OpenAI's JSON
+    where     file:line, for error messages
+    """
+
+    prompt: str | list[dict[str, Any]]
+    answer: str
+    tools: list[dict[str, Any]] | None = None
+    where: str = "a row"
+
+    @property
+    def question(self) -> str:
+        """The text of the prompt, or of its last message."""
+        prompt = self.prompt
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"] or ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows at one step cap. Shares are from 0 to 1, means over the rows.
+
+    steps         most denoising steps per canvas
+    count         rows
+    exact         share of answers that equal the right text
+    scores        what the scorer found, by name
+    mean_steps    denoising steps per answer, of all its canvases
+    seconds       wall time
+    """
+
+    steps: int
+    count: int
+    exact: float
+    scores: dict[str, float]
+    mean_steps: float
+    seconds: float
+
+
+def evaluate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    *,
+    scorer: Scorer | None = None,
+    steps: Sequence[int | None] = (None,),
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Answer all rows at each step cap and return one result per cap.
+
+    rows          from `read_rows`, or made by hand
+    scorer        called with (prompt, answer, expected) for each row; returns named
+                  shares, whose means become `Result.scores`
+    steps         most denoising steps per canvas; None: the checkpoint's own
+    batch_size    rows denoised together
+    seed          row number n is denoised with seed + n, so its answer does not
+                  depend on how many rows there are
+    progress      called after each batch with (steps, answers done, answers)
+
+    An answer is exact if it equals the row's, apart from whitespace around both.
+
+    Raises SettingsError for impossible settings and DataError, naming the row, for
+    a prompt that cannot be encoded, both before anything is denoised. A ValueError
+    of the scorer becomes a DataError that names the row.
+    """
+    if not rows or not steps:
+        raise SettingsError("nothing to evaluate; give rows and step caps")
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0)
+    settings_per_cap = [model.settings.replace(steps=cap) for cap in steps]
+    prompts = [_encode(tokenizer, row) for row in rows]
+    results = []
+    for settings in settings_per_cap:
+        started = time.perf_counter()
+        answers, taken = [], 0
+        for start in range(0, len(rows), batch_size):
+            batch = prompts[start : start + batch_size]
+            for tokens, steps_taken in _answers(model, batch, settings, seed + start):
+                answers.append(tokenizer.decode(tokens).strip())
+                taken += steps_taken
+            if progress is not None:
+                progress(settings.steps, len(answers), len(rows))
+        pairs = list(zip(rows, answers, strict=True))
+        results.append(
+            Result(
+                steps=settings.steps,
+                count=len(rows),
+                exact=sum(a == row.answer.strip() for row, a in pairs) / len(rows),
+                scores={} if scorer is None else _mean_scores(scorer, pairs),
+                mean_steps=taken / len(rows),
+                seconds=time.perf_counter() - started,
+            )
+        )
+    return results
+
+
+def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
+    try:
+        if row.tools is None:
+            return chat_ids(tokenizer, row.prompt)
+        messages = row.prompt
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = tokenizer.apply_chat_template(messages, tools=row.tools)
+        assert isinstance(text, str)
+        return tokenizer.encode(text)
+    except (SettingsError, TokenizerError) as error:
+        raise DataError(f"{row.where}: {error}") from None
+
+
+def _answers(
+    model: DiffusionGemma, prompts: Sequence[list[int]], settings: Settings, seed: int
+) -> list[tuple[list[int], int]]:
+    """Return the answer's tokens and the steps taken for each prompt of a batch."""
+    engine = Engine(model)
+    tokens: dict[int, list[int]] = {}
+    taken: dict[int, int] = {}
+    for number, prompt in enumerate(prompts):
+        request = engine.admit(prompt, settings, seed + number).request
+        tokens[request], taken[request] = [], 0
+    for event in engine.run():
+        if isinstance(event, Commit):
+            tokens[event.request] += event.tokens
+            taken[event.request] += event.steps
+    return [(tokens[request], taken[request]) for request in tokens]
+
+
+def _mean_scores(scorer: Scorer, pairs: Sequence[tuple[Row, str]]) -> dict[str, float]:
+    scores = []
+    for row, answer in pairs:
+        try:
+            scores.append(scorer(row.question, answer, row.answer))
+        except ValueError as error:
+            raise DataError(f"{row.where}: {error}") from None
+        if scores[-1].keys() != scores[0].keys():
+            raise SettingsError(
+                f"{row.where}: the scorer returned {', '.join(scores[-1])} after "
+                f"{', '.join(scores[0])}; it must return the same names for every row"
+            )
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+
+
+def load_scorer(text: str) -> tuple[Scorer, Check | None]:
+    """Return the function that "FILE.py:function" names, and the file's `check`.
+
+    Raises SettingsError for a file or a function that is not there.
+    """
+    path, _, name = text.rpartition(":")
+    if not path or not name.isidentifier():
+        raise SettingsError(f"scorer is {text!r}; write it like FILE.py:function")
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise SettingsError(f"scorer {path}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise SettingsError(f"scorer {path}:{error.lineno}: {error.msg}") from None
+    if not callable(names.get(name)):
+        raise SettingsError(f"scorer {path}: has no function {name!r}")
+    return names[name], names.get("check")
+
+
+def check_rows(rows: Sequence[Row], check: Check) -> None:
+    """Raise DataError naming the first row for which `check` raises ValueError."""
+    for row in rows:
+        try:
+            check(row.question, row.answer)
+        except ValueError as error:
+            raise DataError(f"{row.where}: {error}") from None
+
+
+def table(results: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return Markdown: a line per step cap, the columns of each label side by side.
+
+    All labels must have the same step caps. A single label is left out of the
+    headings.
+    """
+    heading = ["steps allowed"]
+    for label, found in results.items():
+        names = ["exact", *found[0].scores, "mean steps", "seconds"]
+        heading += names if len(results) == 1 else [f"{label}: {n}" for n in names]
+    lines = [heading, ["---"] * len(heading)]
+    for beside in zip(*results.values(), strict=True):
+        if len({result.steps for result in beside}) != 1:
+            raise SettingsError("results of different step caps make no table")
+        lines.append([str(beside[0].steps)])
+        for result in beside:
+            shares = [result.exact, *result.scores.values()]
+            lines[-1] += [f"{share:.1%}" for share in shares]
+            lines[-1] += [f"{result.mean_steps:.2f}", f"{result.seconds:.1f}"]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the rows of a .jsonl file, or of test.jsonl in a folder.
+
+    A row is {"messages"}, the last of them the assistant's, or {"prompt",
+    "completion"}, each text or messages. Both may have "tools".
+
+    Raises DataError "file:line: reason" for the first broken row.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "test.jsonl"
+    rows = []
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        try:
+            rows.append(_row(row, where))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return rows
+
+
+def _row(row: dict[str, Any], where: str) -> Row:
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"tools is {type(tools).__name__}; it must be a list")
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+    elif "prompt" in row and "completion" in row:
+        messages = _messages(row["prompt"], "prompt", "user")
+        messages += _messages(row["completion"], "completion", "assistant")
+    else:
+        raise DataError("has neither messages nor prompt and completion")
+    *before, last = messages
+    if not before:
+        raise DataError("has nothing before the answer; add the user's message")
+    if last["role"] not in ("assistant", "model"):
+        raise DataError(
+            f"its last message is the {last['role']}'s; it must be the assistant's"
+        )
+    if not (last["content"] or "").strip():
+        raise DataError("its answer is empty")
+    single = len(before) == 1 and before[0]["role"] == "user"
+    return Row(
+        before[0]["content"] if single else before, last["content"], tools, where
+    )
+
+
+def _messages(value: Any, name: str, role: str | None = None) -> list[dict[str, Any]]:
+    """Return messages with joined text parts; a text is one message of `role`."""
+    if isinstance(value, str) and role is not None:
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{name} must be a list of messages, not {_brief(value)}")
+    messages = []
+    for index, message in enumerate(value):
+        where = f"{name}[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f'{where} is {_brief(message)}, not {{"role", "content"}}')
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, dict)]
+            texts = [p["text"] for p in parts if isinstance(p.get("text"), str)]
+            content = "".join(texts) if len(texts) == len(content) else content
+        only_calls = content is None and message.get("tool_calls")
+        if not isinstance(content, str) and not only_calls:
+            raise DataError(f"{where}: content is {_brief(content)}; it must be text")
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
