@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 import transformers
-from oracle import Oracle, Trajectory, load_oracle
+from oracle import Oracle, Trajectory, load_oracle, stacked
 from sudoku import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,21 +46,15 @@ RUNS = {
 
 def arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
     """Return a trajectory as (steps, …) arrays; `lengths` are steps per canvas."""
-    steps = trajectory.steps
-    return {
-        "prompt": np.array(trajectory.prompt, np.int32),
-        "tokens": np.array(trajectory.tokens, np.int32),
-        "starts": np.stack(trajectory.starts).astype(np.int32),
-        "lengths": np.array([len(c) for c in trajectory.canvases], np.int32),
-        "canvas": np.stack([s.canvas for s in steps]).astype(np.int32),
-        "logits": np.stack([s.logits for s in steps]).astype(np.float32),
-        "proposal": np.stack([s.proposal for s in steps]).astype(np.int32),
-        "noise": np.stack([s.noise for s in steps]).astype(np.int32),
-        "entropy": np.stack([s.entropy for s in steps]).astype(np.float32),
-        "accepted": np.stack([s.accepted for s in steps]),
-        "argmax": np.stack([s.argmax for s in steps]).astype(np.int32),
-        "stopped": np.array([s.stopped for s in steps]),
+    found = {
+        "prompt": np.array(trajectory.prompt),
+        "tokens": np.array(trajectory.tokens),
+        "starts": np.stack(trajectory.starts),
+        "lengths": np.array([len(steps) for steps in trajectory.canvases]),
+        **stacked(trajectory.steps),
     }
+    narrow = {np.dtype("int64"): np.int32, np.dtype("float64"): np.float32}
+    return {k: v.astype(narrow.get(v.dtype, v.dtype)) for k, v in found.items()}
 
 
 def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:

@@ -7,7 +7,7 @@ The reference of verify.py, export_golden.py and the parity tests. Needs the ext
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -77,6 +77,12 @@ class Trajectory:
     @property
     def steps(self) -> list[RecordedStep]:
         return [step for canvas in self.canvases for step in canvas]
+
+
+def stacked(steps: list[RecordedStep]) -> dict[str, np.ndarray]:
+    """Return each field of the steps as one (steps, …) array."""
+    rows = [asdict(step) for step in steps]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Oracle:

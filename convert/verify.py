@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from oracle import Oracle, RecordedStep, Trajectory, load_oracle
+from oracle import Oracle, RecordedStep, Trajectory, load_oracle, stacked
 from rich.console import Console
 from rich.table import Table
 
@@ -138,16 +138,7 @@ class Verifier:
             for index in range(len(theirs.canvases))
             for step in self.canvas_steps(theirs, index, settings)
         ]
-        mine, expected = (
-            {
-                "logits": np.stack([s.logits for s in steps]),
-                "entropy": np.stack([s.entropy for s in steps]),
-                "accepted": np.stack([s.accepted for s in steps]),
-                "argmax": np.stack([s.argmax for s in steps]),
-                "stopped": np.stack([s.stopped for s in steps]),
-            }
-            for steps in (ours, theirs.steps)
-        )
+        mine, expected = stacked(ours), stacked(theirs.steps)
         for name in ("logits", "entropy"):
             yield self.row(f"trajectory: {name}", mx.array(mine[name]), expected[name])
         last = np.cumsum([len(steps) for steps in theirs.canvases]) - 1
