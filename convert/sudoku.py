@@ -41,12 +41,6 @@ def text(cells: np.ndarray) -> str:
     return "\n".join("".join(map(str, row)) for row in np.reshape(cells, (4, 4)))
 
 
-def solutions(cells: np.ndarray) -> np.ndarray:
-    """The solved grids that agree with the givens of `cells` (16,): (n, 16)."""
-    cells = np.asarray(cells)
-    return GRIDS[((cells == GRIDS) | (cells == 0)).all(axis=1)]
-
-
 def is_held_out(cells: np.ndarray) -> bool:
     """Whether the puzzle `cells` (16,) belongs to the test side of the split."""
     return zlib.crc32(np.asarray(cells, dtype=np.uint8).tobytes()) % HELD_OUT == 0

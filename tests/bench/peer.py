@@ -94,7 +94,7 @@ def ours(path: str, prompt: list[int], steps: int):
     config = read_config(Path(path))
     model = load_model(Path(path), config)
     join_products(model)
-    settings = config.settings.replace(
+    settings = model.settings.replace(
         steps=steps, confidence=0, max_tokens=config.canvas_length, eos=frozenset()
     )
 

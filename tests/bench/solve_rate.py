@@ -6,9 +6,9 @@
 
 Puzzles come from the side of the split that training never draws from. `--oracle`
 also runs transformers' own `generate` (needs the extra `parity`). `--recipes`
-converts the checkpoint by every recipe and tells size, largest change of the logits
-and solve rate of each. `--shortcuts` denoises one puzzle at a time with each setting
-that may change the text. Prints Markdown.
+converts the checkpoint by every recipe and shows size, largest change of the logits
+and solve rate of each. `--shortcuts` compares the exact sampler with `--sampler
+confidence`, one puzzle at a time. Prints Markdown.
 """
 
 import argparse
@@ -24,11 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "convert"))
 from sudoku import held_out  # noqa: E402
 
-from mlx_dgemma import convert, load  # noqa: E402
+from mlx_dgemma import convert, evaluate, load  # noqa: E402
 from mlx_dgemma.checkpoint.hub import resolve  # noqa: E402
-from mlx_dgemma.diffusion.engine import Engine  # noqa: E402
-from mlx_dgemma.diffusion.events import Commit  # noqa: E402
-from mlx_dgemma.model import vocab  # noqa: E402
+from mlx_dgemma.evaluation import Row  # noqa: E402
 from mlx_dgemma.text.chat import chat_ids  # noqa: E402
 
 ROWS = 50  # puzzles denoised together
@@ -40,54 +38,41 @@ RECIPES = {
     "mxfp4": {"q_mode": "mxfp4"},
     "nvfp4": {"q_mode": "nvfp4"},
 }
-SHORTCUTS = {
+SAMPLERS = {
     "none": {},
     "--sampler confidence": {"sampler": "confidence"},
     "--sampler confidence --min-probability 0.5": {
         "sampler": "confidence",
         "min_probability": 0.5,
     },
-    "--trim-eos": {"trim_eos": True},
-    "--freeze": {"freeze": True},
-    "--signal-top-k 2": {"signal_top_k": 2},
 }
 
 
 def solve(model, tokenizer, pairs, steps: int | None) -> tuple[float, float]:
-    """Share of `pairs` solved exactly, and mean denoising steps per puzzle."""
-    settings = model.settings.replace(steps=steps)
-    right, taken = 0, 0
-    for start in range(0, len(pairs), ROWS):
-        engine = Engine(model)
-        answers = {}
-        for seed, (puzzle, answer) in enumerate(pairs[start : start + ROWS], start):
-            ids = chat_ids(tokenizer, puzzle)
-            answers[engine.admit(ids, settings, seed).request] = answer
-        for event in engine.run():
-            if isinstance(event, Commit):
-                right += tokenizer.decode(event.tokens) == answers[event.request]
-                taken += event.steps
-    return right / len(pairs), taken / len(pairs)
+    """Return the share of `pairs` solved exactly, and mean steps per puzzle."""
+    rows = [Row(puzzle, answer) for puzzle, answer in pairs]
+    (result,) = evaluate(model, tokenizer, rows, steps=[steps], batch_size=ROWS)
+    return result.exact, result.mean_steps
 
 
 def sweep(name: str, pairs, steps: list[int], oracle: bool) -> None:
-    """Ours, and transformers' if asked, at every step cap."""
+    """Print ours, and transformers' if asked, at every step cap."""
     model, tokenizer = load(name)
     print("| steps allowed | ours: solved | mean steps | transformers | mean steps |")
     print("| --- | --- | --- | --- | --- |")
-    for most in steps:
-        rate, mean = solve(model, tokenizer, pairs, most)
+    for cap in steps:
+        rate, mean = solve(model, tokenizer, pairs, cap)
         theirs, their_mean = "", ""
         if oracle:
-            from train_sudoku import evaluate
+            from train_sudoku import evaluate as evaluate_torch
 
-            found = evaluate(resolve(name), len(pairs), most)
+            found = evaluate_torch(resolve(name), len(pairs), cap)
             theirs, their_mean = f"{found[0]:.1%}", f"{found[1]:.2f}"
-        print(f"| {most} | {rate:.1%} | {mean:.2f} | {theirs} | {their_mean} |")
+        print(f"| {cap} | {rate:.1%} | {mean:.2f} | {theirs} | {their_mean} |")
 
 
 def recipes(name: str, pairs) -> None:
-    """Every recipe against the dense checkpoint."""
+    """Print every recipe against the dense checkpoint."""
     dense, tokenizer = load(name)
     prompts = [chat_ids(tokenizer, puzzle) for puzzle, _ in pairs[:ROWS]]
     canvas = np.random.default_rng(0).integers(
@@ -117,36 +102,20 @@ def recipes(name: str, pairs) -> None:
             )
 
 
-def shortcuts(name: str, pairs) -> None:
-    """Every opt-in against the exact loop, with its steps and without a spare one."""
+def samplers(name: str, pairs) -> None:
+    """Print the sampler "confidence" beside the exact one, puzzle by puzzle."""
     model, tokenizer = load(name)
-    vocab.BLOCK = 2  # this vocabulary is smaller than a block of the released one's
-    print(
-        "| settings | steps allowed | solved | mean steps | same text | ms a puzzle |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for most in (None, 2):
-        exact: list[str] = []
-        for label, changes in SHORTCUTS.items():
-            settings = model.settings.replace(steps=most, **changes)
-            texts, taken, started = [], 0, time.perf_counter()
-            for seed, (puzzle, _) in enumerate(pairs):
-                engine = Engine(model)
-                engine.admit(chat_ids(tokenizer, puzzle), settings, seed)
-                for event in engine.run():
-                    if isinstance(event, Commit):
-                        texts.append(tokenizer.decode(event.tokens))
-                        taken += event.steps
-            wall = time.perf_counter() - started
-            exact = exact or texts
-            right = [
-                text == answer for text, (_, answer) in zip(texts, pairs, strict=True)
-            ]
-            same = [a == b for a, b in zip(texts, exact, strict=True)]
+    exact = model.settings
+    rows = [Row(puzzle, answer) for puzzle, answer in pairs]
+    print("| settings | steps allowed | solved | mean steps | ms a puzzle |")
+    print("| --- | --- | --- | --- | --- |")
+    for cap in (exact.steps, 2):
+        for label, changes in SAMPLERS.items():
+            model.settings = exact.replace(**changes)
+            (found,) = evaluate(model, tokenizer, rows, steps=[cap], batch_size=1)
             print(
-                f"| {label} | {settings.steps} | {sum(right) / len(pairs):.1%} | "
-                f"{taken / len(pairs):.2f} | {sum(same) / len(pairs):.1%} | "
-                f"{1e3 * wall / len(pairs):.1f} |"
+                f"| {label} | {cap} | {found.exact:.1%} | {found.mean_steps:.2f} | "
+                f"{1e3 * found.seconds / len(rows):.1f} |"
             )
 
 
@@ -164,9 +133,9 @@ def main() -> None:
     if options.recipes:
         recipes(options.model, pairs)
     elif options.shortcuts:
-        shortcuts(options.model, pairs)
+        samplers(options.model, pairs)
     else:
-        steps = [int(most) for most in options.steps.split(",")]
+        steps = [int(cap) for cap in options.steps.split(",")]
         sweep(options.model, pairs, steps, options.oracle)
     seconds = time.perf_counter() - started
     print(f"\n{len(pairs)} unseen puzzles, {seconds:.0f} s on {mx.default_device()}")
