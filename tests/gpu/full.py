@@ -1,4 +1,4 @@
-"""The full-size model with random weights: written, loaded, timed, beside the peers.
+"""The full-size model with random weights: written, loaded, timed, beside mlx-vlm.
 
 Its text means nothing; its memory and times are those of the released 26B. The
 checkpoint lies in a scratch folder, so that every engine reads the same files.
@@ -124,44 +124,6 @@ def side_by_side(path: Path, prompt: list[int], steps: int) -> dict[str, Any]:
         _free_memory()
     ratio = found["ours_alone_step_seconds"] / found["mlx_vlm_alone_step_seconds"]
     return found | {"step_ours_over_mlx_vlm": ratio}
-
-
-def measure_transformers(setting: Setting) -> dict[str, Any]:
-    """Time a step and the prefill of transformers in bfloat16 on torch.
-
-    `generate` is timed with few and with many steps; the difference is steps.
-    """
-    import torch
-    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
-
-    config = config_tiny() if setting.rehearsal else config_26b()
-    few, many, prompt = (1, 3, 40) if setting.rehearsal else (4, 20, 8192)
-    raw = released_config(config, None, mx.bfloat16) | {"vision_config": TOWER}
-    with torch.device(setting.torch_device):
-        model = DiffusionGemmaForBlockDiffusion._from_config(
-            DiffusionGemmaConfig.from_dict(raw), dtype=torch.bfloat16
-        ).eval()
-        ids = torch.randint(10, config.vocab_size, (1, prompt))
-
-    def seconds(steps: int) -> float:
-        begun = time.perf_counter()
-        model.generate(
-            ids,
-            max_new_tokens=config.canvas_length,
-            max_denoising_steps=steps,
-            confidence_threshold=1e-9,
-            stability_threshold=many,
-            eos_token_id=config.vocab_size - 1,
-        ).sequences.cpu()  # waits for the device
-        return time.perf_counter() - begun
-
-    seconds(few)
-    short, long = (statistics.median(seconds(n) for _ in range(3)) for n in (few, many))
-    step = (long - short) / (many - few)
-    found = {"step_seconds": step, "prefill_seconds": short - few * step}
-    if torch.cuda.is_available():
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return found
 
 
 def write_checkpoint(

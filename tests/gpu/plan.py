@@ -62,13 +62,6 @@ def parts() -> Iterator[Part]:
         memory, disk = full.required_bytes(precision)
         run = partial(full.measure_precision, precision=precision)
         yield Part(f"full/{precision}", run, memory, disk, seconds=420)
-    yield Part(
-        "full/transformers bf16",
-        full.measure_transformers,
-        memory=full.required_bytes("bf16")[0] + 4 * GB,
-        needs=TORCH,
-        seconds=300,
-    )
     modules = partial(pytest_on_device, paths=MODULES)
     yield Part("suite/modules", modules, seconds=300)
 
