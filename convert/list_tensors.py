@@ -13,35 +13,30 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from mlx_dgemma.checkpoint.config import ModelConfig, read_config
-from mlx_dgemma.checkpoint.weights import Files, parameter_name, read_layout, tied_to
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.weights import Layout, parameter_name, read_layout, tied_to
 from mlx_dgemma.errors import DGemmaError
 
 BEGIN, END = "<!-- tensors -->", "<!-- /tensors -->"
 
 
-def table(files: Files, config: ModelConfig) -> str:
-    """Markdown: name on disk, shape, parameter here; layers of a kind in one line."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for name, info in sorted(files.tensors.items(), key=lambda item: _natural(item[0])):
+def table(layout: Layout) -> str:
+    """Return a Markdown table; a tensor that stands in several layers has one row."""
+    rows: dict[tuple[str, str], list[str]] = {}  # name and shape -> kinds of layers
+    for name in sorted(layout.tensors, key=_natural):
         number = re.search(r"\.layers\.(\d+)\.", name)
         kind = ""
         if number and "vision" not in name:
-            kind = config.layers[int(number[1])].kind
-        shape = " × ".join(map(str, info.shape))
+            kind = layout.config.layers[int(number[1])].kind
+        shape = " × ".join(map(str, layout.tensors[name].shape))
         general = re.sub(r"\.layers\.\d+\.", ".layers.N.", name)
-        lines.setdefault((general, shape), []).append(kind)
-    rows = ["| on disk | shape | layers | parameter |", "| --- | --- | --- | --- |"]
-    for (name, shape), kinds in lines.items():
-        rows.append(f"| `{name}` | {shape} | {_kinds(kinds)} | {_parameter(name)} |")
-    return "\n".join(rows)
-
-
-def _kinds(kinds: list[str]) -> str:
-    named = {kind for kind in kinds if kind}
-    if not named:
-        return "" if len(kinds) == 1 else "all"
-    return "all" if len(named) > 1 else named.pop()
+        rows.setdefault((general, shape), []).append(kind)
+    lines = ["| on disk | shape | layers | parameter |", "| --- | --- | --- | --- |"]
+    for (name, shape), kinds in rows.items():
+        one_kind = len(set(kinds)) == 1 and (kinds[0] or len(kinds) == 1)
+        layers = kinds[0] if one_kind else "all"
+        lines.append(f"| `{name}` | {shape} | {layers} | {_parameter(name)} |")
+    return "\n".join(lines)
 
 
 def _parameter(name: str) -> str:
@@ -52,9 +47,8 @@ def _parameter(name: str) -> str:
 
 
 def _natural(name: str) -> list[str | int]:
-    return [
-        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 @click.command()
@@ -68,8 +62,7 @@ def _natural(name: str) -> list[str | int]:
 def main(folder: Path, markdown: bool, write: Path | None) -> None:
     """List the tensors of a checkpoint FOLDER."""
     try:
-        config = read_config(folder)
-        files = read_layout(folder, config).files
+        layout = read_layout(folder, read_config(folder))
     except DGemmaError as error:
         raise click.ClickException(str(error)) from None
     if write is not None:
@@ -78,14 +71,14 @@ def main(folder: Path, markdown: bool, write: Path | None) -> None:
         _, marker, after = rest.partition(END)
         if not marker:
             raise click.ClickException(f"{write}: has no {BEGIN} … {END}")
-        write.write_text(f"{before}{BEGIN}\n{table(files, config)}\n{END}{after}")
+        write.write_text(f"{before}{BEGIN}\n{table(layout)}\n{END}{after}")
     elif markdown:
-        click.echo(table(files, config))
+        click.echo(table(layout))
     else:
-        for name, info in files.tensors.items():
+        for name, info in layout.tensors.items():
             dtype = str(info.dtype).removeprefix("mlx.core.")
             click.echo(f"{name}  {dtype}  {list(info.shape)}  {info.file.name}")
-        click.echo(f"{len(files.tensors)} tensors, {files.nbytes:,} bytes")
+        click.echo(f"{len(layout.tensors)} tensors, {layout.nbytes:,} bytes")
 
 
 if __name__ == "__main__":

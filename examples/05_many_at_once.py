@@ -3,8 +3,7 @@
 python examples/05_many_at_once.py
 """
 
-from mlx_dgemma import Commit, load
-from mlx_dgemma.diffusion.engine import Engine
+from mlx_dgemma import Commit, Engine, load
 from mlx_dgemma.text.chat import chat_ids
 
 PUZZLES = ["4000\n0310\n0430\n0000", "1030\n0010\n3000\n0020", "0020\n0200\n0014\n0400"]

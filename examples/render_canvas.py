@@ -4,8 +4,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-from mlx_dgemma import Step, load
-from mlx_dgemma.diffusion.engine import Engine
+from mlx_dgemma import Engine, Step, load
 from mlx_dgemma.text.chat import chat_ids
 
 PUZZLE = "4000\n0310\n0430\n0000"

@@ -1,19 +1,6 @@
-"""Everything this package refuses, as one tree a caller can catch.
+"""Everything this package refuses, as classes a caller can catch.
 
-    DGemmaError
-    ├── ConfigError        a configuration file says something impossible
-    ├── CheckpointError    a weight file, its index or a tensor is missing or wrong
-    ├── ConversionError    a conversion that was refused or could not be finished
-    ├── TokenizerError     tokenizer files or the chat template are missing or broken
-    ├── SettingsError      a setting is unknown or out of range
-    ├── BackendError       the device asked for cannot be used here
-    ├── DataError          a row of training or evaluation data is broken
-    ├── TrainingError      a fine-tuning that was refused or cannot go on
-    ├── AdapterError       an adapter is broken, or does not fit the model
-    ├── MediaError         a picture or a video is refused, broken or of no known kind
-    └── HubError           a model could not be found or fetched
-
-Each message is one line: what is wrong, where, and how to mend it. Commands print
+Each message is one line: what is wrong, where, and how to fix it. Commands print
 that line alone and exit with 1.
 """
 
@@ -27,7 +14,7 @@ class ConfigError(DGemmaError):
 
 
 class CheckpointError(DGemmaError):
-    """A weight file, its index or one of its tensors is missing, torn or wrong."""
+    """A weight file, its index or one of its tensors is missing or invalid."""
 
 
 class ConversionError(DGemmaError):
@@ -35,7 +22,7 @@ class ConversionError(DGemmaError):
 
 
 class TokenizerError(DGemmaError):
-    """Tokenizer files or the chat template are missing or broken."""
+    """Tokenizer files or the chat template are missing or invalid."""
 
 
 class SettingsError(DGemmaError, ValueError):
@@ -43,11 +30,11 @@ class SettingsError(DGemmaError, ValueError):
 
 
 class BackendError(DGemmaError):
-    """The device asked for cannot be used here."""
+    """The requested device cannot be used here."""
 
 
 class DataError(DGemmaError):
-    """A row of training or evaluation data is broken."""
+    """A row of training or evaluation data is invalid."""
 
 
 class TrainingError(DGemmaError):
@@ -55,11 +42,11 @@ class TrainingError(DGemmaError):
 
 
 class AdapterError(DGemmaError):
-    """An adapter is broken, or does not fit the model."""
+    """An adapter is invalid, or does not fit the model."""
 
 
 class MediaError(DGemmaError):
-    """A picture or a video is refused, broken or of no known kind."""
+    """A picture or a video is refused, damaged or of an unknown kind."""
 
 
 class HubError(DGemmaError):

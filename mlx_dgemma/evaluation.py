@@ -131,9 +131,11 @@ def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
         messages = row.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = tokenizer.apply_chat_template(messages, tools=row.tools)
-        assert isinstance(text, str)
-        return tokenizer.encode(text)
+        ids = tokenizer.apply_chat_template(
+            messages, tools=row.tools, add_generation_prompt=True
+        )
+        assert isinstance(ids, list)
+        return ids
     except (SettingsError, TokenizerError) as error:
         raise DataError(f"{row.where}: {error}") from None
 

@@ -1,6 +1,7 @@
 """Shared by all tests: where helpers lie, and one tiny checkpoint."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# as pyproject.toml says for this process: the tests need no fast BLAS
+os.environ.setdefault("PYTHONWARNINGS", "ignore:MLX multiplies with a slow BLAS")
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,11 @@ def feed(
         lambda self, keys, length: (mx.zeros((1, length)), ids(noise.popleft()[None])),
     )
     if proposals is not None:
-        proposal, read = deque(proposals), vocab.read
+        proposal, stats = deque(proposals), vocab.vocab_stats
         monkeypatch.setattr(
             vocab,
-            "read",
-            lambda *given: replace(read(*given), sample=ids(proposal.popleft())),
+            "vocab_stats",
+            lambda *given: replace(stats(*given), sample=ids(proposal.popleft())),
         )
     if starts is not None:
         first = deque(starts)

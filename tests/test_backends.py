@@ -1,11 +1,224 @@
-"""Each way of a device to the same result, against float64 numpy."""
+"""Which device is chosen on machines that are made up, and each device's operations."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma import backends
-from mlx_dgemma.backends import cpu
+from mlx_dgemma import backends, installation
+from mlx_dgemma.adapters.lora import LoRA
+from mlx_dgemma.backends import BACKENDS, ENVIRONMENT, cpu
+from mlx_dgemma.backends.cuda import PTX_CACHE
+from mlx_dgemma.errors import BackendError, SlowBlasWarning, TrainingError
+from mlx_dgemma.training import memory
+from mlx_dgemma.training.settings import TrainSettings
+
+GB = 1 << 30
+TF32 = "MLX_ENABLE_TF32"
+CPU = {"architecture": "x86_64", "device_name": "AMD EPYC"}
+MAC = {
+    "device_name": "Apple M4 Max",
+    "max_recommended_working_set_size": 48 * GB,
+    "memory_size": 64 * GB,
+}
+H100 = {
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "architecture": "sm_90",
+    "compute_capability_major": 9,
+    "compute_capability_minor": 0,
+    "free_memory": 78 * GB,
+    "total_memory": 80 * GB,
+}
+OLD = H100 | {"compute_capability_major": 6, "compute_capability_minor": 1}
+TURING = H100 | {"compute_capability_major": 7, "compute_capability_minor": 5}
+MACHINES = [("cpu", CPU), ("metal", MAC), ("cuda", H100)]
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """`machine("cuda", H100)`: this process as it would be there, nothing chosen."""
+    for name in (ENVIRONMENT, PTX_CACHE, TF32):
+        monkeypatch.setenv(name, "")  # or what is set later would outlive the test
+        monkeypatch.delenv(name)
+    (tmp_path / "cuda" / "include").mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "_current", None)
+    monkeypatch.setattr(mx, "__file__", str(tmp_path / "packages" / "mlx" / "core.so"))
+
+    def pretend(built, info, *, visible=1, libraries=("mlx-cuda-13",), default=None):
+        devices = [mx.Device(default or (mx.cpu if built == "cpu" else mx.gpu))]
+
+        def version(package: str) -> str:
+            if package not in libraries:
+                raise PackageNotFoundError(package)
+            return mx.__version__
+
+        monkeypatch.setattr(installation, "version", version)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: built == "metal")
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: built == "cuda")
+        monkeypatch.setattr(mx, "device_count", lambda kind: visible)
+        monkeypatch.setattr(
+            mx, "device_info", lambda d: CPU if d.type == mx.DeviceType.cpu else info
+        )
+        monkeypatch.setattr(mx, "default_device", lambda: devices[-1])
+        monkeypatch.setattr(mx, "set_default_device", devices.append)
+        return devices
+
+    return pretend
+
+
+@pytest.mark.parametrize(("name", "info"), MACHINES)
+def test_mlx_default_device_is_chosen(machine, name, info):
+    devices = machine(name, info)
+    assert backends.current() is backends.current() is BACKENDS[name]
+    assert len(devices) == 2 and devices[-1].type == BACKENDS[name].kind
+    shown = backends.current().description()
+    assert shown.startswith("CPU (") if name == "cpu" else shown == info["device_name"]
+    assert os.environ.get(TF32) == (None if name == "cpu" else "0")
+
+
+def test_a_gpu_that_is_not_the_default_is_not_chosen(machine):
+    machine("metal", MAC, default=mx.cpu)
+    assert backends.current().name == "cpu"
+
+
+def test_caller_before_environment_before_default(machine, monkeypatch):
+    devices = machine("cuda", H100)
+    monkeypatch.setenv(ENVIRONMENT, "")
+    assert backends.choose().name == "cuda"
+    monkeypatch.setenv(ENVIRONMENT, "cpu")
+    assert backends.current().name == "cuda"  # chosen once
+    assert backends.choose().name == backends.current().name == "cpu"
+    assert devices[-1].type == mx.DeviceType.cpu
+    assert backends.choose("cuda").name == backends.current().name == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("built", "info", "options", "name", "phrases"),
+    [
+        ("cpu", CPU, {}, "gpu", "asked for by {by} is 'gpu'; known: cpu, metal, cuda"),
+        ("cpu", CPU, {}, "metal", "metal: this MLX has no Metal"),
+        ("cpu", CPU, {}, "cuda", "cuda: this MLX was installed without CUDA"),
+        ("metal", MAC, {"visible": 0}, "metal", "metal: no Metal device"),
+        ("cuda", H100, {"visible": 0}, "cuda", "cuda: no NVIDIA GPU is visible"),
+        ("cuda", OLD, {}, "cuda", "has compute capability 6.1, MLX needs 7.5"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused(
+    machine, monkeypatch, built, info, options, name, phrases
+):
+    devices = machine(built, info, **options)
+    with pytest.raises(BackendError) as caught:
+        backends.choose(name)
+    assert phrases.format(by="the caller") in str(caught.value)
+    monkeypatch.setenv(ENVIRONMENT, name)
+    with pytest.raises(BackendError) as caught:
+        backends.choose()
+    assert phrases.format(by=f"${ENVIRONMENT}") in str(caught.value)
+    assert "\n" not in str(caught.value) and len(devices) == 1
+    assert backends._current is None
+    if built != "cpu":  # then it is the default as well
+        monkeypatch.delenv(ENVIRONMENT)
+        with pytest.raises(BackendError, match=f"{ENVIRONMENT}=cpu computes on the CP"):
+            backends.current()
+
+
+def test_several_libraries_are_warned_about(machine):
+    machine("cuda", H100, libraries=("mlx-cpu", "mlx-cuda-13"))
+    with pytest.warns(
+        UserWarning, match="mlx-cpu and mlx-cuda-13 are installed"
+    ) as one:
+        backends.current()
+        backends.current()
+    assert len(one) == 1
+
+
+def test_turing_is_the_oldest_gpu(machine, monkeypatch, tmp_path):
+    machine("cuda", TURING)
+    assert BACKENDS["cuda"].missing() is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    assert str(BACKENDS["cuda"].missing()).startswith("CUDA's headers are missing")
+
+
+def test_memory_is_what_the_device_says(machine, tiny):
+    machine("metal", MAC)
+    assert backends.current().memory() == 48 * GB
+    machine("metal", {"memory_size": 64 * GB})
+    assert backends.current().memory() == 64 * GB
+    machine("cuda", H100 | {"total_memory": 1000})
+    backends.choose("cuda")
+    with pytest.raises(TrainingError, match=r"this machine has 0\.0 GB"):
+        memory.check(tiny, LoRA(), TrainSettings(), -1)
+    machine("cuda", {})
+    assert backends.current().memory() is None
+    memory.check(tiny, LoRA(), TrainSettings(), -1)
+    assert (backends.choose("cpu").memory() or 0) > GB
+
+
+def test_kernels_outlive_the_process(machine, monkeypatch, tmp_path):
+    folders = set()
+    for info, library in ((H100, "13"), (H100, "12"), (CPU, "12")):
+        monkeypatch.delenv(PTX_CACHE, raising=False)
+        machine("cuda", info, libraries=(f"mlx-cuda-{library}", "mlx"))
+        backends.choose("cuda")
+        folders.add(Path(os.environ[PTX_CACHE]))
+    assert len(folders) == 3  # by MLX, its library and the architecture
+    assert all(f.is_dir() and f.is_relative_to(tmp_path / "cache") for f in folders)
+    for place in ("/somewhere", ""):
+        monkeypatch.setenv(PTX_CACHE, place)
+        backends.choose("cuda")
+        assert os.environ[PTX_CACHE] == place
+    monkeypatch.delenv(PTX_CACHE)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    backends.choose("cuda")
+    assert PTX_CACHE not in os.environ  # no place to write to
+
+
+@pytest.mark.parametrize(
+    ("files", "slow"),
+    [
+        (
+            "/x/mlx_cpu.libs/libblas-bd8a282c.so.3\n/x/numpy.libs/libscipy_openblas64_.so",
+            1,
+        ),
+        ("/usr/lib/openblas-pthread/libopenblasp-r0.3.21.so", 0),
+        ("/opt/intel/libmkl_rt.so.2", 0),
+        ("/usr/lib/libblis.so.4", 0),
+    ],
+)
+def test_a_slow_blas_is_warned_about(machine, monkeypatch, tmp_path, files, slow):
+    machine("cpu", CPU)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(cpu, "MAPPED_FILES", tmp_path / "maps")
+    (tmp_path / "maps").write_text(files)
+    if not slow:
+        assert cpu.slow_blas() is None
+        return
+    with pytest.warns(SlowBlasWarning, match=r"LD_PRELOAD=/usr/lib/\S+/libblas\.so\.3"):
+        backends.current()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert "install libopenblas0-pthread and run with" in str(cpu.slow_blas())
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cpu.slow_blas() is None
+
+
+def test_using_another_backend_ends(machine):
+    devices = machine("cuda", H100)
+    with pytest.raises(KeyError), backends.using(backends.CPU()) as other:
+        assert backends.current() is other
+        assert devices[-1].type == mx.DeviceType.cpu
+        raise KeyError
+    assert devices[-1].type == mx.DeviceType.gpu
+    assert backends.current().name == "cuda"
+
+
+# Operations, against float64 numpy
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 WIDE = np.concatenate(
@@ -30,8 +243,8 @@ def doubles(x: mx.array) -> np.ndarray:
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def way(request):
-    """Both ways, whatever computes the operations."""
+def device(request):
+    """Both devices' operations, whatever computes them."""
     if request.param == "gpu":
         request.getfixturevalue("as_gpu")
     return backends.current()
@@ -55,21 +268,28 @@ def test_exp_is_right_to_its_last_digits(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_is_right_to_its_last_digits(dtype, way):
+def test_gelu_is_right_to_its_last_digits(dtype, device):
     x, exact = inputs(dtype)
     inner = np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)
     wanted = exact / 2 * (1 + np.tanh(inner))
-    found = way.gelu(x)
+    found = device.gelu(x)
     assert found.dtype == dtype
     bound = 2 * mx.finfo(dtype).eps * (1 + np.abs(exact))
     assert (np.abs(doubles(found) - wanted) <= bound).all()
 
 
+def test_gelu_has_its_gradient():
+    x = mx.array(np.linspace(-30, 30, 601, dtype=np.float32))
+    slope = mx.grad(lambda x: cpu.gelu(x).sum())(x)
+    wanted = mx.grad(lambda x: backends.Metal().gelu(x).sum())(x)
+    np.testing.assert_allclose(np.array(slope), np.array(wanted), atol=2e-6)
+
+
 @pytest.mark.parametrize("cap", [0.5, 30.0])
-def test_softcap_is_a_scaled_tanh(cap, way):
+def test_softcap_is_a_scaled_tanh(cap, device):
     x, exact = inputs(mx.float32)
     scale = np.array([[0.3], [cap], [75.0], [3000.0]], np.float32)
-    found = np.array(way.softcap(x[None], cap, mx.array(scale)))
+    found = np.array(device.softcap(x[None], cap, mx.array(scale)))
     wanted = np.tanh(exact / cap) * scale
     assert (np.abs(found - wanted) <= 4 * 2**-24 * scale).all()
     assert (np.abs(found) <= scale).all()
@@ -104,43 +324,42 @@ def attention(queries, keys, values, mask) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharp", [0.3, 3.0])
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_errs_no_more_than_mlx_does(name, sharp, dtype):
-    rng = np.random.default_rng(4)
-    q, k, v = (
-        mx.array((rng.normal(size=shape) * size).astype(np.float32)).astype(dtype)
-        for shape, size in (((B, H, T, W), sharp), ((B, K, S, W), 1), ((B, K, S, W), 1))
-    )
-    given = MASKS[name]
-    mask = mx.array(given) if isinstance(given, np.ndarray) else given
-    exact = attention(doubles(q), doubles(k), doubles(v), given)
-    ours = cpu.attend(q, k, v, mask)
-    mlx = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
-    assert ours.dtype == dtype
-    error, allowed = (np.abs(doubles(y) - exact).max() for y in (ours, mlx))
-    assert error <= 4 * allowed
-    assert allowed < 0.1
+def test_attention_errs_no_more_than_mlx_does(name, sharp):
+    for dtype in DTYPES:
+        shapes = ((B, H, T, W), sharp), ((B, K, S, W), 1), ((B, K, S, W), 1)
+        q, k, v = (
+            mx.array((RNG.normal(size=shape) * size).astype(np.float32)).astype(dtype)
+            for shape, size in shapes
+        )
+        given = MASKS[name]
+        mask = mx.array(given) if isinstance(given, np.ndarray) else given
+        exact = attention(doubles(q), doubles(k), doubles(v), given)
+        ours = BACKENDS["cpu"].attend(q, k, v, mask)
+        mlx = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+        assert ours.dtype == dtype
+        error, allowed = (np.abs(doubles(y) - exact).max() for y in (ours, mlx))
+        assert error <= 4 * allowed
+        assert allowed < 0.1
 
 
 def test_attention_to_one_key_among_huge_scores_is_its_value():
     keys = mx.array(np.eye(4, dtype=np.float32))[None, None] * 3e4
     values = mx.arange(16).reshape(1, 1, 4, 4).astype(mx.float32)
     queries = mx.broadcast_to(keys / 10, (1, 2, 4, 4))
-    y = np.array(cpu.attend(queries, keys, values, None))
+    y = np.array(BACKENDS["cpu"].attend(queries, keys, values, None))
     np.testing.assert_array_equal(y, np.broadcast_to(np.array(values), (1, 2, 4, 4)))
 
 
-def test_a_model_computes_the_same_in_the_ways_of_a_gpu(tiny_model, request):
+def test_a_model_computes_the_same_as_on_a_gpu(tiny_model, request):
     model, _ = tiny_model
     prompt = mx.array(RNG.integers(0, 32, (1, 40)).astype(np.int32))
-    canvas = prompt[:, :16]
 
     def logits() -> np.ndarray:
         cache = model.make_cache()
         model.encode(prompt, cache)
-        return np.array(model.denoise(canvas, cache))
+        return np.array(model.denoise(prompt[:, :16], cache))
 
     here = logits()
     request.getfixturevalue("as_gpu")

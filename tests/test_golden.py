@@ -7,7 +7,6 @@ through the whole engine. `convert/export_golden.py` made the files.
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +26,7 @@ RUNS = sorted(PROVENANCE["runs"])
 # transformers' names of our settings
 OURS = {"max_denoising_steps": "steps", "max_new_tokens": "max_tokens"}
 OURS |= {"stability_threshold": "stability", "confidence_threshold": "confidence"}
+OURS |= {"eos_token_id": "eos"}
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +40,23 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def settings_of(model, name: str):
-    changes = {
-        OURS.get(k, k): v for k, v in PROVENANCE["runs"][name]["settings"].items()
-    }
-    if "eos_token_id" in changes:
-        changes["eos"] = frozenset(changes.pop("eos_token_id"))
-    return model.settings.replace(**changes)
+    settings = PROVENANCE["runs"][name]["settings"]
+    return model.settings.replace(**{OURS.get(k, k): v for k, v in settings.items()})
+
+
+def assert_same(found: mx.array, expected: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.array(found), expected)
+
+
+def assert_close(found: mx.array, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(np.array(found), expected, atol=5e-4)
 
 
 def test_files_are_those_that_were_recorded():
-    for name in RUNS:
-        digest = hashlib.sha256((GOLDEN / f"{name}.npz").read_bytes()).hexdigest()
-        assert digest == PROVENANCE["runs"][name]["sha256"]
+    files = {GOLDEN / f"{n}.npz": PROVENANCE["runs"][n]["sha256"] for n in RUNS}
     weights = ASSETS / PROVENANCE["model"] / "model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert digest == PROVENANCE["model_sha256"]
+    for file, digest in (files | {weights: PROVENANCE["model_sha256"]}).items():
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("bucketed", [False, True])
@@ -68,35 +70,24 @@ def test_each_step_decides_as_transformers_did(model, name, bucketed, monkeypatc
         before = record["tokens"][: index * settings.canvas_length]
         model.encode(ids(np.concatenate([record["prompt"], before])[None]), cache)
         view = model.view(cache, settings.canvas_length, bucketed=bucketed)
-        state = State.first(
-            ids(record["canvas"][step]), model.config.hidden_size, model.dtype
-        )
+        canvas = ids(record["canvas"][step])
+        state = State.first(canvas, model.config.hidden_size, model.dtype)
         for number in range(length):
             canvas = ids(record["canvas"][step][None])
             logits = model.denoise(canvas, cache, state.signal)
-            np.testing.assert_allclose(
-                np.array(logits)[0], record["logits"][step], atol=5e-4
-            )
-            dials = StepInputs(
-                mx.zeros((1, 2, 2), dtype=mx.uint32),
-                mx.array(
-                    [[settings.temperature(number), settings.entropy_bound, 1, 0]]
-                ),
-            )
-            state, found = stepper(replace(state, canvas=canvas), view, dials, None)
-            np.testing.assert_allclose(
-                np.array(found.entropy)[0], record["entropy"][step], atol=5e-4
-            )
-            for ours, theirs in (
-                (found.accepted, record["accepted"]),
-                (state.draft, record["argmax"]),
-            ):
-                np.testing.assert_array_equal(np.array(ours)[0], theirs[step])
+            assert_close(logits[0], record["logits"][step])
+            numbers = settings.temperature(number), settings.entropy_bound, 1, 0, 0, 0
+            keys = mx.zeros((1, 2, 2), dtype=mx.uint32)
+            inputs = StepInputs(keys, *(mx.array([n], mx.float32) for n in numbers))
+            state, stats = stepper(state._replace(canvas=canvas), view, inputs, None)
+            assert_close(stats.entropy[0], record["entropy"][step])
+            assert_same(stats.accepted[0], record["accepted"][step])
+            assert_same(state.draft[0], record["argmax"][step])
             step += 1
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_engine_follows_the_same_draws(model, name, monkeypatch):
+def test_engine_follows_the_same_draws(model, name, monkeypatch):
     record, settings = golden(name), settings_of(model, name)
     feed(monkeypatch, record["noise"], record["proposal"], record["starts"])
     engine = Engine(model)
@@ -107,13 +98,9 @@ def test_the_engine_follows_the_same_draws(model, name, monkeypatch):
     assert [c.steps for c in commits] == record["lengths"].tolist()
     assert [s.stopped for s in steps] == record["stopped"].tolist()
     for number, step in enumerate(steps):
-        np.testing.assert_array_equal(np.array(step.draft), record["argmax"][number])
-        np.testing.assert_array_equal(
-            np.array(step.accepted), record["accepted"][number]
-        )
-        np.testing.assert_allclose(
-            np.array(step.entropy), record["entropy"][number], atol=5e-4
-        )
+        assert_same(step.draft, record["argmax"][number])
+        assert_same(step.accepted, record["accepted"][number])
+        assert_close(step.entropy, record["entropy"][number])
     tokens = record["tokens"].tolist()
     end = next((i for i, t in enumerate(tokens) if t in settings.eos), None)
     expected = tokens[: settings.max_tokens][:end]

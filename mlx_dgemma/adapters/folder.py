@@ -1,7 +1,5 @@
 """Adapter folders: mlx-lm's two files, written whole or not at all, read strictly."""
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.weights import FLOATS
 from ..errors import AdapterError, ConfigError, SettingsError
-from ..files.atomic import save_arrays, write_atomically
+from ..files.atomic import save_arrays, write_atomically, write_json
 from ..files.json import Keys, read_json
-from ..files.safetensors import read_header
+from ..files.safetensors import (
+    Expected,
+    TensorInfo,
+    check_tensors,
+    load_tensors,
+    read_header,
+)
 from ..model.language import DiffusionGemma
 from . import peft
 from .lora import LoRA, adapt, shapes
@@ -24,41 +27,46 @@ CONFIG = "adapter_config.json"
 
 
 def trained(model: DiffusionGemma) -> dict[str, mx.array]:
-    """Every trainable parameter by its path."""
+    """Return every trainable parameter by its path."""
     return dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
+
+
+def count(weights: Mapping[str, mx.array]) -> int:
+    """Return how many numbers there are."""
+    return sum(array.size for array in weights.values())
 
 
 def save(folder: Path, weights: Mapping[str, mx.array], config: dict[str, Any]) -> None:
     """Write both files into `folder`, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-    write_atomically(
-        folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8")
-    )
+    write_atomically(folder / CONFIG, lambda path: write_json(path, config))
     save_arrays(folder / WEIGHTS, weights)
 
 
 def drop_partials(folder: Path) -> None:
-    """Remove what a run that was killed had half written."""
+    """Remove the unfinished files of a run that was killed."""
     for partial in folder.glob(".partial-*"):
         partial.unlink(missing_ok=True)
 
 
 def config_of(lora: LoRA | None, num_layers: int) -> dict[str, Any]:
-    """What adapter_config.json says of the layers; None for all weights."""
+    """Return adapter_config.json for an adapter, or for fine-tuned weights if None."""
     if lora is None:
         return {"fine_tune_type": "full", "num_layers": num_layers}
-    parameters = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0}
-    parameters["keys"] = list(lora.keys)
     return {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
-        "lora_parameters": parameters,
+        "lora_parameters": {
+            "rank": lora.rank,
+            "scale": lora.scale,
+            "dropout": 0.0,
+            "keys": list(lora.keys),
+        },
     }
 
 
 def read_config(folder: Path) -> LoRA | None:
-    """The adapter a folder holds; None for fine-tuned weights themselves.
+    """Return the adapter a folder holds; None for fine-tuned weights themselves.
 
     Raises AdapterError naming the file and key.
     """
@@ -67,22 +75,22 @@ def read_config(folder: Path) -> LoRA | None:
         raise AdapterError(f"{folder}: no such folder")
     try:
         keys = Keys(read_json(path), str(path))
-        kind = keys.one_of("fine_tune_type", "lora", ("lora", "full"))
-        if kind == "full":
+        if keys.one_of("fine_tune_type", "lora", ("lora", "full")) == "full":
             return None
         parameters = keys.mapping("lora_parameters")
         if parameters is None:
             raise keys.refuse("lora_parameters", "is missing; is this mlx-lm's format?")
-        chosen = parameters.array("keys")
+        targets = parameters.array("keys")
         return LoRA(
             rank=parameters.integer("rank", None, 1, 2**16),
             scale=parameters.number("scale", None),
             num_layers=keys.integer("num_layers", -1, -1, 2**16),
-            **({} if chosen is None else {"keys": tuple(chosen)}),
+            keys=LoRA.keys if targets is None else tuple(targets),
         )
-    except (ConfigError, SettingsError) as error:
-        text = str(error)
-        raise AdapterError(text if str(path) in text else f"{path}: {text}") from None
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
+    except SettingsError as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 def load(model: DiffusionGemma, folder: str | Path) -> None:
@@ -94,19 +102,17 @@ def load(model: DiffusionGemma, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if peft.is_peft(folder):
         return peft.put(model, peft.read(folder, model.config))
-    lora, path = read_config(folder), folder / WEIGHTS
-    check_weights(model, lora, path)
-    arrays = mx.load(str(path))
-    assert isinstance(arrays, dict)
+    lora = read_config(folder)
+    infos = check_weights(model, lora, folder / WEIGHTS)
     if lora is not None:
         adapt(model, lora)
-    model.load_weights(list(arrays.items()), strict=False)
+    model.load_weights(list(load_tensors(infos).items()), strict=False)
     mx.eval(model.parameters())
     model.freeze()
 
 
 def check(model: DiffusionGemma, folder: str | Path) -> None:
-    """Raise AdapterError when `load` would, as far as headers tell."""
+    """Raise AdapterError when `load` would, as far as headers show."""
     folder = Path(folder).expanduser()
     if peft.is_peft(folder):
         peft.read(folder, model.config)
@@ -114,51 +120,41 @@ def check(model: DiffusionGemma, folder: str | Path) -> None:
         check_weights(model, read_config(folder), folder / WEIGHTS)
 
 
-def check_weights(model: DiffusionGemma, lora: LoRA | None, path: Path) -> None:
-    """Raise AdapterError when the file does not hold what the model would take."""
-    if lora is not None:
-        wanted = needed(path, model.config, lora)
-    else:
-        every: Any = tree_flatten(model.parameters())
-        wanted = {name: array.shape for name, array in every}
-    check_file(path, wanted, every=lora is not None)
-
-
-def needed(path: Path, config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
-    """Every tensor the file of an adapter must hold, and its shape.
-
-    Raises AdapterError when the model has fewer layers.
-    """
-    try:
-        return shapes(config, lora)
-    except SettingsError as error:
-        raise AdapterError(f"{path.parent / CONFIG}: {error}") from None
+def check_weights(
+    model: DiffusionGemma, lora: LoRA | None, path: Path
+) -> dict[str, TensorInfo]:
+    """Return a file's tensors. Raises AdapterError if one does not fit the model."""
+    every: Any = tree_flatten(model.parameters())
+    return check_file(path, model.config, lora, {n: a.shape for n, a in every})
 
 
 def check_file(
-    path: Path, wanted: Mapping[str, tuple[int, ...]], *, every: bool
-) -> None:
-    """Raise AdapterError when a file holds another tensor than those wanted.
+    path: Path,
+    config: ModelConfig,
+    lora: LoRA | None,
+    parameters: Mapping[str, tuple[int, ...]],
+) -> dict[str, TensorInfo]:
+    """Return the tensors in the file of an adapter, or of fine-tuned weights.
 
-    every: all of them must be there
+    `parameters` are those of the model, of which fine-tuned weights may be any. Raises
+    AdapterError when a tensor is missing, unexpected, of the wrong shape or no floats.
     """
     if not path.is_file():
         raise AdapterError(f"{path}: no such file")
-    held = read_header(path)
-    if every and (missing := sorted(set(wanted) - set(held))):
-        raise AdapterError(f"{path}: lacks {missing[0]}")
-    for name, info in held.items():
-        if name not in wanted:
-            raise AdapterError(f"{path}: {name} is no parameter of this model")
-        if info.shape != tuple(wanted[name]):
-            raise AdapterError(
-                f"{path}: {name} has shape {list(info.shape)}, but this model needs "
-                f"{list(wanted[name])}; was it trained on another model?"
-            )
-        if info.dtype not in FLOATS:
-            raise AdapterError(f"{path}: {name} holds {info.dtype}, not floats")
-
-
-def count(weights: Mapping[str, mx.array]) -> int:
-    """How many numbers."""
-    return sum(math.prod(array.shape) for array in weights.values())
+    if lora is not None:
+        try:
+            parameters = shapes(config, lora)
+        except SettingsError as error:
+            raise AdapterError(f"{path.parent / CONFIG}: {error}") from None
+    infos = read_header(path)
+    check_tensors(
+        path,
+        infos,
+        {
+            name: Expected(shape, source="this model")
+            for name, shape in parameters.items()
+        },
+        partial=lora is None,
+        error=peft.misfit,
+    )
+    return infos

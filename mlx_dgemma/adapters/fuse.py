@@ -1,6 +1,7 @@
 """Fusing an adapter into its model: streamed, tensor by tensor, like a conversion."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,14 +12,14 @@ from ..checkpoint.convert import (
     SHARD_BYTES,
     Converted,
     Progress,
-    carry_out,
     open_source,
+    write_checkpoint,
 )
-from ..checkpoint.plan import Blocks, Change, Planner
-from ..checkpoint.weights import Files, expected_shapes
+from ..checkpoint.plan import Blocks, Change, plan_conversion
+from ..checkpoint.weights import expected_shapes
 from ..errors import AdapterError
-from ..files import atomic as staging
-from ..files.safetensors import read_header
+from ..files.atomic import check_apart
+from ..files.safetensors import TensorInfo, load_tensors
 from . import folder as adapters
 from . import peft
 from .lora import delta
@@ -41,22 +42,24 @@ def fuse(
     model           checkpoint folder, hub id or built-in name
     adapter_path    folder written by `mlx_dgemma.lora`, or by PEFT where both modes
                     have the same adapter
+    save_path       folder to write
     dequantize      make every layer dense; otherwise a quantised layer with an adapter
                     is quantised again in its own way, and all else stays bit for bit
-    progress        called after each tensor
+    revision        branch, tag or commit of a hub id
+    upload_repo     hub repository to upload the result to
+    overwrite       replace a model folder at `save_path`
+    shard_bytes     most bytes of one file of weights
+    progress        called after each tensor: its name, bytes done, bytes in all
 
     Raises DGemmaError, one line, before anything is written; what fails later leaves
     nothing behind.
     """
     target, folder = Path(save_path).expanduser(), Path(adapter_path).expanduser()
-    config, layout = open_source(model, revision, target, overwrite)
-    staging.check_apart(folder, target, "the adapter")
-    changes = changes_of(folder, config)
-    planner = Planner(layout, config, keep=not dequantize, changes=changes)
-    return carry_out(
-        planner.plan(),
-        layout,
-        config,
+    layout = open_source(model, revision, target, overwrite)
+    check_apart(folder, target, "the adapter")
+    changes = read_changes(folder, layout.config)
+    return write_checkpoint(
+        plan_conversion(layout, keep_quantized=not dequantize, changes=changes),
         target,
         card=CARD.format(made="fused with an adapter", command="fuse"),
         upload_repo=upload_repo,
@@ -66,58 +69,48 @@ def fuse(
     )
 
 
-def changes_of(folder: Path, config: ModelConfig) -> dict[str, Change]:
-    """What the adapter in a folder does to which parameter.
+def read_changes(folder: Path, config: ModelConfig) -> dict[str, Change]:
+    """Return what the adapter in a folder does to which parameter.
 
     Raises AdapterError when it does not fit, or one weight cannot hold it.
     """
     if peft.is_peft(folder):
-        imported = peft.read(folder, config)
-        if not imported.shared:
+        adapter = peft.read(folder, config)
+        if not adapter.shared:
             raise AdapterError(
                 f"{folder}: encoder and decoder have different adapters, and one "
                 "weight cannot hold both; use it unfused, with --adapter-path"
             )
         return {
-            f"{path}.weight": _adding(lambda low=low: (low.a, low.b), low.scale)
-            for path, low in imported.decoder.items()
+            f"{path}.weight": partial(_add, lambda low=low: (low.a, low.b), low.scale)
+            for path, low in adapter.decoder.items()
         }
     lora, path = adapters.read_config(folder), folder / adapters.WEIGHTS
-    if lora is not None:
-        wanted = adapters.needed(path, config, lora)
-    else:
-        wanted = expected_shapes(config)
-    adapters.check_file(path, wanted, every=lora is not None)
-    files = Files(folder, read_header(path))
+    infos = adapters.check_file(path, config, lora, expected_shapes(config))
     if lora is None:
-        return {name: _replacing(files, name) for name in files.tensors}
+        return {name: partial(_replace, info) for name, info in infos.items()}
 
     def pair(layer: str) -> tuple[mx.array, mx.array]:
-        a, b = (files.load(f"{layer}.{part}") for part in ("lora_a", "lora_b"))
+        sides = {part: infos[f"{layer}.{part}"] for part in ("lora_a", "lora_b")}
+        a, b = load_tensors(sides).values()
         return a.astype(mx.float32), b.astype(mx.float32)
 
     return {
-        f"{layer}.weight": _adding(lambda layer=layer: pair(layer), lora.scale)
+        f"{layer}.weight": partial(_add, partial(pair, layer), lora.scale)
         for layer in lora.layers(config)
     }
 
 
-def _adding(load: Callable[[], tuple[mx.array, mx.array]], scale: float) -> Change:
-    """Adds what an adapter does to a weight; `load` reads lora_a and lora_b."""
-
-    def change(blocks: Blocks) -> Iterator[mx.array]:
-        a, b = load()
-        for experts, weight in blocks:
-            some = (a[experts], b[experts]) if weight.ndim > 2 else (a, b)
-            yield weight + delta(*some, scale)
-
-    return change
+def _add(
+    load: Callable[[], tuple[mx.array, mx.array]], scale: float, blocks: Blocks
+) -> Iterator[mx.array]:
+    """Yield a weight with an adapter added; `load` reads lora_a and lora_b."""
+    a, b = load()
+    for experts, weight in blocks:
+        some = (a[experts], b[experts]) if weight.ndim > 2 else (a, b)
+        yield weight + delta(*some, scale)
 
 
-def _replacing(files: Files, name: str) -> Change:
-    """Puts a fine-tuned tensor in a weight's place, which is not read."""
-
-    def change(blocks: Blocks) -> Iterator[mx.array]:
-        yield files.load(name)
-
-    return change
+def _replace(info: TensorInfo, blocks: Blocks) -> Iterator[mx.array]:
+    """Yield a fine-tuned tensor; the weight it replaces is not read."""
+    yield load_tensors({0: info})[0]

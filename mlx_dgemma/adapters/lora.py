@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.weights import expected_shapes
 from ..errors import AdapterError, SettingsError
 from ..model.language import DiffusionGemma
 from ..model.layers import ExpertLinear, QuantizedExpertLinear
@@ -65,19 +66,18 @@ class LoRA:
             raise SettingsError("no layers to adapt; name some targets")
 
     def layers(self, config: ModelConfig) -> Iterator[str]:
-        """Paths of the layers that are adapted. Raises SettingsError for too many."""
+        """Yield the paths of adapted layers. Raises SettingsError for too many."""
+        roots = [key for key in self.keys if key in TARGETS["self_conditioning"]]
         for index in trained_layers(config, self.num_layers):
             for key in self.keys:
-                values = key == "self_attn.v_proj"
-                if key in TARGETS["self_conditioning"]:
-                    continue
-                if not values or config.layers[index].sliding:
+                lacks = key == "self_attn.v_proj" and not config.layers[index].sliding
+                if key not in roots and not lacks:
                     yield f"layers.{index}.{key}"
-        yield from (key for key in self.keys if key in TARGETS["self_conditioning"])
+        yield from roots
 
 
 def trained_layers(config: ModelConfig, num_layers: int) -> range:
-    """Indices of the last `num_layers` layers; of all for -1."""
+    """Return the indices of the last `num_layers` layers; of all for -1."""
     count = len(config.layers)
     if num_layers == -1:
         return range(count)
@@ -94,17 +94,13 @@ class LoRALinear(nn.Module):
     def __init__(
         self,
         linear: nn.Linear | nn.QuantizedLinear,
-        rank: int,
+        lora_a: mx.array,
+        lora_b: mx.array,
         scale: float,
-        key: mx.array,
     ):
         super().__init__()
-        outputs, inputs = linear.weight.shape
-        if isinstance(linear, nn.QuantizedLinear):
-            inputs = inputs * 32 // linear.bits
         self.linear, self.scale = linear, scale
-        self.lora_a = _initial((inputs, rank), inputs, key)
-        self.lora_b = mx.zeros((rank, outputs))
+        self.lora_a, self.lora_b = lora_a, lora_b
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
@@ -118,16 +114,14 @@ class LoRAExpertLinear(nn.Module):
     def __init__(
         self,
         linear: ExpertLinear | QuantizedExpertLinear,
-        rank: int,
+        lora_a: mx.array,
+        lora_b: mx.array,
         scale: float,
-        key: mx.array,
     ):
         super().__init__()
         self.experts, self.quantized = linear.experts, linear.quantized
         self.linear, self.scale = linear, scale
-        shape = (linear.experts, rank, linear.inputs)
-        self.lora_a = _initial(shape, linear.inputs, key)
-        self.lora_b = mx.zeros((linear.experts, linear.outputs, rank))
+        self.lora_a, self.lora_b = lora_a, lora_b
 
     def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
         """(G, M, in) groups of rows, each of one (G,) rising expert -> (G, M, out)."""
@@ -145,36 +139,67 @@ class LoRAExpertLinear(nn.Module):
 
 
 def delta(lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
-    """What an adapter adds to a weight: (out, in), or (E, out, in) of E experts."""
+    """Return what an adapter adds to a weight: (out, in), or (E, out, in)."""
     if lora_a.ndim > 2:
         return scale * (lora_b @ lora_a)
     return scale * (lora_a @ lora_b).T
 
 
+def shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
+    """Return every tensor of an adapter file and its shape, without a model."""
+    weights = expected_shapes(config)
+    found: dict[str, tuple[int, ...]] = {}
+    for path in lora.layers(config):
+        *experts, outputs, inputs = weights[f"{path}.weight"]
+        if experts:
+            found[f"{path}.lora_a"] = (*experts, lora.rank, inputs)
+            found[f"{path}.lora_b"] = (*experts, outputs, lora.rank)
+        else:
+            found[f"{path}.lora_a"] = (inputs, lora.rank)
+            found[f"{path}.lora_b"] = (lora.rank, outputs)
+    return found
+
+
 def adapt(model: DiffusionGemma, lora: LoRA, seed: int = 0) -> None:
     """Freeze the model and put fresh adapters beside the layers `lora` names.
 
-    They change nothing yet: lora_b is zero. lora_a depends on seed and path alone.
-    Raises AdapterError if the model has adapters.
+    They change nothing yet: lora_b is zero. lora_a is uniform within ±1 / √in, as
+    mlx-lm and PEFT draw it, and depends on seed and path alone. Raises AdapterError if
+    the model has adapters.
     """
-    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in model.modules()):
-        raise AdapterError("the model has an adapter already; load it anew")
-    model.freeze()
-    paths = list(lora.layers(model.config))
-    if not paths:
+    refuse_second(model)
+    wanted = shapes(model.config, lora)
+    if not wanted:
         raise SettingsError(f"no layer to adapt: none of the last has {lora.keys[0]}")
-    for path in paths:
-        parent, name = find_layer(model, path)
-        layer = parent[name]
-        if isinstance(layer, LoRALinear | LoRAExpertLinear):
-            raise AdapterError("the model has an adapter already; load it anew")
+    model.freeze()
+    for path in lora.layers(model.config):
+        shape_a, shape_b = wanted[f"{path}.lora_a"], wanted[f"{path}.lora_b"]
+        inputs = shape_a[0 if len(shape_a) == 2 else -1]
         key = mx.random.key((seed << 32) + zlib.crc32(path.encode()))
-        if isinstance(layer, ExpertLinear | QuantizedExpertLinear):
-            parent[name] = LoRAExpertLinear(layer, lora.rank, lora.scale, key)
-        else:
-            parent[name] = LoRALinear(layer, lora.rank, lora.scale, key)
-        parent[name].unfreeze(recurse=False)
+        bound: Any = 1 / math.sqrt(inputs)
+        lora_a = mx.random.uniform(-bound, bound, shape_a, key=key)
+        layer = add_adapter(model, path, lora_a, mx.zeros(shape_b), lora.scale)
+        layer.unfreeze(recurse=False)
     model.eval()
+
+
+def add_adapter(
+    root: nn.Module, path: str, lora_a: mx.array, lora_b: mx.array, scale: float
+) -> nn.Module:
+    """Put an adapter beside the layer at `path` below `root`; return both together."""
+    parent, name = find_layer(root, path)
+    layer = parent[name]
+    experts = isinstance(layer, ExpertLinear | QuantizedExpertLinear)
+    kind = LoRAExpertLinear if experts else LoRALinear
+    parent[name] = kind(layer, lora_a, lora_b, scale)
+    return parent[name]
+
+
+def refuse_second(model: DiffusionGemma) -> None:
+    """Raise AdapterError if a model has adapters."""
+    modules = [m for part in (model, *model.encoder_layers) for m in part.modules()]
+    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in modules):
+        raise AdapterError("the model has an adapter already; load it anew")
 
 
 def unfreeze(model: DiffusionGemma, num_layers: int, *, router: bool) -> None:
@@ -183,10 +208,7 @@ def unfreeze(model: DiffusionGemma, num_layers: int, *, router: bool) -> None:
     Routers only if asked; the scalars of layers never: they are no parameters in
     transformers either. Raises SettingsError for a quantised model.
     """
-    quantized = [
-        path for path, module in model.named_modules() if isinstance(module, QUANTIZED)
-    ]
-    if quantized:
+    if any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise SettingsError(
             "fine-tune-type full needs dense weights; use lora, or convert the model "
             "with --dequantize first"
@@ -200,25 +222,3 @@ def unfreeze(model: DiffusionGemma, num_layers: int, *, router: bool) -> None:
         layer.freeze(recurse=False, keys=["encoder_scalar", "decoder_scalar"])
         if not router:
             layer.router.freeze()
-
-
-def shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an adapter file and its shape, without building a model."""
-    from ..checkpoint.weights import expected_shapes
-
-    weights, found = expected_shapes(config), {}
-    for path in lora.layers(config):
-        *experts, outputs, inputs = weights[f"{path}.weight"]
-        if experts:
-            found[f"{path}.lora_a"] = (*experts, lora.rank, inputs)
-            found[f"{path}.lora_b"] = (*experts, outputs, lora.rank)
-        else:
-            found[f"{path}.lora_a"] = (inputs, lora.rank)
-            found[f"{path}.lora_b"] = (lora.rank, outputs)
-    return found
-
-
-def _initial(shape: tuple[int, ...], inputs: int, key: mx.array) -> mx.array:
-    """Uniform within ±1 / √in, as mlx-lm and PEFT draw it."""
-    bound: Any = 1 / math.sqrt(inputs)
-    return mx.random.uniform(-bound, bound, shape, key=key)

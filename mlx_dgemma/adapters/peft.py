@@ -2,40 +2,45 @@
 
 transformers ties the weights of encoder and decoder, but PEFT gives each of the two
 an adapter of its own. Where both are equal, the shared stack takes one; where they
-differ, the encoder runs branches of its layers. Names and scales follow PEFT 0.21's
+differ, the encoder gets branches of its layers. Names and scales follow PEFT 0.21's
 `tuners/lora`.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.weights import FLOATS, VISION, expected_shapes
+from ..checkpoint.weights import VISION, expected_shapes
 from ..errors import AdapterError, ConfigError
 from ..files.json import Keys, read_json
-from ..files.safetensors import TensorInfo, read_header
-from ..model.language import DiffusionGemma, EncoderLayers, branch
-from ..model.loading import find_layer
-from .lora import LoRAExpertLinear, LoRALinear
+from ..files.safetensors import (
+    Expected,
+    TensorInfo,
+    check_tensors,
+    load_tensors,
+    read_header,
+)
+from ..model.language import DiffusionGemma, branch
+from .lora import add_adapter, refuse_second
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-MODULE = re.compile(r"model\.(decoder|encoder\.language_model)\.(.+)")
-KNOWN = "peft_type bias r lora_alpha use_rslora rank_pattern alpha_pattern".split()
-# keys that say nothing of what the saved tensors mean
-IDLE = """
+TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+STACKS = {"model.decoder.": "decoder", "model.encoder.language_model.": "encoder"}
+READ_KEYS = "peft_type bias r lora_alpha use_rslora rank_pattern alpha_pattern".split()
+# keys that do not change what the saved tensors mean
+IGNORED_KEYS = """
     auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules
     inference_mode layers_pattern layers_to_transform lora_dropout megatron_core
     peft_version qalora_group_size revision runtime_config target_modules task_type
 """.split()
-UNCHANGED = (True, False, "gaussian", "eva", "orthogonal")  # W stays as it was
+# values of init_lora_weights that leave the adapted weights as they were
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 REFUSED = {
     "use_dora": "is set; DoRA is not supported",
     "modules_to_save": "is set; only adapters can be read, not trained weights",
@@ -62,10 +67,10 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Imported:
+class PeftAdapter:
     """The adapters of both modes by the layer's path; self-conditioning only decodes.
 
-    One that adds nothing is left out.
+    An adapter that adds nothing is left out.
     """
 
     decoder: dict[str, LowRank]
@@ -75,22 +80,27 @@ class Imported:
     def shared(self) -> bool:
         """Whether the shared stack can take the decoder's: all equal the encoder's.
 
-        Not where one mode lacks an adapter: its weight is the other's without it.
+        A mode that lacks an adapter does not share it: it runs the bare weight.
         """
         stack = {p: low for p, low in self.decoder.items() if p.startswith("layers.")}
         return stack == self.encoder
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether PEFT wrote the adapter in a folder, as its configuration tells."""
+    """Whether PEFT wrote the adapter in a folder, by its configuration."""
     try:
         return "peft_type" in Keys(read_json(folder / CONFIG), "")
     except ConfigError:
-        return False  # nobody's: the reader of our own format says what is wrong
+        return False  # the reader of our own format says what is wrong
 
 
-def read(folder: Path, config: ModelConfig) -> Imported:
-    """The adapters in a folder for a model.
+def misfit(message: str) -> AdapterError:
+    """Return the error for a tensor that does not fit."""
+    return AdapterError(f"{message}; was it trained on another model?")
+
+
+def read(folder: Path, config: ModelConfig) -> PeftAdapter:
+    """Return the adapters in a folder for a model.
 
     Raises AdapterError naming the file and the key or tensor that cannot be taken.
     """
@@ -99,80 +109,70 @@ def read(folder: Path, config: ModelConfig) -> Imported:
     try:
         keys = Keys(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_config(keys)
-        held = _held(folder)
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
-        for module, (name_a, name_b) in _pairs(path, held).items():
-            a, b = (arrays[name].astype(mx.float32).T for name in (name_a, name_b))
+        infos = _read_header(folder)
+        arrays = load_tensors(infos)
+        for module in _modules(path, infos):
+            names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
             if module.startswith(VISION):
-                if mx.any(b).item():
+                if names[1] in arrays and mx.any(arrays[names[1]]).item():
                     raise AdapterError(
-                        f"{path}: {name_b} adapts vision, but this package reads text "
-                        "alone; train with the vision tower frozen"
+                        f"{path}: {names[1]} adapts vision, but only text can be "
+                        "adapted; train with the vision tower frozen"
                     )
                 continue
-            mode, layer = _layer(path, name_a, module, shapes)
-            rank, scale = _strength(keys, module)
+            mode, layer = _mode_and_layer(path, module, shapes)
+            rank, scale = _rank_and_scale(keys, module)
             outputs, inputs = shapes[f"{layer}.weight"]
-            _check_shape(path, name_a, held[name_a], (rank, inputs))
-            _check_shape(path, name_b, held[name_b], (outputs, rank))
+            sides = zip(names, ((rank, inputs), (outputs, rank)), strict=True)
+            check_tensors(
+                path,
+                {name: infos[name] for name in names if name in infos},
+                {n: Expected(shape, source="rank and model") for n, shape in sides},
+                error=misfit,
+            )
+            a, b = (arrays[name].astype(mx.float32).T for name in names)
             found[mode][layer] = LowRank(a, b, scale)
     except ConfigError as error:
         raise AdapterError(str(error)) from None
     if not any(found.values()):
         raise AdapterError(f"{path}: holds no adapter for text")
-    return Imported(**{mode: _busy(layers) for mode, layers in found.items()})
+    decoder, encoder = (
+        {path: low for path, low in layers.items() if mx.any(low.b).item()}
+        for layers in found.values()
+    )
+    return PeftAdapter(decoder, encoder)
 
 
-def put(model: DiffusionGemma, imported: Imported) -> None:
+def put(model: DiffusionGemma, adapter: PeftAdapter) -> None:
     """Put adapters beside the layers of a frozen model that has none.
 
     Where the modes differ, the encoder gets layers of its own that share every weight
     with the decoder's. Raises AdapterError if the model has adapters.
     """
-    adapted = (isinstance(m, LoRALinear | LoRAExpertLinear) for m in model.modules())
-    if model.apart is not None or any(adapted):
-        raise AdapterError("the model has an adapter already; load it anew")
-    if not imported.shared:
-        model.apart = EncoderLayers([branch(layer) for layer in model.layers])
-        for path, low in imported.encoder.items():
+    refuse_second(model)
+    if not adapter.shared:
+        model.encoder_layers = tuple(branch(layer) for layer in model.layers)
+        for path, low in adapter.encoder.items():
             _, index, inside = path.split(".", 2)
-            _wrap(model.apart.layers[int(index)], inside, low)
-    for path, low in imported.decoder.items():
-        _wrap(model, path, low)
+            layer = model.encoder_layers[int(index)]
+            add_adapter(layer, inside, low.a, low.b, low.scale)
+    for path, low in adapter.decoder.items():
+        add_adapter(model, path, low.a, low.b, low.scale)
     mx.eval(model.parameters(), [one.parameters() for one in model.encoder_layers])
     model.freeze()
     model.eval()
 
 
-def _wrap(root: nn.Module, path: str, low: LowRank) -> None:
-    parent, name = find_layer(root, path)
-    rank = low.b.shape[0]
-    adapted = LoRALinear(parent[name], rank, low.scale, mx.random.key(0))
-    adapted.lora_a, adapted.lora_b = low.a, low.b
-    parent[name] = adapted
-
-
-def _busy(layers: dict[str, LowRank]) -> dict[str, LowRank]:
-    """Those that add something."""
-    return {path: low for path, low in layers.items() if mx.any(low.b).item()}
-
-
-def _held(folder: Path) -> dict[str, TensorInfo]:
-    """What the weight file says it holds; floats only."""
+def _read_header(folder: Path) -> dict[str, TensorInfo]:
     path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise AdapterError(
-                f"{folder}: has only pickle weights (adapter_model.bin), which can run "
-                "code; save the adapter with safe_serialization"
-            )
-        raise AdapterError(f"{path}: no such file")
-    held = read_header(path)
-    for name, info in held.items():
-        if info.dtype not in FLOATS:
-            raise AdapterError(f"{path}: {name} holds {info.dtype}, not floats")
-    return held
+    if path.is_file():
+        return read_header(path)
+    if (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{folder}: has only pickle weights (adapter_model.bin), which can run "
+            "code; save the adapter with safe_serialization"
+        )
+    raise AdapterError(f"{path}: no such file")
 
 
 def _check_config(keys: Keys) -> None:
@@ -180,12 +180,12 @@ def _check_config(keys: Keys) -> None:
     keys.one_of("peft_type", None, ("LORA",))
     keys.one_of("bias", "none", ("none",))
     for name, value in keys.items():
-        if name in KNOWN or name in IDLE or not value:
+        if name in READ_KEYS or name in IGNORED_KEYS or not value:
             continue
         if name != "init_lora_weights":
             why = REFUSED.get(name, f"is {value!r}; it is not supported")
             raise keys.refuse(name, why)
-        if value not in UNCHANGED:
+        if value not in PLAIN_STARTS:
             raise keys.refuse(
                 name,
                 f"is {value!r}, which changes the weights it adapts; save it with "
@@ -193,65 +193,45 @@ def _check_config(keys: Keys) -> None:
             )
 
 
-def _pairs(path: Path, held: dict[str, TensorInfo]) -> dict[str, tuple[str, str]]:
-    """Module of transformers' -> names of its lora_A and lora_B."""
-    sides: dict[str, dict[str, str]] = {}
-    for name in held:
+def _modules(path: Path, infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the adapted modules of transformers' model."""
+    modules: dict[str, None] = {}
+    for name in infos:
         match = TENSOR.fullmatch(name)
         if match is None:
             raise AdapterError(f"{path}: {name} is no tensor of a plain LoRA adapter")
-        sides.setdefault(match[1], {})[match[2]] = name
-    for module, names in sides.items():
-        if missing := {"A", "B"} - set(names):
-            raise AdapterError(
-                f"{path}: lacks base_model.model.{module}.lora_{missing.pop()}.weight"
-            )
-    return {module: (names["A"], names["B"]) for module, names in sides.items()}
+        modules[match[1]] = None
+    return list(modules)
 
 
-def _layer(
-    path: Path, name: str, module: str, shapes: dict[str, tuple[int, ...]]
+def _mode_and_layer(
+    path: Path, module: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, str]:
-    """The mode that runs a module of transformers', and the path of our layer."""
-    if match := MODULE.fullmatch(module):
-        mode, layer = match[1].partition(".")[0], match[2]
-        stacked = layer.startswith("layers.")
-        conditioning = mode == "decoder" and layer.startswith("self_conditioning.")
+    """Return the mode that runs a module of transformers', and the layer's path."""
+    for stack, mode in STACKS.items():
+        layer = module.removeprefix(stack)
+        roots = ("layers.", "self_conditioning.") if mode == "decoder" else ("layers.",)
         linear = len(shapes.get(f"{layer}.weight", ())) == 2
-        if linear and (stacked or conditioning):
+        if layer != module and linear and layer.startswith(roots):
             return mode, layer
-    raise AdapterError(
-        f"{path}: {name} adapts no linear layer of this model; "
-        "was it trained on another?"
-    )
+    raise misfit(f"{path}: base_model.model.{module} is no linear layer of this model")
 
 
-def _check_shape(
-    path: Path, name: str, info: TensorInfo, wanted: tuple[int, int]
-) -> None:
-    if info.shape != wanted:
-        raise AdapterError(
-            f"{path}: {name} has shape {list(info.shape)}, but rank and model need "
-            f"{list(wanted)}; was it trained on another model?"
-        )
-
-
-def _strength(keys: Keys, module: str) -> tuple[int, float]:
-    """Rank and scale of a module's adapter."""
+def _rank_and_scale(keys: Keys, module: str) -> tuple[int, float]:
     rank, alpha = keys.integer("r", None, 1, 2**16), keys.number("lora_alpha", None)
     for own, name in _matching(keys, "rank_pattern", module):
         rank = own.integer(name, None, 1, 2**16)
     for own, name in _matching(keys, "alpha_pattern", module):
         alpha = own.number(name, None)
-    rooted = keys.one_of("use_rslora", False, (False, True))
-    return rank, alpha / (math.sqrt(rank) if rooted else rank)
+    return rank, alpha / (math.sqrt(rank) if keys.boolean("use_rslora") else rank)
 
 
 def _matching(keys: Keys, key: str, module: str) -> Iterator[tuple[Keys, str]]:
-    """The first of the patterns that ends a module's name, as PEFT looks for it."""
+    """Yield the first pattern that ends a module's name, as PEFT looks for it."""
     patterns = keys.mapping(key)
-    for pattern, _ in patterns.items() if patterns is not None else ():
-        assert patterns is not None
+    if patterns is None:
+        return
+    for pattern, _ in patterns.items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:

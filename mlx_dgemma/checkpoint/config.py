@@ -1,8 +1,8 @@
 """config.json, read strictly into frozen records.
 
-Two layouts of the text configuration exist and mean the same: the release names
-the full-attention layers' shape by `global_head_dim` and
-`num_global_key_value_heads`; transformers from 5.23 writes `per_layer_config`.
+Two layouts of the text configuration exist and mean the same: the release gives the
+shape of full-attention layers by `global_head_dim` and `num_global_key_value_heads`;
+transformers from 5.23 writes `per_layer_config`.
 """
 
 import warnings
@@ -16,9 +16,10 @@ from ..settings import MAX_CANVAS_LENGTH
 MODEL_TYPE = "diffusion_gemma"
 SLIDING_PATTERN = 6  # without layer_types, every sixth layer is full
 MAX_WIDTH = 2**20
+MAX_HEAD_DIM = 4096
 MAX_VOCABULARY = 2**24
 # Keys that other tools write and that change nothing this package computes.
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     "architectures torch_dtype dtype transformers_version initializer_range "
     "model_type _name_or_path quantization quantization_config pad_token_id "
     "bos_token_id eos_token_id max_position_embeddings attention_dropout "
@@ -37,10 +38,10 @@ class UnknownKeyWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of one kind of layer: `rotated` of head_dim / 2 pairs turn.
+    """Rotary embedding of one kind of layer: the first `rotated` of head_dim / 2 pairs.
 
-    Pair i turns by position · theta^(-2i / head_dim) / factor; the others stand
-    still (transformers' "default" and "proportional" rope).
+    Pair i is rotated by position · theta^(-2i / head_dim) / factor, the others by 0
+    (transformers' "default" and "proportional" rope).
     """
 
     theta: float
@@ -64,7 +65,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the weights are: every number the model is built from."""
+    """Every number the model is built from, and the config.json they come from."""
 
     vocab_size: int
     hidden_size: int
@@ -84,10 +85,10 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model that a checkpoint folder declares.
+    """Return the model that a checkpoint folder declares.
 
     Raises ConfigError, one line naming file and key. Warns once, naming them, of
-    keys it does not know.
+    unknown keys.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -99,15 +100,15 @@ def read_config(folder: Path) -> ModelConfig:
         )
     if "auto_map" in raw:
         raise top.refuse("auto_map", "asks to run remote code, which is never done")
-    top.one_of("tie_word_embeddings", True, (True,))
     text = top.mapping("text_config")
     if text is None:
         raise top.refuse("text_config", "is missing")
-    layers, window = _layers(text)
-    canvas_length = top.integer("canvas_length", 256, 1, MAX_CANVAS_LENGTH)
-    vocab_size = text.integer("vocab_size", None, 2, MAX_VOCABULARY)
+    _check_variants(top, text)
+    if raw["text_config"].get("final_logit_softcapping", 0) is None:
+        raise text.refuse("final_logit_softcapping", "is null; it must be a number")
+    layers = _layers(text)
     config = ModelConfig(
-        vocab_size=vocab_size,
+        vocab_size=text.integer("vocab_size", None, 2, MAX_VOCABULARY),
         hidden_size=text.integer("hidden_size", None, 1, MAX_WIDTH),
         intermediate_size=text.integer("intermediate_size", None, 1, MAX_WIDTH),
         moe_intermediate_size=text.integer("moe_intermediate_size", None, 1, MAX_WIDTH),
@@ -115,131 +116,117 @@ def read_config(folder: Path) -> ModelConfig:
         top_k_experts=text.integer("top_k_experts", None, 1, MAX_WIDTH),
         num_attention_heads=text.integer("num_attention_heads", None, 1, MAX_WIDTH),
         layers=layers,
-        sliding_window=window,
+        # transformers keeps the last window - 1 positions; of 1 it would keep them all
+        sliding_window=text.integer("sliding_window", None, 2, 2**31 - 1),
         rms_norm_eps=text.number("rms_norm_eps", 1e-6),
         final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
-        attention_bias=text.one_of("attention_bias", False, (False, True)),
-        canvas_length=canvas_length,
+        attention_bias=text.boolean("attention_bias"),
+        canvas_length=top.integer("canvas_length", 256, 1, MAX_CANVAS_LENGTH),
         has_vision=top.mapping("vision_config") is not None,
         raw=raw,
     )
-    _check_text(text, config)
-    unknown = top.unknown(HARMLESS) + [
-        f"text_config.{key}" for key in text.unknown(HARMLESS)
-    ]
-    warn_of_unknown(str(path), unknown)
-    return config
-
-
-def _check_text(text: Keys, config: ModelConfig) -> None:
-    """Refuse variants no release has, and numbers that contradict one another."""
-    if config.raw["text_config"].get("final_logit_softcapping", 0) is None:
-        raise text.refuse("final_logit_softcapping", "is null; it must be a number")
-    text.one_of("tie_word_embeddings", True, (True,))
-    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    # "all" would make the encoder bidirectional; no release uses it.
-    text.one_of("use_bidirectional_attention", "vision", ("vision",))
     if config.top_k_experts > config.num_experts:
         raise text.refuse(
             "top_k_experts",
             f"is {config.top_k_experts}, above num_experts {config.num_experts}",
         )
-    for index, layer in enumerate(config.layers):
-        if config.num_attention_heads % layer.kv_heads:
+    heads = config.num_attention_heads
+    for index, layer in enumerate(layers):
+        if heads % layer.kv_heads:
             raise text.refuse(
                 "num_attention_heads",
-                f"is {config.num_attention_heads}, no multiple of the "
-                f"{layer.kv_heads} key/value heads of layer {index}",
+                f"is {heads}, no multiple of the {layer.kv_heads} key/value heads "
+                f"of layer {index}",
             )
+    nested = [f"text_config.{key}" for key in text.unknown(IGNORED_KEYS)]
+    warn_of_unknown(str(path), top.unknown(IGNORED_KEYS) + nested)
+    return config
 
 
-def _layers(text: Keys) -> tuple[tuple[LayerConfig, ...], int]:
+def _check_variants(top: Keys, text: Keys) -> None:
+    """Refuse variants of the architecture that no release has."""
+    for keys in (top, text):
+        keys.one_of("tie_word_embeddings", True, (True,))
+    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    # "all" would make the encoder bidirectional
+    text.one_of("use_bidirectional_attention", "vision", ("vision",))
+
+
+def _layers(text: Keys) -> tuple[LayerConfig, ...]:
     count = text.integer("num_hidden_layers", None, 1, 1000)
-    kinds = _layer_kinds(text, count)
-    head_dim = text.integer("head_dim", 256, 2, 4096)
     kv_heads = text.integer("num_key_value_heads", None, 1, MAX_WIDTH)
-    full_dim = text.integer("global_head_dim", 512, 2, 4096)
     full_heads = text.integer("num_global_key_value_heads", kv_heads, 1, MAX_WIDTH)
-    # HF keeps the last window - 1 positions; a window of 1 would keep them all.
-    window = text.integer("sliding_window", None, 2, 2**31 - 1)
-    overrides = _per_layer(text, count)
+    common = text.integer("head_dim", 256, 2, MAX_HEAD_DIM), kv_heads
+    full = text.integer("global_head_dim", 512, 2, MAX_HEAD_DIM), full_heads
+    per_layer = _per_layer_shapes(text, count, common)
     layers = []
-    for index, kind in enumerate(kinds):
-        dim, heads = (
-            (head_dim, kv_heads) if kind == "sliding" else (full_dim, full_heads)
-        )
-        if overrides is not None:  # transformers' layout starts from the common shape
-            dim, heads = overrides.get(index, (None, None))
-            dim, heads = dim or head_dim, heads or kv_heads
+    for index, kind in enumerate(_layer_kinds(text, count)):
+        if per_layer is not None:
+            dim, heads = per_layer.get(index, common)
+        else:
+            dim, heads = common if kind == "sliding" else full
         if dim % 2:
             raise text.refuse("head_dim", f"is {dim} in layer {index}; must be even")
         rope = _rope(text, kind, dim)
         layers.append(LayerConfig(kind=kind, head_dim=dim, kv_heads=heads, rope=rope))
-    return tuple(layers), window
+    return tuple(layers)
 
 
 def _layer_kinds(text: Keys, count: int) -> list[Literal["sliding", "full"]]:
-    given = text.array("layer_types")
-    if given is None:
-        given = [
+    names = text.array("layer_types")
+    if names is None:
+        names = [
             "sliding_attention" if (i + 1) % SLIDING_PATTERN else "full_attention"
             for i in range(count)
         ]
-        given[-1] = "full_attention"
-    if len(given) != count:
+        names[-1] = "full_attention"
+    if len(names) != count:
         raise text.refuse(
             "layer_types",
-            f"names {len(given)} layers but num_hidden_layers is {count}",
+            f"names {len(names)} layers but num_hidden_layers is {count}",
         )
-    kinds: list[Literal["sliding", "full"]] = []
-    for index, name in enumerate(given):
-        if name == "sliding_attention":
-            kinds.append("sliding")
-        elif name == "full_attention":
-            kinds.append("full")
-        else:
+    for index, name in enumerate(names):
+        if name not in ("sliding_attention", "full_attention"):
             raise text.refuse(
                 f"layer_types[{index}]",
                 f"is {name!r}; supported: 'sliding_attention', 'full_attention'",
             )
-    if kinds[-1] != "full":
+    if names[-1] != "full_attention":
         raise text.refuse("layer_types", "must end with 'full_attention'")
-    return kinds
+    return ["full" if name == "full_attention" else "sliding" for name in names]
 
 
-def _per_layer(
-    text: Keys, count: int
-) -> dict[int, tuple[int | None, int | None]] | None:
-    """`per_layer_config` as layer -> (head_dim, kv heads); None when absent."""
+def _per_layer_shapes(
+    text: Keys, count: int, common: tuple[int, int]
+) -> dict[int, tuple[int, int]] | None:
+    """Return `per_layer_config` as layer -> (head_dim, kv heads); None if absent."""
     keys = text.mapping("per_layer_config")
     if keys is None:
         return None
-    overrides = {}
+    shapes = {}
     numbers = {str(index): index for index in range(count)}
     for name, _ in keys.items():
         if name not in numbers:
             raise keys.refuse(name, f"is no layer; they are 0 to {count - 1}")
         layer = keys.mapping(name)
-        if layer is None:
-            continue
-        dim = layer.integer("head_dim", None, 2, 4096) if "head_dim" in layer else None
-        heads = None
-        if "num_key_value_heads" in layer:
-            heads = layer.integer("num_key_value_heads", None, 1, MAX_WIDTH)
-        if strange := layer.unknown():
-            raise layer.refuse(strange[0], "is not supported per layer")
-        overrides[numbers[name]] = (dim, heads)
-    return overrides
+        if layer is not None:
+            shapes[numbers[name]] = (
+                layer.integer("head_dim", common[0], 2, MAX_HEAD_DIM),
+                layer.integer("num_key_value_heads", common[1], 1, MAX_WIDTH),
+            )
+            layer.refuse_unknown("is not supported per layer")
+    return shapes
 
 
 def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
-    everything = text.mapping("rope_parameters")
-    kinds = frozenset(["sliding_attention", "full_attention"])
-    if everything and (strange := everything.unknown(kinds)):
-        raise everything.refuse(
-            strange[0], "is not supported; parameters are given per kind of layer"
+    kinds = text.mapping("rope_parameters")
+    keys = None
+    if kinds is not None:
+        kinds.refuse_unknown(
+            "is not supported; parameters are given per kind of layer",
+            frozenset(["sliding_attention", "full_attention"]),
         )
-    keys = everything.mapping(f"{kind}_attention") if everything else None
+        keys = kinds.mapping(f"{kind}_attention")
     if keys is None:
         if kind == "sliding":
             return Rope(theta=10_000.0, rotated=head_dim // 2)
@@ -250,8 +237,7 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
     factor = keys.number("factor", 1.0) if rope_type == "proportional" else 1.0
     if part > 1 or (rope_type == "default" and part != 1):
         raise keys.refuse("partial_rotary_factor", f"is {part} for {rope_type!r} rope")
-    if strange := keys.unknown():
-        raise keys.refuse(strange[0], "is not supported")
+    keys.refuse_unknown("is not supported")
     return Rope(theta=theta, rotated=int(part * head_dim // 2), factor=factor)
 
 

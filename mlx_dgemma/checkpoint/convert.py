@@ -1,13 +1,12 @@
 """Hugging Face safetensors to MLX weights, tensor by tensor.
 
 The whole output is planned from headers alone, so a refusal comes before the first
-byte; it is written beside the target under a hidden name, made durable, and renamed:
+byte. It is written beside the target under a hidden name, made durable, and renamed:
 under the target's own name there is nothing or everything.
 """
 
-import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,23 @@ import mlx.core as mx
 
 from .. import backends
 from ..errors import ConversionError
-from ..files import atomic as staging
-from ..files.safetensors import Pending, write_file
+from ..files import atomic
+from ..files.safetensors import LazyTensor, write_file
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .config import ModelConfig, read_config
-from .plan import DTYPES, ConversionPlan, Planner
+from .generation_config import read_generation_config
+from .plan import ConversionPlan, plan_conversion
 from .quantize import RECIPES, Quantization, QuantizationMap
-from .weights import INDEX, SINGLE, VISION, Layout, expected_shapes, read_layout
+from .weights import INDEX, SINGLE, Layout, read_layout
 
-SHARD_BYTES = 5 * 10**9  # what mlx-lm writes
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "LICENSE",
-    "NOTICE",
+SHARD_BYTES = 5 * 10**9  # as mlx-lm
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+COPIED = (
+    "generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "processor_config.json preprocessor_config.json LICENSE NOTICE".split()
 )
-
 # what the hub reads of an uploaded model, and how a person runs it
 CARD = """\
 ---
@@ -98,7 +89,11 @@ def convert(
     dtype               of what stays dense ("float32", "float16", "bfloat16");
                         the source's when None. The vision tower keeps its own.
     dequantize          turn quantised layers dense again
-    progress            called after each tensor
+    revision            branch, tag or commit of a hub id
+    upload_repo         hub repository to upload the result to
+    overwrite           replace a model folder at `mlx_path`
+    shard_bytes         most bytes of one file of weights
+    progress            called after each tensor: its name, bytes done, bytes in all
 
     Raises DGemmaError, one line, before anything is written; a conversion that
     fails later leaves nothing behind.
@@ -108,22 +103,22 @@ def convert(
         raise ConversionError("--quantize and --dequantize exclude one another")
     _check_choice("dtype", dtype, (None, *DTYPES))
     _check_choice("quant-predicate", quant_predicate, RECIPES)
-    if not quantize:
-        _refuse_idle(q_bits, q_group_size, q_mode, quant_predicate)
-    base = Quantization.of(q_mode, q_bits, q_group_size) if quantize else None
-    config, layout = open_source(hf_path, revision, target, overwrite)
+    base = None
+    if quantize:
+        base = Quantization.with_defaults(q_mode, q_bits, q_group_size)
+    else:
+        _refuse_unused(q_bits, q_group_size, q_mode, quant_predicate)
+    layout = open_source(hf_path, revision, target, overwrite)
     if layout.quantized and not dequantize:
         raise ConversionError(
-            f"{layout.files.folder}: is quantised already; "
+            f"{layout.folder}: is quantised already; "
             "use it as it is, or make it dense with --dequantize"
         )
     if dequantize and not layout.quantized:
-        raise ConversionError(f"{layout.files.folder}: is not quantised")
-    planner = Planner(layout, config, base=base, recipe=quant_predicate, dtype=dtype)
-    return carry_out(
-        planner.plan(),
-        layout,
-        config,
+        raise ConversionError(f"{layout.folder}: is not quantised")
+    dense = None if dtype is None else DTYPES[dtype]
+    return write_checkpoint(
+        plan_conversion(layout, base=base, recipe=quant_predicate, dtype=dense),
         target,
         card=CARD.format(made="converted", command="convert"),
         upload_repo=upload_repo,
@@ -133,26 +128,49 @@ def convert(
     )
 
 
+def _refuse_unused(
+    q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str
+) -> None:
+    """Refuse settings of a quantisation that was not asked for."""
+    given = {
+        "q-bits": q_bits is not None,
+        "q-group-size": q_group_size is not None,
+        "q-mode": q_mode != "affine",
+        "quant-predicate": quant_predicate != "uniform",
+    }
+    for name in given:
+        if given[name]:
+            raise ConversionError(f"--{name} is given without --quantize; add it")
+
+
+def _check_choice(
+    name: str, value: str | None, allowed: Collection[str | None]
+) -> None:
+    if value not in allowed:
+        shown = ", ".join(filter(None, allowed))
+        raise ConversionError(f"{name} is {value!r}; supported: {shown}")
+
+
 def open_source(
     model: str | Path, revision: str | None, target: Path, overwrite: bool
-) -> tuple[ModelConfig, Layout]:
-    """What is read to write `target`: a folder, hub id or built-in name.
+) -> Layout:
+    """Return what is read to write `target`: of a folder, hub id or built-in name.
 
-    Raises DGemmaError when the source is not whole, or the target may not be written.
+    Raises DGemmaError if the source is incomplete, or the target may not be written.
     """
     backends.current()  # chosen before the first array is made
-    staging.check_target(target, overwrite)
+    atomic.check_target(target, overwrite)
     source = hub.resolve(model, revision)
-    staging.check_apart(source, target)
+    atomic.check_apart(source, target)
     config = read_config(source)
-    Tokenizer.from_dir(source)  # a model nobody can talk to is refused early
-    return config, read_layout(source, config)
+    # read here so that what `load` would refuse is refused before anything is written
+    read_generation_config(config, source)
+    Tokenizer.from_dir(source)
+    return read_layout(source, config)
 
 
-def carry_out(
+def write_checkpoint(
     plan: ConversionPlan,
-    layout: Layout,
-    config: ModelConfig,
     target: Path,
     *,
     card: str,
@@ -161,110 +179,77 @@ def carry_out(
     shard_bytes: int,
     progress: Progress | None,
 ) -> Converted:
-    """Write what was planned of a source, whole or not at all, and upload it if asked.
+    """Write a planned folder, whole or not at all, and upload it if asked.
 
-    card    the text of README.md
-
-    Raises ConversionError when it does not fit or cannot be finished.
+    `card` is the text of README.md. Raises ConversionError when the folder does not
+    fit the disk or cannot be finished.
     """
-    staging.check_disk(target, plan.nbytes)
-    with staging.staged(target, overwrite) as folder:
+    atomic.check_disk(target, plan.nbytes)
+    source = plan.layout.folder
+    with atomic.staged(target, overwrite) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
-        source = layout.files.folder
-        shards = _write(folder, plan, config, source, shard_bytes, progress)
+        shards = _write_weights(folder, plan, shard_bytes, progress)
+        config = released_config(plan.layout.config, plan.quantization, plan.dtype)
+        atomic.write_json(folder / "config.json", config)
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     if upload_repo is not None:
         hub.upload(target, upload_repo)
     return Converted(
         path=target,
-        source_bytes=layout.files.nbytes,
+        source_bytes=plan.layout.nbytes,
         bytes=plan.nbytes,
         shards=shards,
-        bits_per_weight=_bits_per_weight(plan, config),
+        bits_per_weight=plan.bits_per_weight,
         dense=tuple(plan.dense),
         regrouped=plan.regrouped,
     )
 
 
-def _refuse_idle(
-    q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str
-) -> None:
-    """Refuse settings of a quantisation that was not asked for."""
-    asked = {
-        "q-bits": q_bits is not None,
-        "q-group-size": q_group_size is not None,
-        "q-mode": q_mode != "affine",
-        "quant-predicate": quant_predicate != "uniform",
-    }
-    for name in asked:
-        if asked[name]:
-            raise ConversionError(f"--{name} is given without --quantize; add it")
-
-
-def _check_choice(name: str, value: str | None, known: Iterable[str | None]) -> None:
-    if value not in known:
-        shown = ", ".join(one for one in known if one is not None)
-        raise ConversionError(f"{name} is {value!r}; supported: {shown}")
-
-
-def _write(
-    folder: Path,
-    plan: ConversionPlan,
-    config: ModelConfig,
-    source: Path,
-    shard_bytes: int,
-    progress: Progress | None,
+def _write_weights(
+    folder: Path, plan: ConversionPlan, shard_bytes: int, progress: Progress | None
 ) -> int:
-    """Everything a checkpoint folder holds; returns the number of shards."""
-    shards = list(_split(plan.tensors, shard_bytes))
-    names = [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
-    ]
-    if len(shards) == 1:
-        names = [SINGLE]
+    """Write weight files, and their index if there are several; return how many."""
+    shards = _split(plan.tensors, shard_bytes)
+    files = [SINGLE]
+    if (count := len(shards)) > 1:
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     done, total = 0, plan.nbytes
+    weight_map: dict[str, str] = {}
     cache_limit = mx.set_cache_limit(0)  # freed buffers would add up to a shard
     try:
-        for file, tensors in zip(names, shards, strict=True):
+        for file, tensors in zip(files, shards, strict=True):
+            weight_map |= dict.fromkeys(tensors, file)
             for tensor, size in write_file(folder / file, tensors):
                 done += size
                 if progress is not None:
                     progress(tensor, done, total)
     finally:
         mx.set_cache_limit(cache_limit)
-    weight_map = {
-        tensor: file
-        for file, tensors in zip(names, shards, strict=True)
-        for tensor in tensors
-    }
-    if len(shards) > 1:
+    if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        staging.write_json(folder / INDEX, index)
-    staging.write_json(
-        folder / "config.json",
-        released_config(config, plan.quantization, plan.dtype),
-    )
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    return len(shards)
+        atomic.write_json(folder / INDEX, index)
+    return count
 
 
-def _split(tensors: dict[str, Pending], limit: int) -> Iterable[dict[str, Pending]]:
-    shard: dict[str, Pending] = {}
+def _split(tensors: dict[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
+    """Deal tensors out to shards of at most `limit` bytes, or of one tensor."""
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
         size += tensor.nbytes
-    yield shard
+    return shards
 
 
 def released_config(
     config: ModelConfig, quantization: QuantizationMap | None, dtype: mx.Dtype
 ) -> dict[str, Any]:
-    """config.json in the release's layout, which every other reader knows."""
+    """Return config.json in the release's layout, which every other reader knows."""
     raw = {k: v for k, v in config.raw.items() if not k.startswith("quantization")}
     text = dict(raw["text_config"])
     full = {(one.head_dim, one.kv_heads) for one in config.layers if not one.sliding}
@@ -282,9 +267,3 @@ def released_config(
     if quantization is not None:
         raw["quantization"] = raw["quantization_config"] = quantization.to_config()
     return raw
-
-
-def _bits_per_weight(plan: ConversionPlan, config: ModelConfig) -> float:
-    weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
-    stored = sum(t.nbytes for n, t in plan.tensors.items() if not n.startswith(VISION))
-    return 8 * stored / weights

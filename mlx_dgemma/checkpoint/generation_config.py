@@ -7,13 +7,14 @@ from ..files.json import Keys, read_json
 from ..settings import Settings
 from .config import ModelConfig, warn_of_unknown
 
-SAMPLERS = ("EntropyBoundSamplerConfig",)
+SAMPLER = "EntropyBoundSamplerConfig"
 # Keys of transformers that change nothing here: caches and output formats.
-IGNORED = frozenset(
+IGNORED_KEYS = frozenset(
     "bos_token_id pad_token_id transformers_version max_length "
     "return_dict_in_generate cache_implementation cache_config disable_compile "
     "_from_model_config _commit_hash".split()
 )
+MAX_STEPS = 1_000_000
 
 
 def read_generation_config(config: ModelConfig, folder: Path | None = None) -> Settings:
@@ -23,48 +24,38 @@ def read_generation_config(config: ModelConfig, folder: Path | None = None) -> S
     puts into config.json. Raises ConfigError naming the file and the key.
     """
     where = "config.json" if folder is None else str(folder / "config.json")
-    top = Keys(config.raw, where)
+    top, vocab_size = Keys(config.raw, where), config.vocab_size
     text = top.mapping("text_config")
-    eos = top.ids("eos_token_id", config.vocab_size)
-    if eos is None and text is not None:
-        eos = text.ids("eos_token_id", config.vocab_size)
+    eos = top.ids("eos_token_id", vocab_size)
+    if not eos and text is not None:
+        eos = text.ids("eos_token_id", vocab_size)
     defaults = Settings(canvas_length=config.canvas_length, eos=frozenset(eos or (1,)))
     keys = top.mapping("generation_config")
     if folder is not None and (path := folder / "generation_config.json").exists():
         keys = Keys(read_json(path), str(path))
-    return (
-        defaults if keys is None else _read_settings(keys, defaults, config.vocab_size)
-    )
-
-
-def _read_settings(keys: Keys, defaults: Settings, vocab_size: int) -> Settings:
-    """`defaults` with what the keys say."""
-    sampler = keys.mapping("sampler_config")
+    if keys is None:
+        return defaults
     bound = defaults.entropy_bound
-    if sampler is not None:
-        sampler.one_of("_cls_name", "EntropyBoundSamplerConfig", SAMPLERS)
+    if sampler := keys.mapping("sampler_config"):
+        sampler.one_of("_cls_name", SAMPLER, (SAMPLER,))
         bound = sampler.number("entropy_bound", bound)
-        if strange := sampler.unknown():
-            raise sampler.refuse(strange[0], "is no setting of this sampler")
+        sampler.refuse_unknown("is no setting of this sampler")
     eos = keys.ids("eos_token_id", vocab_size)
+    stability, confidence = defaults.stability, defaults.confidence
     try:
         settings = defaults.replace(
             max_tokens=keys.integer(
                 "max_new_tokens", defaults.max_tokens, 1, 2**31 - 1
             ),
-            steps=keys.integer("max_denoising_steps", defaults.steps, 1, 1_000_000),
+            steps=keys.integer("max_denoising_steps", defaults.steps, 1, MAX_STEPS),
             entropy_bound=bound,
             t_max=keys.number("t_max", defaults.t_max),
             t_min=keys.number("t_min", defaults.t_min, zero=True),
-            stability=keys.integer(
-                "stability_threshold", defaults.stability, 0, 1_000_000
-            ),
-            confidence=keys.number(
-                "confidence_threshold", defaults.confidence, zero=True
-            ),
+            stability=keys.integer("stability_threshold", stability, 0, MAX_STEPS),
+            confidence=keys.number("confidence_threshold", confidence, zero=True),
             eos=frozenset(eos) if eos else None,
         )
     except ValueError as error:
         raise ConfigError(f"{keys.where}: {error}") from None
-    warn_of_unknown(keys.where, keys.unknown(IGNORED))
+    warn_of_unknown(keys.where, keys.unknown(IGNORED_KEYS))
     return settings

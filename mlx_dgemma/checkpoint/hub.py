@@ -11,15 +11,15 @@ WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE", "N
 
 
 def built_in() -> list[str]:
-    """Names of the checkpoints that come with the package."""
+    """Return the names of the checkpoints that come with the package."""
     return sorted(config.parent.name for config in ASSETS.glob("*/config.json"))
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model; downloads it if it is a hub id.
+    """Return the local folder of a model; download it if it is a hub id.
 
-    Raises HubError when nothing by that name can be had, or when a revision is
-    asked of what has none.
+    Raises HubError when there is no such model, or when a revision is asked of what
+    has none.
     """
     name, path = str(path_or_id), Path(path_or_id).expanduser()
     try:
@@ -45,11 +45,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     # imported here: 0.3 s that a local model need not pay
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import httpx
 
     try:
         folder = snapshot_download(
@@ -65,20 +62,23 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     except HFValidationError as error:
         raise HubError(f"{name}: neither a folder nor a hub id ({error})") from None
-    except (HfHubHTTPError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise HubError(f"{name}: the hub refused ({line})") from None
+    except (httpx.HTTPError, OSError) as error:
+        raise HubError(f"{name}: the hub refused ({_first_line(error)})") from None
 
 
 def upload(folder: Path, repo: str) -> None:
     """Put a model folder on the hub. Raises HubError with the hub's answer."""
-    import httpx2  # huggingface-hub's own client, whose errors it lets through
     from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
 
     try:
         create_repo(repo, exist_ok=True)
         upload_folder(repo_id=repo, folder_path=folder)
-    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise HubError(f"{repo}: upload failed ({line}); {folder} is kept") from None
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{repo}: upload failed ({_first_line(error)}); {folder} is kept"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,8 +3,8 @@ writes it (a default, and overrides by the layer's path on disk).
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -12,8 +12,7 @@ from ..errors import ConversionError
 from ..files.json import Keys
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """What a quantisation mode allows; the first of each is its default."""
 
     bits: tuple[int, ...]
@@ -30,7 +29,7 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """Bits per weight, weights per scale, and how they are coded."""
+    """Bits per weight, weights per scale, and MLX's mode."""
 
     group_size: int = 64
     bits: int = 4
@@ -53,8 +52,10 @@ class Quantization:
                 )
 
     @classmethod
-    def of(cls, mode: str, bits: int | None, group_size: int | None) -> "Quantization":
-        """A mode with its own defaults where nothing is given."""
+    def with_defaults(
+        cls, mode: str, bits: int | None = None, group_size: int | None = None
+    ) -> "Quantization":
+        """Return a mode with its own defaults for what is None."""
         known = MODES.get(mode, MODES["affine"])
         return cls(
             mode=mode,
@@ -62,49 +63,40 @@ class Quantization:
             group_size=known.group_sizes[0] if group_size is None else group_size,
         )
 
-    def fits(self, shape: tuple[int, ...]) -> "Quantization | None":
-        """This for a (…, out, in) weight, in smaller groups if `in` needs them.
+    def fit_to_shape(self, shape: tuple[int, ...]) -> "Quantization | None":
+        """Return this for a (…, out, in) weight, in smaller groups if `in` needs them.
 
         None when no group size divides `in`: the weight then stays dense.
         """
         for size in sorted(MODES[self.mode].group_sizes, reverse=True):
             # kernels take `in` in blocks of 32, also where groups are of 16
             if size <= self.group_size and shape[-1] % max(size, 32) == 0:
-                return Quantization(group_size=size, bits=self.bits, mode=self.mode)
+                return replace(self, group_size=size)
         return None
 
-    def packed(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shapes of weight, scales (and biases) that a dense shape becomes."""
+    def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of weight, scales (and biases) for a dense shape."""
         *outer, inner = shape
         scales = (*outer, inner // self.group_size)
         parts = {"weight": (*outer, inner * self.bits // 32), "scales": scales}
         return parts | {"biases": scales} if self.mode == "affine" else parts
 
-    def coded(self, part: str) -> mx.Dtype | None:
-        """The integers that hold a part; None for a part of floats."""
+    def storage_dtype(self, part: str) -> mx.Dtype | None:
+        """Return the integer type that stores a part; None for a part of floats."""
         if part == "weight":
             return mx.uint32
         # one byte of shared exponent per group
         return mx.uint8 if part == "scales" and self.mode != "affine" else None
 
-    def apply(self, weight: mx.array) -> dict[str, mx.array]:
-        """Quantise a dense (…, out, in) weight into its named parts."""
-        parts = mx.quantize(
-            weight, group_size=self.group_size, bits=self.bits, mode=self.mode
-        )
+    def quantize(self, weight: mx.array) -> dict[str, mx.array]:
+        """Return the named parts of a dense (…, out, in) weight."""
+        parts = mx.quantize(weight, **asdict(self))
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
-    def undo(self, parts: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """The dense weight that `parts` stand for."""
-        return mx.dequantize(
-            parts["weight"],
-            parts["scales"],
-            parts.get("biases"),
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=dtype,
-        )
+    def dequantize(self, parts: dict[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """Return the dense weight of named parts."""
+        arrays = parts["weight"], parts["scales"], parts.get("biases")
+        return mx.dequantize(*arrays, **asdict(self), dtype=dtype)
 
 
 Recipe = Callable[[str, Quantization], Quantization]
@@ -145,23 +137,24 @@ class QuantizationMap:
 
 
 def read_quantization(raw: dict[str, Any], where: str) -> QuantizationMap | None:
-    """The quantisation a config.json declares; None when the weights are dense."""
+    """Return the quantisation a config.json declares; None if it declares none.
+
+    Raises ConfigError naming the key, also for the formats of other tools.
+    """
     key = "quantization" if raw.get("quantization") else "quantization_config"
     keys = Keys(raw, where).mapping(key)
     if keys is None:
         return None
-    for name, entry in keys.items():
-        if name == "quant_method":
-            raise keys.refuse(
-                name, f"is {entry!r}, not MLX's; convert from the bfloat16 release"
-            )
-    default = _read_one(keys)
-    overrides = {}
+    if "quant_method" in keys:
+        method = dict(keys.items())["quant_method"]
+        raise keys.refuse(
+            "quant_method",
+            f"is {method!r}, not MLX's; convert from the bfloat16 release",
+        )
+    default, overrides = _read_one(keys), {}
     for name, entry in keys.items():
         if isinstance(entry, dict):
-            layer = keys.mapping(name)
-            assert layer is not None
-            overrides[name] = _read_one(layer)
+            overrides[name] = _read_one(Keys(entry, f"{keys.where}: {name}"))
         elif name not in ("bits", "group_size", "mode") and entry is not False:
             raise keys.refuse(name, f"is {entry!r}; is this an MLX quantisation?")
     return QuantizationMap(default, overrides)
@@ -169,11 +162,9 @@ def read_quantization(raw: dict[str, Any], where: str) -> QuantizationMap | None
 
 def _read_one(keys: Keys) -> Quantization:
     mode = keys.one_of("mode", "affine", tuple(MODES))
-    allowed = MODES[mode]
+    bits, sizes = MODES[mode]
     return Quantization(
         mode=mode,
-        bits=keys.one_of("bits", allowed.bits[0], tuple(sorted(allowed.bits))),
-        group_size=keys.one_of(
-            "group_size", allowed.group_sizes[0], tuple(sorted(allowed.group_sizes))
-        ),
+        bits=keys.one_of("bits", bits[0], tuple(sorted(bits))),
+        group_size=keys.one_of("group_size", sizes[0], tuple(sorted(sizes))),
     )

@@ -1,6 +1,6 @@
-"""The vision half of a checkpoint: what config.json says of it, names and shapes.
+"""The vision tower of a checkpoint: its configuration, names, shapes and weights.
 
-Read when the first image comes: those who only read text need none of it.
+It is read when the first image comes.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..files.json import Keys
+from ..files.safetensors import Expected, check_tensors, load_tensors
 from .config import MAX_WIDTH, ModelConfig
-from .weights import FLOATS, VISION, open_files
+from .weights import VISION, read_tensors
 
 ROOT = "model.encoder."
 LIMITS = ("input_min", "input_max", "output_min", "output_max")
@@ -20,13 +21,13 @@ ACTIVATION = "gelu_pytorch_tanh"
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The tower that looks at patches.
+    """Every number the vision tower is built from.
 
-    patch        pixels of a patch's side; a patch is 3 · patch² numbers
-    pooling      patches of a side that become one soft token
-    positions    how far positions go along each axis
+    patch        side of a patch in pixels; a patch is 3 · patch² numbers
+    pooling      pooling² patches become one soft token
+    positions    size of the position table along each axis
     standardize  whether soft tokens are shifted and scaled at the end
-    clipped      whether what goes into and out of linear maps has limits
+    clipped      whether inputs and outputs of linear maps are clipped
     """
 
     hidden_size: int
@@ -46,7 +47,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Ids that stand for an image in a prompt: begin, one per soft token, end."""
+    """Token ids of an image in a prompt: begin, one per soft token, end."""
 
     image: int
     begin: int
@@ -54,7 +55,7 @@ class ImageTokens:
 
 
 def read_vision(config: ModelConfig, where: str) -> VisionConfig:
-    """`vision_config` of config.json. Raises ConfigError naming the key."""
+    """Return `vision_config` of config.json. Raises ConfigError naming the key."""
     top = Keys(config.raw, where)
     keys = top.mapping("vision_config")
     if keys is None:
@@ -80,8 +81,8 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
         patch=keys.integer("patch_size", 16, 1, 1024),
         pooling=keys.integer("pooling_kernel_size", 3, 1, 64),
         positions=keys.integer("position_embedding_size", 10240, 1, MAX_WIDTH),
-        standardize=keys.one_of("standardize", False, (False, True)),
-        clipped=keys.one_of("use_clipped_linears", False, (False, True)),
+        standardize=keys.boolean("standardize"),
+        clipped=keys.boolean("use_clipped_linears"),
     )
     if vision.head_dim % 4:
         raise keys.refuse("head_dim", f"is {vision.head_dim}; must be a multiple of 4")
@@ -94,17 +95,17 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
 
 
 def read_image_tokens(config: ModelConfig, where: str) -> ImageTokens:
-    """The ids that stand for images. Raises ConfigError naming the key."""
-    top, most = Keys(config.raw, where), config.vocab_size - 1
+    """Return the ids that stand for images. Raises ConfigError naming the key."""
+    top, last = Keys(config.raw, where), config.vocab_size - 1
     return ImageTokens(
-        image=top.integer("image_token_id", 258_880, 0, most),
-        begin=top.integer("boi_token_id", 255_999, 0, most),
-        end=top.integer("eoi_token_id", 258_882, 0, most),
+        image=top.integer("image_token_id", 258_880, 0, last),
+        begin=top.integer("boi_token_id", 255_999, 0, last),
+        end=top.integer("eoi_token_id", 258_882, 0, last),
     )
 
 
 def vision_shapes(vision: VisionConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the tower and of its projection to `width`, and its shape.
+    """Return every parameter of the tower and its projection to `width`, with shapes.
 
     Names are those on disk without `model.encoder.`.
     """
@@ -144,34 +145,26 @@ def vision_shapes(vision: VisionConfig, width: int) -> dict[str, tuple[int, ...]
 def read_vision_weights(
     folder: Path, shapes: dict[str, tuple[int, ...]]
 ) -> list[tuple[str, mx.array]]:
-    """The tower's parameters, unevaluated.
+    """Return the tower's parameters, unevaluated.
 
     Raises CheckpointError naming tensors that are missing, unexpected, of the wrong
-    shape, or quantised.
+    shape or dtype, or quantised.
     """
-    files = open_files(folder)
-    names = {n.removeprefix(ROOT) for n in files.tensors if n.startswith(VISION)}
-    if not names:
+    found = {
+        name.removeprefix(ROOT): info
+        for name, info in read_tensors(folder).items()
+        if name.startswith(VISION)
+    }
+    if not found:
         raise CheckpointError(
             f"{folder}: holds no vision tensors, so it reads text only; convert it "
             "again from the release"
         )
-    if coded := sorted(name for name in names if name.endswith(".scales")):
+    if scales := sorted(name for name in found if name.endswith(".scales")):
         raise CheckpointError(
-            f"{folder}: {ROOT}{coded[0]}: a quantised vision tower is not supported; "
+            f"{folder}: {ROOT}{scales[0]}: a quantised vision tower is not supported; "
             "convert it again from the release"
         )
-    for what, strange in (
-        ("missing", sorted(set(shapes) - names)),
-        ("unexpected", sorted(names - set(shapes))),
-    ):
-        if strange:
-            raise CheckpointError(f"{folder}: {what} tensors: {ROOT}{strange[0]}")
-    for name, shape in shapes.items():
-        info = files.tensors[ROOT + name]
-        if info.shape != shape or info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{info.file}: {ROOT}{name} has shape {list(info.shape)} and type "
-                f"{info.dtype}, but config.json needs floats of {list(shape)}"
-            )
-    return [(name, files.load(ROOT + name)) for name in shapes]
+    expected = {name: Expected(shape) for name, shape in shapes.items()}
+    check_tensors(folder, found, expected, name_of=lambda name: ROOT + name)
+    return list(load_tensors(found).items())

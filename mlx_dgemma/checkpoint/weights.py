@@ -1,76 +1,83 @@
-"""Which tensor on disk is which parameter, and the strict loading of them all.
+"""Which tensor on disk is which parameter, and the strict check of them all.
 
-The name map is data: `DISK_PREFIXES`. On disk the names are the release's, and
-mlx-vlm's conversions use them too; in the model the one backbone stands at the
-root, and only `layer_scalar` exists once per mode.
+On disk the names are the release's, which mlx-vlm's conversions use too. In the model
+the one backbone stands at the root, and only `layer_scalar` exists once per mode.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..errors import CheckpointError
 from ..files.json import read_json
-from ..files.safetensors import TensorInfo, read_header
+from ..files.safetensors import (
+    FLOATS,
+    Expected,
+    TensorInfo,
+    check_tensors,
+    read_header,
+    shorten,
+)
 from .config import ModelConfig
-from .quantize import Quantization, quantizable, read_quantization
+from .quantize import Quantization, QuantizationMap, quantizable, read_quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-ENCODER_SCALAR = re.compile(
-    r"model\.encoder\.language_model\.layers\.(\d+)\.layer_scalar"
-)
-DECODER_SCALAR = re.compile(r"layers\.(\d+)\.layer_scalar")
 DECODER = "model.decoder."
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 ENCODER = "model.encoder.language_model."
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 HEAD = "lm_head.weight"
+ENCODER_SCALAR = re.compile(re.escape(ENCODER) + r"layers\.(\d+)\.layer_scalar")
+DECODER_SCALAR = re.compile(re.escape(DECODER) + r"layers\.(\d+)\.layer_scalar")
 BARE_EXPERTS = re.compile(r"(.*\.experts\.(?:gate_up_proj|down_proj))$")
+LAYER_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm",
+    "post_feedforward_layernorm_1",
+    "post_feedforward_layernorm_2",
+)
 
 
 def parameter_name(disk_name: str) -> str | None:
-    """The model parameter a tensor on disk fills; None when it fills none.
+    """Return the model parameter a tensor on disk fills; None if it fills none.
 
     Vision tensors and the tied copies of the encoder fill none.
     """
     if match := ENCODER_SCALAR.fullmatch(disk_name):
         return f"layers.{match[1]}.encoder_scalar"
+    if match := DECODER_SCALAR.fullmatch(disk_name):
+        return f"layers.{match[1]}.decoder_scalar"
+    # the model's own names of the scalars are no names on disk
+    if disk_name.endswith(("encoder_scalar", "decoder_scalar")):
+        return None
     if not disk_name.startswith(DECODER):
         return None
-    name = disk_name.removeprefix(DECODER)
-    if match := DECODER_SCALAR.fullmatch(name):
-        return f"layers.{match[1]}.decoder_scalar"
-    if name.endswith(("encoder_scalar", "decoder_scalar")):
-        return None  # our own names for them
-    return BARE_EXPERTS.sub(r"\1.weight", name)
+    return BARE_EXPERTS.sub(r"\1.weight", disk_name.removeprefix(DECODER))
 
 
 def disk_name(parameter: str) -> str:
-    """The release's name of a dense parameter: experts have no `.weight` suffix."""
+    """Return the release's name of a dense parameter: experts lack `.weight`."""
     layer, _, last = parameter.rpartition(".")
-    if last == "encoder_scalar":
-        return f"model.encoder.language_model.{layer}.layer_scalar"
-    if last == "decoder_scalar":
-        return f"{DECODER}{layer}.layer_scalar"
+    if last in ("encoder_scalar", "decoder_scalar"):
+        return f"{ENCODER if last[0] == 'e' else DECODER}{layer}.layer_scalar"
     if last == "weight" and ".experts." in layer:
         return DECODER + layer
     return DECODER + parameter
 
 
 def layer_path(layer: str) -> str:
-    """The path of a layer with a weight, as `config["quantization"]` names it."""
+    """Return the path of a layer as `config["quantization"]` names it."""
     return DECODER + layer
 
 
 def tied_to(disk_name: str) -> str | None:
-    """The tensor that `disk_name` is a tied copy of; None when it is no copy.
+    """Return the tensor of which `disk_name` is a tied copy; None if it is no copy.
 
     Some exporters write the copies although the weights are one.
     """
@@ -82,7 +89,7 @@ def tied_to(disk_name: str) -> str | None:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the dense model and its shape, in file order."""
+    """Return every parameter of the dense model and its shape, in file order."""
     width, experts = config.hidden_size, config.num_experts
     inner, expert_inner = config.intermediate_size, config.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -116,62 +123,25 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
         one |= {f"{norm}.weight": (width,) for norm in LAYER_NORMS}
         shapes |= {f"layers.{index}.{name}": shape for name, shape in one.items()}
-    shapes["norm.weight"] = (width,)
-    shapes |= {
+    return shapes | {
+        "norm.weight": (width,),
         "self_conditioning.pre_norm.weight": (width,),
         "self_conditioning.gate_proj.weight": (inner, width),
         "self_conditioning.up_proj.weight": (inner, width),
         "self_conditioning.down_proj.weight": (width, inner),
     }
-    return shapes
 
 
-LAYER_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "pre_feedforward_layernorm_2",
-    "post_feedforward_layernorm",
-    "post_feedforward_layernorm_1",
-    "post_feedforward_layernorm_2",
-)
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a checkpoint folder by name, from checked headers.
 
-
-@dataclass(frozen=True)
-class Files:
-    """The tensors of a checkpoint folder, read from headers only."""
-
-    folder: Path
-    tensors: dict[str, TensorInfo]  # by name on disk
-
-    def load(self, disk_name: str) -> mx.array:
-        """One tensor, unevaluated: its bytes are read when it is used."""
-        return self.load_file(self.tensors[disk_name].file)[disk_name]
-
-    def load_file(self, file: Path) -> dict[str, mx.array]:
-        """All tensors of one file, unevaluated."""
-        try:
-            arrays = mx.load(str(file))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from None
-        assert isinstance(arrays, dict)
-        return arrays
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors.values())
-
-
-def open_files(folder: Path) -> Files:
-    """Read and check the headers of all weight files of a checkpoint folder.
-
-    Raises CheckpointError: pickles only, a shard missing, torn or escaping the
-    folder, a tensor the index names that its shard lacks.
+    Raises CheckpointError: pickles only, a shard missing, torn or outside the folder,
+    a tensor the index names that its shard lacks.
     """
     if (folder / INDEX).exists():
-        return Files(folder, _indexed(folder))
+        return _indexed(folder)
     if (folder / SINGLE).exists():
-        return Files(folder, read_header(folder / SINGLE))
+        return read_header(folder / SINGLE)
     pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
     if pickles:
         raise CheckpointError(
@@ -202,21 +172,31 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{folder / file}: lacks {name}, named by the index")
         tensors[name] = headers[file][name]
     for file, header in headers.items():
-        if extra := sorted(set(header) - set(tensors)):
+        if extra := sorted(header.keys() - tensors.keys()):
             raise CheckpointError(f"{path}: does not name {extra[0]} of {file}")
     return tensors
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint whose names, shapes and dtypes were checked against its config."""
+    """A checkpoint whose names, shapes and dtypes were checked against its config.
 
-    files: Files
-    names: dict[str, str]  # parameter -> name on disk
-    quantized: dict[str, Quantization]  # layer -> how it is stored
+    tensors        all of them by name on disk, vision and tied copies too
+    parameters     those that fill a parameter of the model
+    quantized      layer of the model -> how it is stored, for layers that are not dense
+    quantization   what config.json declares; None for a dense checkpoint
+    """
 
-    def info(self, parameter: str) -> TensorInfo:
-        return self.files.tensors[self.names[parameter]]
+    folder: Path
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
+    parameters: dict[str, TensorInfo]
+    quantized: dict[str, Quantization]
+    quantization: QuantizationMap | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
 
 
 def read_layout(folder: Path, config: ModelConfig) -> Layout:
@@ -225,109 +205,41 @@ def read_layout(folder: Path, config: ModelConfig) -> Layout:
     Raises CheckpointError naming tensors that are missing, unexpected, of the
     wrong shape or dtype.
     """
-    files = open_files(folder)
-    names = _named_parameters(files, config)
-    layout = Layout(files, names, _quantized_layers(files, names, config))
-    _check_shapes(layout, config)
-    return layout
-
-
-def _named_parameters(files: Files, config: ModelConfig) -> dict[str, str]:
-    """Parameter -> name on disk, for every tensor that fills one.
-
-    Raises CheckpointError for tensors nobody knows.
-    """
-    found: dict[str, str] = {}
-    strange = []
-    for name in files.tensors:
+    tensors = read_tensors(folder)
+    parameters: dict[str, TensorInfo] = {}
+    unknown = []
+    for name, info in tensors.items():
         parameter = parameter_name(name)
-        if parameter is not None and parameter not in found:
-            found[parameter] = name
+        if parameter is not None and parameter not in parameters:
+            parameters[parameter] = info
         elif config.has_vision and name.startswith(VISION):
             continue
-        elif tied_to(name) not in files.tensors:
-            strange.append(name)
-    if strange:
-        raise _name_them(files.folder, "unexpected tensors", strange)
-    return found
-
-
-def _check_names(folder: Path, wanted: Iterable[str], found: Iterable[str]) -> None:
-    """Raise CheckpointError naming parameters that are missing or too many."""
-    wanted, found = set(wanted), set(found)
-    if missing := wanted - found:
-        raise _name_them(folder, "missing tensors", map(disk_name, missing))
-    if extra := found - wanted:
-        raise _name_them(folder, "unexpected tensors", map(disk_name, extra))
-
-
-def _name_them(folder: Path, what: str, names: Iterable[str]) -> CheckpointError:
-    names = sorted(names)
-    shown = ", ".join(names[:5])
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return CheckpointError(f"{folder}: {what}: {shown}{more}")
-
-
-def _quantized_layers(
-    files: Files, names: dict[str, str], config: ModelConfig
-) -> dict[str, Quantization]:
-    """Path in the model -> its quantisation, for layers stored with scales."""
-    path = files.folder / "config.json"
+        elif tied_to(name) not in tensors:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"{folder}: unexpected tensors: {shorten(unknown)}")
+    path = folder / "config.json"
     declared = read_quantization(config.raw, str(path))
-    layers = [
-        name.removesuffix(".scales") for name in names if name.endswith(".scales")
-    ]
-    if not layers:
-        return {}
-    if declared is None:
-        raise CheckpointError(
-            f"{path}: quantization is missing, but {layer_path(layers[0])} is quantised"
-        )
-    return {layer: declared.of(layer_path(layer)) for layer in layers}
-
-
-def _check_shapes(layout: Layout, config: ModelConfig) -> None:
-    files, names, quantized = layout.files, layout.names, layout.quantized
-    shapes = expected_shapes(config)
-    wanted = set(shapes)
-    for layer, quantization in quantized.items():
-        weight = f"{layer}.weight"
-        if weight not in shapes or not quantizable(weight, shapes[weight]):
-            raise CheckpointError(
-                f"{files.folder}: {layer_path(layer)}.scales: no layer to quantise"
-            )
-        wanted |= {f"{layer}.{part}" for part in quantization.packed(shapes[weight])}
-    _check_names(files.folder, wanted, names)
-    for parameter, shape in shapes.items():
+    quantized: dict[str, Quantization] = {}
+    expected: dict[str, Expected] = {}
+    for parameter, shape in expected_shapes(config).items():
         layer = parameter.removesuffix(".weight")
-        if layer in quantized and parameter.endswith(".weight"):
-            _check_parts(layout, layer, shape)
+        if f"{layer}.scales" not in parameters or not quantizable(parameter, shape):
+            expected[parameter] = Expected(shape)
             continue
-        info = layout.info(parameter)
-        if info.shape != shape:
+        if declared is None:
             raise CheckpointError(
-                f"{info.file}: {names[parameter]} has shape {list(info.shape)}, but "
-                f"config.json needs {list(shape)}"
+                f"{path}: quantization is missing, but {layer_path(layer)} is quantised"
             )
-        _check_dtype(info, names[parameter], FLOATS)
-
-
-def _check_parts(layout: Layout, layer: str, shape: tuple[int, ...]) -> None:
-    """Check a layer that is stored quantised; `shape` is its dense weight's."""
-    q = layout.quantized[layer]
-    for part, wanted in q.packed(shape).items():
-        info, name = layout.info(f"{layer}.{part}"), layout.names[f"{layer}.{part}"]
-        if info.shape != wanted:
-            raise CheckpointError(
-                f"{info.file}: {name} has shape {list(info.shape)}, but {q.bits}-bit "
-                f"{q.mode} in groups of {q.group_size}, which config.json says under "
-                f"quantization, needs {list(wanted)}"
+        q = quantized[layer] = declared.of(layer_path(layer))
+        said = f"{q.bits}-bit {q.mode} in groups of {q.group_size} (config.json:"
+        for part, packed in q.packed_shapes(shape).items():
+            dtype = q.storage_dtype(part)
+            dtypes = FLOATS if dtype is None else (dtype,)
+            expected[f"{layer}.{part}"] = Expected(
+                packed, dtypes, f"{said} quantization)"
             )
-        coded = q.coded(part)
-        _check_dtype(info, name, FLOATS if coded is None else (coded,))
-
-
-def _check_dtype(info: TensorInfo, name: str, allowed: tuple[mx.Dtype, ...]) -> None:
-    if info.dtype not in allowed:
-        kind = "floats" if allowed == FLOATS else str(allowed[0])
-        raise CheckpointError(f"{info.file}: {name} holds {info.dtype}, not {kind}")
+    check_tensors(folder, parameters, expected, name_of=disk_name)
+    return Layout(
+        folder, config, tensors, parameters, quantized, declared if quantized else None
+    )

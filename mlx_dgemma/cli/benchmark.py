@@ -195,7 +195,9 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     quantization, name = None, f"synthetic {options.synthetic}"
     if options.q_bits is not None or options.q_mode is not None:
         bits = None if options.q_bits is None else int(options.q_bits)
-        quantization = Quantization.of(options.q_mode or "affine", bits, None)
+        quantization = Quantization.with_defaults(
+            options.q_mode or "affine", bits, None
+        )
         name += f", {quantization.bits} bit {quantization.mode}"
         name += f", {options.quant_predicate}"
     model = synthetic_model(
@@ -222,13 +224,13 @@ def _beside(
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     machine, job, median = found["machine"], found["job"], found["median"]
     step, parts = median["step_seconds"], found["parts"]
     rest = step - parts["body"] - parts["vocabulary"]
     lines = [
-        f"{found['model']}: {size(found['weight_bytes'])} of weights",
+        f"{found['model']}: {format_bytes(found['weight_bytes'])} of weights",
         f"{machine['device']}; mlx {machine['mlx']}, "
         f"mlx-dgemma {machine['mlx_dgemma']}",
         f"{job['rows']} × {job['canvases']} × {job['canvas_length']} tokens, "
@@ -244,7 +246,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         _line("canvases", f"{median['canvases_per_second']:,.3f}", "a second"),
         _line("tokens per forward", f"{median['tokens_per_forward']:,.2f}"),
         _line("wall", f"{median['wall_tps']:,.1f}", "tok/s"),
-        _line("peak memory", *size(median["peak_bytes"]).split()),
+        _line("peak memory", *format_bytes(median["peak_bytes"]).split()),
     ]
     if "roofline" in found:
         lines += ["", *_roofline_lines(found["roofline"], step)]
@@ -277,7 +279,7 @@ def _roofline_lines(roofline: dict[str, Any], step: float) -> list[str]:
 
 
 def _beside_lines(beside: dict[str, Any], ours: float) -> list[str]:
-    from ..diffusion.report import size
+    from ..diffusion.report import format_bytes
 
     median, name = beside["median"], beside["model"]
     return [
@@ -285,7 +287,7 @@ def _beside_lines(beside: dict[str, Any], ours: float) -> list[str]:
         f"behind {beside['prompt_tokens']}",
         _line("prompt", f"{median['prompt_tps']:,.1f}", "tok/s"),
         _line("generation", f"{median['generation_tps']:,.1f}", "tok/s"),
-        _line("peak memory", *size(median["peak_bytes"]).split()),
+        _line("peak memory", *format_bytes(median["peak_bytes"]).split()),
         f"wall: ours {ours:,.1f} tok/s, {name} {median['wall_tps']:,.1f} tok/s, "
         f"ratio {ours / median['wall_tps']:.2f}",
     ]

@@ -1,59 +1,39 @@
 """`mlx_dgemma.chat`: a conversation in the terminal, each answer drawn as it comes."""
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .common import (
     INTERRUPTED,
-    backend_option,
-    debug_option,
-    is_terminal,
+    Command,
+    common_options,
+    generation_options,
+    model_option,
     one_line_errors,
-    version_option,
 )
-from .options import settings_options
 
-if TYPE_CHECKING:
-    from .keyboard import Source
-
-# A checkpoint's own default is for one answer to one prompt, often a single canvas;
-# in a chat that would cut most answers short. Text ends where the model ends it.
+# The default of a checkpoint is often a single canvas, too short for a chat.
 MAX_TOKENS = 2048
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Command,
     epilog="Sampler settings default to what the checkpoint says, but --max-tokens.",
 )
-@click.option("--model", required=True, help="Model folder, hub id or built-in name.")
-@click.option("--system", help="A system turn before the conversation.")
-@click.option("--thinking/--no-thinking", default=False, help="Let the model think.")
-@click.option(
-    "--seed", type=click.IntRange(0), help="Of each answer.  [default: chosen anew]"
-)
-@settings_options(MAX_TOKENS)
-@click.option(
-    "--prefill-step-size",
-    type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="Prompt tokens encoded at a time.",
-)
+@model_option
 @click.option(
     "--show/--no-show",
     default=True,
     help="Draw the canvas while it is denoised, in a terminal.  [default: show]",
 )
-@click.option("--adapter-path", help="Folder of an adapter to put beside the weights.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option(
     "--prompt-cache-file", help="Keep what is encoded there for the next chat."
 )
-@backend_option
-@debug_option
-@version_option
+@generation_options(MAX_TOKENS)
+@common_options
 def main(
     model: str,
     seed: int | None,
@@ -70,39 +50,21 @@ def main(
     stdin is no terminal, each of its lines is a message or a command.
     """
     with one_line_errors(debug):
-        from .partner import Partner
-        from .talk import Talk
+        from ..diffusion.conversation import Conversation
+        from ..loading import load
+        from .chat_input import open_input
+        from .chat_loop import Chat
 
-        source, watched = listen()
-        partner = Partner(
-            model,
-            adapter_path=adapter_path,
-            revision=revision,
-            cache_file=prompt_cache_file,
-            **options,
-        )
-        if watched:
+        lines, interactive = open_input()
+        loaded, tokenizer = load(model, adapter_path, revision=revision)
+        conversation = Conversation(loaded, tokenizer, **options)
+        if prompt_cache_file is not None and os.path.exists(prompt_cache_file):
+            conversation.load(prompt_cache_file)
+        if interactive:
             click.echo("/help lists commands, Ctrl-D leaves", err=True)
-        talk = Talk(partner, source, seed=seed, watched=watched, show=show, debug=debug)
-        interrupted = talk.run()
-        partner.keep()
+        chat = Chat(conversation, lines, seed, interactive, show, debug)
+        interrupted = chat.run()
+        if prompt_cache_file is not None and conversation.messages:
+            conversation.save(prompt_cache_file)
     if interrupted:
         sys.exit(INTERRUPTED)
-
-
-def listen() -> "tuple[Source, bool]":
-    """Where lines come from, and whether a person types them and sees what is said."""
-    from ..errors import SettingsError
-    from .keyboard import Keyboard, Lines
-    from .render import is_dumb
-
-    if sys.stdin is None:
-        raise SettingsError("stdin is closed; give it some lines, or a terminal")
-    watched = is_terminal(sys.stdin) and any(map(is_terminal, (sys.stdout, sys.stderr)))
-    if watched and not is_dumb():
-        return Keyboard(), True
-    return Lines(sys.stdin.buffer, asks=watched), watched
-
-
-if __name__ == "__main__":
-    main()

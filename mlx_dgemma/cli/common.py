@@ -1,28 +1,62 @@
-"""What all commands share: one-line errors, harmless text, exit codes."""
+"""What all commands share: options, one-line errors, exit codes, Ctrl-C."""
 
+import json
 import os
+import signal
 import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from threading import Event
+from typing import Any, NoReturn, TextIO
 
 import click
 
 from .. import __version__, installation
+from ..checkpoint.hub import built_in
 from ..errors import DGemmaError
 
-FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # 128 + the signal, as shells count
+FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+FAILURES = (DGemmaError, ImportError, MemoryError, OSError, RuntimeError)
 JOINERS = "\u200c\u200d"  # invisible, but Persian and families of emoji need them
+BACKEND = f"{__name__}.backend"  # the key of --backend in a click context
 
-version_option = click.version_option(
-    __version__, prog_name="mlx-dgemma", help="Show the version and exit."
-)
-debug_option = click.option(
-    "--debug", is_flag=True, help="Show the whole traceback of an error."
-)
-BACKEND = f"{__name__}.backend"  # where a context keeps what --backend says
+
+# ---------------------------------------------------------------------- options
+
+
+class Command(click.Command):
+    """A command whose usage errors look like its other errors."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **options)
+        try:
+            code = super().main(*args, standalone_mode=False, **options)
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        except click.UsageError as error:
+            if error.ctx is not None:
+                click.echo(f"{error.ctx.get_usage()} (--help explains)", err=True)
+            fail(error.format_message(), USAGE)
+        sys.exit(code or 0)
+
+
+def options(*decorators: Any) -> Any:
+    """Return one decorator that adds these options in this order."""
+
+    def add(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return add
 
 
 def _remember_backend(
@@ -31,6 +65,21 @@ def _remember_backend(
     context.meta[BACKEND] = name
 
 
+def _json_object(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict | None):
+        raise click.BadParameter(f"{text!r} is not a JSON object; write '{{\"a\": 1}}'")
+    return value
+
+
+MODEL_HELP = f"Model folder, hub id or built-in name ({', '.join(built_in())})."
+model_option = click.option("--model", required=True, help=MODEL_HELP)
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub id.")
 backend_option = click.option(
     "--backend",
     type=click.Choice(["cpu", "metal", "cuda"]),
@@ -38,20 +87,91 @@ backend_option = click.option(
     callback=_remember_backend,
     help="Device to compute on.  [env: MLX_DGEMMA_BACKEND; default: MLX's]",
 )
+debug_option = click.option(
+    "--debug", is_flag=True, help="Show the whole traceback of an error."
+)
+version_option = click.version_option(
+    __version__, prog_name="mlx-dgemma", help="Show the version and exit."
+)
+common_options = options(backend_option, debug_option, version_option)
+
+POSITIVE, NOT_NEGATIVE = click.FloatRange(0, min_open=True), click.FloatRange(0)
+SAMPLERS = click.Choice(["entropy-bound", "confidence"])
+SETTINGS = [
+    ("--min-tokens", click.IntRange(0), "Tokens before the end; 1: no empty answers."),
+    ("--canvas-length", click.IntRange(1, 65536), "Tokens per canvas."),
+    ("--steps", click.IntRange(1), "Most steps per canvas."),
+    ("--entropy-bound", POSITIVE, "Nats of uncertainty accepted per step."),
+    ("--t-max", POSITIVE, "First temperature."),
+    ("--t-min", NOT_NEGATIVE, "Last temperature."),
+    ("--stability", click.IntRange(0), "Equal drafts in a row that end a canvas."),
+    ("--confidence", NOT_NEGATIVE, "Mean entropy, in nats, that ends a stable canvas."),
+    ("--sampler", SAMPLERS, "confidence: reveal likely tokens for good."),
+    ("--min-probability", NOT_NEGATIVE, "Of what --sampler confidence reveals."),
+]
+
+
+def generation_options(max_tokens: int | None = None) -> Any:
+    """Options of a command that answers; settings default to the checkpoint's.
+
+    max_tokens  a default of the command's own
+    """
+    return options(
+        click.option("--system", help="Text of a system turn in front."),
+        click.option(
+            "--thinking/--no-thinking",
+            default=False,
+            help="Let the model think first; chat alone shows thoughts.",
+        ),
+        click.option(
+            "--chat-template-args",
+            "chat_template_kwargs",
+            metavar="JSON",
+            callback=_json_object,
+            help="Variables of the chat template, as '{\"name\": true}'.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0),
+            help="Seed of each answer; chosen and reported if not given.",
+        ),
+        click.option(
+            "--max-tokens",
+            "-m",
+            type=click.IntRange(1),
+            default=max_tokens,
+            show_default=max_tokens is not None,
+            help="Most tokens.",
+        ),
+        *(click.option(name, type=kind, help=text) for name, kind, text in SETTINGS),
+        click.option(
+            "--prefill-step-size",
+            type=click.IntRange(1),
+            default=2048,
+            show_default=True,
+            help="Prompt tokens encoded at a time.",
+        ),
+        click.option(
+            "--adapter-path", help="Folder of an adapter to put beside the weights."
+        ),
+        revision_option,
+    )
+
+
+# ----------------------------------------------------------- errors and Ctrl-C
 
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn every refusal into one line on stderr and exit code 1; Ctrl-C into 130.
+    """Print errors and warnings as one line each and exit with the code for them.
 
-    A reader that went away, as `head` does, is no error worth a line: 141. What
-    --backend asks for is chosen first.
+    Selects the device of --backend first.
     """
     with warnings.catch_warnings():
         if not debug:
-            warnings.showwarning = _show_warning
+            _print_warnings_once()
         try:
-            _choose_backend()
+            _select_backend()
             yield
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -59,23 +179,36 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         except BrokenPipeError:
             _drop_output()
             sys.exit(PIPE_CLOSED)
-        except (DGemmaError, ImportError, MemoryError, OSError, RuntimeError) as error:
+        except FAILURES as error:
             if debug:
                 raise
             fail(explain(error))
 
 
-def _choose_backend() -> None:
+def _select_backend() -> None:
     context = click.get_current_context(silent=True)
     if context is None or (name := context.meta.get(BACKEND)) is None:
         return
-    from .. import backends  # MLX is loaded when it is needed
+    from .. import backends  # loads MLX
 
     backends.choose(name, "--backend")
 
 
+def _print_warnings_once() -> None:
+    """Print each warning once, as one line."""
+    shown: set[str] = set()
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        text = one_line(str(message))
+        if text not in shown:
+            shown.add(text)
+            click.echo("warning: " + text, err=True)
+
+    warnings.showwarning = show
+
+
 def explain(error: BaseException) -> str:
-    """What to tell a person of an error."""
+    """Return what went wrong and how to fix it, for a person."""
     match error:
         case DGemmaError():
             return str(error)
@@ -91,56 +224,69 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}; --debug shows where"
 
 
-def fail(message: str) -> None:
-    """Print one line and leave with exit code 1."""
-    complain(message)
-    sys.exit(FAILED)
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """Print an error line and exit."""
+    print_error(message)
+    sys.exit(code)
 
 
-def complain(message: str) -> None:
-    """Print one line."""
+def print_error(message: str) -> None:
     click.echo("error: " + one_line(message), err=True)
 
 
-def harmless(text: str) -> str:
-    """`text` with nothing in it that could steer a terminal.
+@contextmanager
+def catch_interrupt() -> Iterator[Event]:
+    """Yield an event that the first Ctrl-C sets; the second raises as usual."""
+    interrupted = Event()
 
-    C0 controls become their pictures (␛), others their code point; newlines stay.
-    """
-    return "".join(c if c == "\n" or not _steers(c) else _picture(c) for c in text)
+    def on_signal(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _drop_output() -> None:
+    """Point stdout and stderr nowhere: flushing what they buffer would fail at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+# --------------------------------------------------------------------- terminal
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person watches; a closed stream is None."""
+    """Return whether a person sees this stream; a closed one is None."""
     return stream is not None and stream.isatty()
 
 
-def _steers(character: str) -> bool:
-    # Cf: invisible, as bidirectional overrides are; Zl, Zp: line ends; Cs: no text
-    category = unicodedata.category(character)
-    return category in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in JOINERS
+def printable(text: str) -> str:
+    """Return the text without anything that could control a terminal.
+
+    C0 controls become their pictures (␛), others their code point; newlines stay.
+    """
+    return "".join(map(_visible, text))
 
 
-def _picture(character: str) -> str:
+def _visible(character: str) -> str:
+    # Cf: invisible, as bidirectional overrides; Zl, Zp: line ends; Cs: surrogates
+    controls = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs")
+    if not controls or character in f"\n{JOINERS}":
+        return character
     code = ord(character)
     if character == "\t":
         return "    "
     if code < 0x20:
         return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
+    return "␡" if code == 0x7F else f"<U+{code:04X}>"
 
 
 def one_line(message: str) -> str:
-    """The message, harmless and without a line break."""
-    return " ".join(harmless(message).split())
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    click.echo("warning: " + one_line(str(message)), err=True)
-
-
-def _drop_output() -> None:
-    """Point stdout and stderr nowhere: what they still hold would fail at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    """Return the message, printable and without line breaks."""
+    return " ".join(printable(message).split())

@@ -2,31 +2,34 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .common import (
-    backend_option,
-    debug_option,
+    MODEL_HELP,
+    Command,
+    common_options,
     is_terminal,
     one_line_errors,
-    version_option,
+    revision_option,
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
-    from ..checkpoint.convert import Converted, Progress
+    from ..checkpoint.convert import Converted
 
 SECONDS_BETWEEN_LINES = 5.0
-NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
+QUANTIZING = ("q_bits", "q_group_size", "q_mode", "quant_predicate")
+upload_option = click.option(
+    "--upload-repo", help="Hub repository to upload the result to."
+)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--hf-path", required=True, help="Model folder, hub id or built-in name.")
+@click.command(cls=Command)
+@click.option("--hf-path", required=True, help=MODEL_HELP)
 @click.option(
     "--mlx-path", default="mlx_model", show_default=True, help="Folder to write."
 )
@@ -60,153 +63,100 @@ NUMBERS_WIDTH = 36  # of bytes, rate and time beside the bar
     help="Type of what stays dense.  [default: the checkpoint's]",
 )
 @click.option("-d", "--dequantize", is_flag=True, help="Make quantised layers dense.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--upload-repo", help="Hub repository to upload the result to.")
+@revision_option
+@upload_option
 @click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
-@backend_option
-@debug_option
-@version_option
+@common_options
+@click.pass_context
 def main(
-    hf_path: str,
-    mlx_path: str,
-    quantize: bool,
-    q_bits: str | None,
-    q_group_size: str | None,
-    q_mode: str,
-    quant_predicate: str,
-    dtype: str | None,
-    dequantize: bool,
-    revision: str | None,
-    upload_repo: str | None,
-    overwrite: bool,
-    debug: bool,
+    context: click.Context, hf_path: str, mlx_path: str, debug: bool, **options: Any
 ) -> None:
     """Convert a DiffusionGemma checkpoint to MLX, quantised if asked.
 
     Tensors are read and written one at a time. An interrupted conversion leaves
     nothing at --mlx-path.
     """
+    if options["quantize"] and options["dequantize"]:
+        raise click.UsageError("--quantize and --dequantize exclude one another")
+    for name in QUANTIZING:
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and not options["quantize"]:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} is given without --quantize; add it")
+    for name in ("q_bits", "q_group_size"):
+        options[name] = options[name] and int(options[name])
     with one_line_errors(debug):
         from ..checkpoint.convert import convert
 
-        with show_progress() as progress:
-            converted = convert(
-                hf_path,
-                mlx_path,
-                quantize=quantize,
-                q_bits=None if q_bits is None else int(q_bits),
-                q_group_size=None if q_group_size is None else int(q_group_size),
-                q_mode=q_mode,
-                quant_predicate=quant_predicate,
-                dtype=dtype,
-                dequantize=dequantize,
-                revision=revision,
-                upload_repo=upload_repo,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        summarise(converted)
+        with show_progress("converting") as progress:
+            converted = convert(hf_path, mlx_path, progress=progress, **options)
+        print_summary(converted)
 
 
-def summarise(converted: "Converted") -> None:
-    """What was written, and what could not be done as asked."""
-    from ..diffusion.report import size
+def print_summary(converted: "Converted") -> None:
+    """Print what was written, and what could not be done as asked."""
+    from ..diffusion.report import format_bytes
 
     if converted.regrouped:
-        sizes = sorted(set(converted.regrouped.values()))
+        sizes = map(str, sorted(set(converted.regrouped.values())))
         click.echo(
             f"{len(converted.regrouped)} layers have widths the group size does not "
-            f"divide; they use groups of {', '.join(map(str, sizes))}",
+            f"divide; they use groups of {', '.join(sizes)}",
             err=True,
         )
     if converted.dense:
-        shown = ", ".join(converted.dense[:3])
+        shown = ", ".join(converted.dense[:3]) + "…" * (len(converted.dense) > 3)
         click.echo(
             f"{len(converted.dense)} layers have widths no group size divides and stay "
-            f"dense: {shown}{'…' if len(converted.dense) > 3 else ''}",
+            f"dense: {shown}",
             err=True,
         )
     click.echo(
-        f"{converted.path}: {size(converted.bytes)} in {converted.shards} "
-        f"{'file' if converted.shards == 1 else 'files'}, "
+        f"{converted.path}: {format_bytes(converted.bytes)} in {converted.shards} "
+        f"file{'s' * (converted.shards > 1)}, "
         f"{converted.bits_per_weight:.2f} bits per weight "
-        f"(from {size(converted.source_bytes)})"
+        f"(from {format_bytes(converted.source_bytes)})"
     )
 
 
 @contextmanager
-def show_progress(doing: str = "converting") -> Iterator["Progress"]:
-    """A bar with bytes, rate and time left on a terminal; else a line now and then."""
-    if not is_terminal(sys.stderr):
-        yield _Lines(doing)
-        return
-    bar = _Bar()
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
-class _Bar:
-    """Progress for a person, from the first tensor on: not amid a download's bars."""
-
-    def __init__(self) -> None:
-        self.bar: Bar | None = None
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = _new_bar()
-            self.bar.start()
-            self.task = self.bar.add_task("", total=total)
-        self.bar.update(self.task, completed=done)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def _new_bar() -> "Bar":
+def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback that draws a bar in a terminal and else prints some lines."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
+    from rich.table import Column
+
+    from ..diffusion.report import format_bytes
+
+    whole = Column(no_wrap=True)  # in a narrow terminal the bar alone is shorter
+    bar = rich.Progress(
+        rich.BarColumn(bar_width=None),
+        rich.DownloadColumn(table_column=whole),
+        rich.TransferSpeedColumn(table_column=whole),
+        rich.TimeRemainingColumn(table_column=whole),
+        console=Console(stderr=True),
+        expand=True,
+        disable=not is_terminal(sys.stderr),
     )
+    started = last_line = time.monotonic()
 
-    console = Console(stderr=True)
-    return Progress(
-        BarColumn(max(4, min(40, console.width - NUMBERS_WIDTH))),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-class _Lines:
-    """Progress for logs: a line every few seconds and one at the end."""
-
-    def __init__(self, doing: str = "converting") -> None:
-        self.doing = doing
-        self.started = self.last = time.monotonic()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        from ..diffusion.report import size
-
+    def progress(name: str, done: int, total: int) -> None:
+        nonlocal last_line
+        if not bar.tasks:
+            bar.start()  # with the first tensor, below the bars of a download
+            bar.add_task("", total=total)
+        bar.update(bar.tasks[0].id, completed=done)
         now = time.monotonic()
-        if now - self.last < SECONDS_BETWEEN_LINES and done < total:
-            return
-        self.last = now
-        rate = done / max(now - self.started, 1e-9)
-        left = (total - done) / max(rate, 1e-9)
-        click.echo(
-            f"{self.doing} {size(done)} of {size(total)}, {size(int(rate))}/s, "
-            f"{left:.0f} s left",
-            err=True,
-        )
+        late = now - last_line >= SECONDS_BETWEEN_LINES
+        if bar.disable and (late or done == total):
+            last_line = now
+            rate = done / max(now - started, 1e-9)
+            numbers = f"{format_bytes(done)} of {format_bytes(total)}"
+            speed = f"{format_bytes(int(rate))}/s"
+            left = (total - done) / max(rate, 1e-9)
+            click.echo(f"{verb} {numbers}, {speed}, {left:.0f} s left", err=True)
 
-
-if __name__ == "__main__":
-    main()
+    try:
+        yield progress
+    finally:
+        bar.stop()

@@ -1,13 +1,21 @@
 """`mlx_dgemma.fuse`: an adapter into the weights of its model."""
 
+from typing import Any
+
 import click
 
-from .common import backend_option, debug_option, one_line_errors, version_option
-from .convert import show_progress, summarise
+from .common import (
+    Command,
+    common_options,
+    model_option,
+    one_line_errors,
+    revision_option,
+)
+from .convert import print_summary, show_progress, upload_option
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="Model folder, hub id or built-in name.")
+@click.command(cls=Command)
+@model_option
 @click.option(
     "--adapter-path",
     default="adapters",
@@ -24,21 +32,12 @@ from .convert import show_progress, summarise
     is_flag=True,
     help="Make quantised layers dense.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--upload-repo", help="Hub repository to upload the result to.")
+@revision_option
+@upload_option
 @click.option("--overwrite", is_flag=True, help="Replace a model at --save-path.")
-@backend_option
-@debug_option
-@version_option
+@common_options
 def main(
-    model: str,
-    adapter_path: str,
-    save_path: str,
-    dequantize: bool,
-    revision: str | None,
-    upload_repo: str | None,
-    overwrite: bool,
-    debug: bool,
+    model: str, adapter_path: str, save_path: str, debug: bool, **options: Any
 ) -> None:
     """Fuse an adapter into a DiffusionGemma model, as one folder to use like any.
 
@@ -49,18 +48,5 @@ def main(
         from ..adapters.fuse import fuse
 
         with show_progress("fusing") as progress:
-            fused = fuse(
-                model,
-                adapter_path,
-                save_path,
-                dequantize=dequantize,
-                revision=revision,
-                upload_repo=upload_repo,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        summarise(fused)
-
-
-if __name__ == "__main__":
-    main()
+            fused = fuse(model, adapter_path, save_path, progress=progress, **options)
+        print_summary(fused)

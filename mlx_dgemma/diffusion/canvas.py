@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -11,23 +12,21 @@ from ..settings import Settings
 from . import sampler
 from .events import Step
 from .prefix import Prefix
-from .step import Pinned, State, StepConfig, StepInputs, StepStats
+from .step import State, StepConfig, StepInputs, StepStats
 
-FAR = 10  # a mean entropy of this many times `confidence` is far from its end
+FAR_FROM_DONE = 10  # mean entropies above this multiple of `confidence`
 
 
-@dataclass(frozen=True)
-class PendingStep:
-    """A denoising step of one canvas that was started: its row of a batch."""
+class PendingStep(NamedTuple):
+    """A denoising step that was started, and the row of one canvas in it."""
 
     state: State
-    outcome: StepStats
+    stats: StepStats
     row: int
 
 
-@dataclass(frozen=True)
-class BatchKey:
-    """What canvases that step together have in common."""
+class BatchKey(NamedTuple):
+    """Canvases with equal keys take their steps together."""
 
     length: int
     config: StepConfig
@@ -40,57 +39,56 @@ class Canvas:
     request: int
     settings: Settings
     seed: int
-    prefix: PrefixCache
+    cache: PrefixCache
+    prefix: Prefix | None  # the owner of `cache`, if it outlives the request
     chunk: int  # tokens encoded at a time
     state: State  # of a batch …
     row: int = 0  # … in which this is its row
-    owner: Prefix | None = None  # whose cache `prefix` is, if it outlives the request
-    index: int = 0
+    index: int = 0  # number of the canvas in the request
     step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases
     mean: float = math.inf  # nats: mean entropy of the last step reported
-    ahead: PendingStep | None = None  # a step started, not yet reported
+    pending: PendingStep | None = None  # a step started, not yet reported
 
-    def begin(self, state: State) -> None:
+    def start_next(self, state: State) -> None:
         """Start the next canvas from its first state."""
         self.state, self.row = state, 0
         self.index, self.step, self.mean = self.index + 1, 0, math.inf
-        self.ahead = None
+        self.pending = None
 
     @property
-    def lane(self) -> BatchKey:
-        """Canvases of one lane step together."""
-        banned = tuple(sorted(self.settings.eos)) if self.endless else ()
+    def batch_key(self) -> BatchKey:
+        banned = tuple(sorted(self.settings.eos)) if self.missing_tokens else ()
         config = StepConfig(self.settings.sampler, banned)
         return BatchKey(self.state.canvas.shape[1], config)
 
     @property
-    def endless(self) -> int:
-        """How many of its first positions must not become an eos."""
+    def missing_tokens(self) -> int:
+        """How many of its leading positions must not become an eos."""
         return max(0, self.settings.min_tokens - self.committed)
 
     @property
-    def wants_ahead(self) -> bool:
-        """Whether a step behind the one just taken is allowed, and likely wanted."""
+    def may_run_ahead(self) -> bool:
+        """Whether another step is allowed, and likely needed."""
         more = self.step < self.settings.steps
-        return more and self.mean > FAR * self.settings.confidence
+        return more and self.mean > FAR_FROM_DONE * self.settings.confidence
 
-    def take(self) -> PendingStep:
-        """Move on to the step that was started."""
-        assert self.ahead is not None
-        taken, self.ahead = self.ahead, None
+    def advance(self) -> PendingStep:
+        """Move on to the step that was started, and return it."""
+        assert self.pending is not None
+        taken, self.pending = self.pending, None
         self.state, self.row = taken.state, taken.row
         self.step += 1
         return taken
 
-    def report(self, taken: PendingStep) -> Step:
-        """Wait for a step and tell what it found."""
-        state, outcome, row = taken.state, taken.outcome, taken.row
-        rows = state.draft[row], state.canvas[row], outcome.accepted[row]
-        entropy = outcome.entropy[row]
-        mx.eval(rows, entropy, outcome.mean, outcome.stopped)
-        draft, tokens, accepted = rows
-        self.mean = float(np.array(outcome.mean)[row])
+    def wait(self, taken: PendingStep) -> Step:
+        """Wait for a step, and return its event."""
+        state, stats, row = taken
+        arrays = state.draft[row], state.canvas[row], stats.accepted[row]
+        entropy = stats.entropy[row]
+        mx.eval(arrays, entropy, stats.mean, stats.stopped)
+        draft, canvas, accepted = arrays
+        self.mean = float(np.array(stats.mean)[row])
         step = self.step - 1
         return Step(
             request=self.request,
@@ -99,48 +97,38 @@ class Canvas:
             steps=self.settings.steps,
             temperature=self.settings.temperature(step),
             draft=draft,
-            canvas=tokens,
+            canvas=canvas,
             accepted=accepted,
             entropy=entropy,
             mean_entropy=self.mean,
-            stopped=bool(np.array(outcome.stopped)[row]),
+            stopped=bool(np.array(stats.stopped)[row]),
         )
 
 
-def joined(canvases: list[Canvas]) -> State:
-    """The states of canvases, which mostly are one batch already."""
-    whole = canvases[0].state
-    together = all(c.state is whole and c.row == i for i, c in enumerate(canvases))
-    if together and len(whole.streak) == len(canvases):
-        return whole
+def join_states(canvases: list[Canvas]) -> State:
+    """Return the states of canvases as one; usually they are one batch already."""
+    first = canvases[0].state
+    together = all(c.state is first and c.row == i for i, c in enumerate(canvases))
+    if together and len(first.streak) == len(canvases):
+        return first
     return State.join([c.state.row(c.row) for c in canvases])
 
 
-def dials(canvases: list[Canvas]) -> StepInputs:
-    """What the host tells the next step of each canvas."""
+def step_inputs(canvases: list[Canvas]) -> StepInputs:
+    """Return keys and settings for the next step of each canvas."""
+    purposes = sampler.PROPOSE, sampler.RENOISE
     keys = [
-        [
-            sampler.fold(c.seed, c.index, c.step, purpose)
-            for purpose in (sampler.PROPOSE, sampler.RENOISE)
-        ]
-        for c in canvases
+        [sampler.fold(c.seed, c.index, c.step, p) for p in purposes] for c in canvases
     ]
-    numbers = [
-        (
-            c.settings.temperature(c.step),
-            c.settings.entropy_bound,
-            c.settings.stability,
-            c.settings.confidence,
-            c.settings.min_probability,
-            c.endless,
-        )
-        for c in canvases
-    ]
-    return StepInputs(mx.array(np.array(keys)), mx.array(np.array(numbers, np.float32)))
-
-
-def pins(canvases: list[Canvas], length: int) -> Pinned | None:
-    """Which of the canvases' tokens are given."""
-    return Pinned.of(
-        [sampler.pinned_row(c.settings.pinned, c.committed, length) for c in canvases]
+    columns = {
+        "temperature": [c.settings.temperature(c.step) for c in canvases],
+        "entropy_bound": [c.settings.entropy_bound for c in canvases],
+        "stability": [c.settings.stability for c in canvases],
+        "confidence": [c.settings.confidence for c in canvases],
+        "min_probability": [c.settings.min_probability for c in canvases],
+        "min_tokens": [c.missing_tokens for c in canvases],
+    }
+    return StepInputs(
+        keys=mx.array(np.array(keys)),
+        **{name: mx.array(values, mx.float32) for name, values in columns.items()},
     )

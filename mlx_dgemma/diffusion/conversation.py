@@ -1,39 +1,41 @@
-"""Turns of talk: the whole history is the prompt, only what is new is encoded."""
+"""A conversation: the whole history is the prompt, only what is new is encoded."""
 
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..settings import check_int
-from ..text.pictures import is_picture, picture_sources
-from ..text.replies import Part, ReplyParser, merged, message
+from ..settings import Settings, SettingsOverrides, check_int
+from ..text.chat import image_sources, is_image
+from ..text.replies import Part, merged, reply_message
 from ..text.tokenizer import Tokenizer
-from .engine import PREFILL_STEP, Engine, check_ids
+from .engine import PREFILL_STEP, Engine
 from .events import Commit, Event, Prefilled
-from .generation import Changes
 from .prefix import Prefix
-from .prompt import EncodedPrompt, encode_prompt, look_up
+from .prompt import EncodedPrompt, ImageSource, encode_prompt, read_images
 from .prompt_cache import load_prefix, save_prefix
-from .stop import StopFilter, stops
+from .request import Request
 
-Message = dict[str, Any]
-Content = str | Sequence[Mapping[str, Any]]  # text, or parts of text and pictures
+Message: TypeAlias = dict[str, Any]
+Content: TypeAlias = str | Sequence[Mapping[str, Any]]  # text, or text and pictures
 
 
 class Conversation:
-    """A conversation with a model, and what of it the model has encoded.
+    """A conversation with a model, and the prefix the model has encoded of it.
 
-    system, thinking    a system turn; whether the model thinks before it answers
-    tools               what the model may call, as OpenAI's JSON
-    prefill_step_size   prompt tokens encoded at a time
-    changes             sampler settings; what is not given, the checkpoint says
+    system, thinking       a system turn; whether the model thinks before it answers
+    tools                  functions the model may call, as OpenAI's JSON
+    chat_template_kwargs   other variables of the chat template
+    prefill_step_size      prompt tokens encoded at a time
+    settings, overrides    as of `stream_generate`
 
-    A turn's text is that of `stream_generate` with the same messages and seed: reuse
-    only saves time. Without a chat template the prompt is the messages' text in a row.
-    Raises SettingsError for an unknown or impossible setting.
+    `system` and `thinking` may be set between answers. `stats` is the Prefilled event
+    of the last answer.
+
+    The text of an answer is that of `stream_generate` with the same messages and seed:
+    reuse only saves time. Without a chat template the prompt is the messages' text in a
+    row. Raises SettingsError for an unknown or impossible setting.
     """
 
     def __init__(
@@ -44,43 +46,82 @@ class Conversation:
         system: str | None = None,
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         prefill_step_size: int = PREFILL_STEP,
-        **changes: Unpack[Changes],
+        settings: Settings | None = None,
+        **overrides: Unpack[SettingsOverrides],
     ):
         check_int("prefill_step_size", prefill_step_size, 1)
-        self.tokenizer, self.system, self.thinking = tokenizer, system, thinking
-        self.tools = tools
-        self.settings = model.settings.replace(**changes)
+        self.tokenizer, self.tools = tokenizer, tools
+        self.chat_template_kwargs = chat_template_kwargs
+        self.settings = (settings or model.settings).replace(**overrides)
         self.prefix = Prefix(model)
-        self.stats: Prefilled | None = None  # how the last turn's prompt was encoded
+        self.stats: Prefilled | None = None
+        self._system, self._thinking = system, thinking
         self._chunk = prefill_step_size
         self._engine = Engine(model)
-        self._messages: list[Message] = []  # replaced, never changed
+        self._messages: list[Message] = []  # replaced, never changed in place
+
+    @property
+    def system(self) -> str | None:
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._check_idle()
+        self._system = text
+
+    @property
+    def thinking(self) -> bool:
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, on: bool) -> None:
+        self._check_idle()
+        self._thinking = on
 
     @property
     def messages(self) -> list[Message]:
-        """A copy of all turns so far, {"role", "content"}; the system turn is apart.
+        """A copy of all turns so far, {"role", "content"}, without the system turn.
 
-        Pictures are there as `Picture`, whatever they came from.
+        Pictures are `Picture` objects, whatever they were read from.
         """
         return [_copy(message) for message in self._messages]
+
+    def transcript(self) -> list[Message]:
+        """Return all turns, the system turn first, as plain JSON.
+
+        A picture is the path it was read from; None if it did not come from a file.
+        """
+        turns = self.messages
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        for turn in turns:
+            if isinstance(content := turn.get("content"), list):
+                for part in filter(is_image, content):
+                    part["image"] = part["image"].source
+        return turns
 
     def ask(
         self,
         content: Content | None = None,
         *,
+        images: Sequence[ImageSource] = (),
         seed: int | None = None,
         stop: str | Sequence[str] = (),
-    ) -> Iterator[Event]:
+        continue_final_message: bool = False,
+    ) -> Generator[Event]:
         """Say something and denoise the answer, yielding events as `stream_generate`.
 
-        content     what to say; None to have the messages answered as they are, after
-                    `edit` or `add`
-        seed, stop  as of `stream_generate`
+        content      what to say; None to have the messages answered as they are, after
+                     `edit` or `add`
+        images       pictures in front of a text
+        seed, stop   as of `stream_generate`
+        continue_final_message   go on with the last message, the assistant's
 
         The messages change when the first event is taken; the answer joins them when
-        it is finished. Closing the iterator before that keeps what was committed, and
-        if nothing was, it is as if nothing had been asked.
+        it is finished. Closing the iterator before that keeps what was committed; if
+        nothing was, the messages are as before.
 
         Raises, at once, SettingsError for what cannot be asked, MediaError for a
         picture.
@@ -88,28 +129,33 @@ class Conversation:
         self._check_idle()
         before = messages = self._messages
         if content is not None:
-            messages = [*before, self._kept(_said("user", content))]
-        elif not before or before[-1]["role"] == "assistant":
+            if images and isinstance(content, str):
+                pictures = [{"type": "image", "image": image} for image in images]
+                content = [*pictures, {"type": "text", "text": content}]
+            elif images:
+                raise SettingsError("images go with a text; put them into its parts")
+            messages = [*before, self._new_message("user", content)]
+        last = messages[-1]["role"] if messages else None
+        if last is None or (last == "assistant" and not continue_final_message):
             raise SettingsError("there is no question to answer; give one to ask()")
-        several = stops(stop)
-        if seed is None:
-            seed = secrets.randbelow(2**32)
-        check_int("seed", seed, 0)
-        ready = self._ready(messages)
-        check_ids(ready.ids, self.settings, self.prefix.model.config.vocab_size)
-        writer = StopFilter(ReplyParser(self.tokenizer, ready.ids), several)
-        return self._answer(before, messages, ready, seed, writer)
+        request = Request(
+            self.prefix.model,
+            self.tokenizer,
+            self._encode(messages, continue_final_message),
+            self.settings,
+            stop=stop,
+            seed=seed,
+            prefill_step_size=self._chunk,
+        )
+        return self._answer(before, messages, request, continue_final_message)
 
     def add(self, message: Mapping[str, Any]) -> None:
-        """Put a message behind the others, such as what a tool returned.
-
-        `ask()` has it answered.
-        """
+        """Append a message, such as the result of a tool; `ask()` has it answered."""
         self._check_idle()
-        self._messages = [*self._messages, self._kept(message)]
+        self._messages = [*self._messages, self._with_pictures(message)]
 
     def edit(self, index: int, content: Content) -> None:
-        """Put other words into a message; those after it are dropped.
+        """Replace the content of a message; those after it are dropped.
 
         `ask()` has an edited question answered. Raises SettingsError for an index that
         no message has.
@@ -119,11 +165,11 @@ class Conversation:
             raise SettingsError(
                 f"message {index} is not there; there are {len(self._messages)}, from 0"
             )
-        edited = self._kept(_said(self._messages[index]["role"], content))
+        edited = self._new_message(self._messages[index]["role"], content)
         self._messages = [*self._messages[:index], edited]
 
     def rewind(self, turns: int = 1) -> None:
-        """Take back the last questions and all that followed them.
+        """Take back the last questions and everything that followed them.
 
         Raises SettingsError when there are fewer.
         """
@@ -138,26 +184,16 @@ class Conversation:
             self._messages = self._messages[: asked[-turns]]
 
     def reset(self) -> None:
-        """Take everything back. What is encoded of the system turn still serves."""
+        """Take everything back; the encoded system turn stays in the prefix."""
         self._check_idle()
         self._messages = []
 
-    def instruct(self, system: str | None) -> None:
-        """Set the system turn of what is asked from now on; None for none."""
-        self._check_idle()
-        self.system = system
-
-    def think(self, on: bool) -> None:
-        """Whether the model thinks before it answers, from now on."""
-        self._check_idle()
-        self.thinking = on
-
     def save(self, path: str | Path) -> None:
-        """Write what is encoded, not the messages, to a file; see `save_prefix`."""
+        """Write the encoded prefix, not the messages, to a file; see `save_prefix`."""
         save_prefix(path, self.prefix)
 
     def load(self, path: str | Path) -> None:
-        """Have what a file says was encoded; see `load_prefix`."""
+        """Read an encoded prefix from a file; see `load_prefix`."""
         self._check_idle()
         self.prefix = load_prefix(path, self.prefix.model)
 
@@ -165,26 +201,33 @@ class Conversation:
         if self._engine.running:
             raise SettingsError("an answer is being written; close its iterator first")
 
-    def _kept(self, message: Mapping[str, Any]) -> Message:
-        """A copy whose pictures are read now: later they may be gone, or others."""
-        kept, model = _copy(message), self.prefix.model
-        sources = picture_sources([kept])
-        if not sources or model.vision is None:
-            return kept  # where there are no eyes, the prompt is refused
-        read = iter(look_up(model, sources))
-        kept["content"] = [
-            {"type": "image", "image": next(read)} if is_picture(part) else part
-            for part in kept["content"]
-        ]
-        return kept
+    def _new_message(self, role: str, content: Content) -> Message:
+        if not isinstance(content, str | list | tuple):
+            kind = type(content).__name__
+            raise SettingsError(
+                f"content is {kind}; it must be text or a list of parts"
+            )
+        return self._with_pictures({"role": role, "content": content})
 
-    def _ready(self, messages: list[Message]) -> EncodedPrompt:
+    def _with_pictures(self, message: Mapping[str, Any]) -> Message:
+        """Return a copy whose pictures are read: files may change or go away later."""
+        copied = _copy(message)
+        if not (sources := image_sources([copied])):
+            return copied
+        pictures = iter(read_images(self.prefix.model, sources))
+        copied["content"] = [
+            {"type": "image", "image": next(pictures)} if is_image(part) else part
+            for part in copied["content"]
+        ]
+        return copied
+
+    def _encode(self, messages: list[Message], continued: bool) -> EncodedPrompt:
         prompt: Any = messages
         if self.tokenizer.chat_template is None:
             texts = [message["content"] or "" for message in messages]
             if not all(isinstance(text, str) for text in texts):
                 raise SettingsError("without a chat template, content must be text")
-            prompt = "".join(texts)
+            prompt, continued = "".join(texts), False
         return encode_prompt(
             self.prefix.model,
             self.tokenizer,
@@ -192,61 +235,57 @@ class Conversation:
             system=self.system,
             thinking=self.thinking,
             tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+            continue_final_message=continued,
         )
 
     def _answer(
         self,
         before: list[Message],
         messages: list[Message],
-        ready: EncodedPrompt,
-        seed: int,
-        writer: StopFilter,
-    ) -> Iterator[Event]:
+        request: Request,
+        continued: bool,
+    ) -> Generator[Event]:
         self._check_idle()
         if self._messages is not before:
             raise SettingsError("the messages have changed since ask(); ask again")
         self._messages = messages
-        given = ready.ids, self.settings, seed, self._chunk
-        parts: list[Part] = []
-        said, reason = False, None
+        events = request.run(self._engine, self.prefix)
+        commits: list[Commit] = []
         try:
-            self.stats = self._engine.admit(
-                *given, prefix=self.prefix, image_spans=ready.image_spans
-            )
-            yield self.stats
-            for event in self._engine.run():
-                if isinstance(event, Commit):
-                    event = writer.write(event)
-                    parts += event.parts
-                    said, reason = True, event.finish_reason
+            for event in events:
+                if isinstance(event, Prefilled):
+                    self.stats = event
+                elif isinstance(event, Commit):
+                    commits.append(event)
                 yield event
-                if reason is not None:
-                    return
         finally:
-            for canvas in self._engine.running:
-                self._engine.cancel(canvas.request)
-            if said and reason is None:
-                parts += writer.rest()
-            if said:
-                self._messages = [*messages, message(merged(parts))]
-            else:
-                self._messages = before
-
-
-def _said(role: str, content: Content) -> Message:
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if not isinstance(content, list | tuple):
-        kind = type(content).__name__
-        raise SettingsError(f"content is {kind}; it must be text or a list of parts")
-    return _copy({"role": role, "content": content})
+            events.close()
+            self._messages = before
+            if commits:
+                parts: list[Part] = [part for c in commits for part in c.parts]
+                if commits[-1].finish_reason is None:
+                    parts += request.filter.rest()
+                answer = reply_message(merged(parts))
+                if continued:
+                    *messages, begun = messages
+                    answer = begun | answer | {"content": _continued(begun, answer)}
+                self._messages = [*messages, answer]
 
 
 def _copy(message: Mapping[str, Any]) -> Message:
-    """The message, its parts copied too; what pictures are made of is shared."""
+    """Return a copy of a message and its parts; pictures are shared."""
     copied = dict(message)
     if isinstance(parts := copied.get("content"), list | tuple):
         copied["content"] = [
             dict(part) if isinstance(part, Mapping) else part for part in parts
         ]
     return copied
+
+
+def _continued(begun: Message, answer: Message) -> Any:
+    """Return the content of a message that the model has continued."""
+    content, new = begun["content"], answer["content"] or ""
+    if isinstance(content, str):
+        return content + new
+    return [*content, {"type": "text", "text": new}]

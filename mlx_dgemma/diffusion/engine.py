@@ -1,4 +1,4 @@
-"""The one denoising loop: canvases of any requests, one step at a time.
+"""The denoising loop: canvases of any number of requests, one step at a time.
 
 A tick takes one denoising step for every running canvas. Each has its own prefix,
 settings, random keys and stop state, so requests come and go between ticks
@@ -19,11 +19,10 @@ from ..model.language import DiffusionGemma, View
 from ..model.vision import Image
 from ..settings import Settings
 from . import sampler
-from .canvas import BatchKey, Canvas, PendingStep, dials, joined, pins
+from .canvas import BatchKey, Canvas, PendingStep, join_states, step_inputs
 from .events import Commit, Event, Prefilled, Step
-from .image_spans import ImageSpan, keys_of
-from .prefix import Prefix, chunk_ends
-from .step import State, Stepper
+from .prefix import ImageSpan, Prefix, chunk_ends, prefix_keys
+from .step import Pinned, State, stepper_for
 
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 
@@ -31,8 +30,10 @@ PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 class Engine:
     """Denoises the canvases of any number of requests with one model.
 
-    ahead: start each step before the host has looked at the one before. A step that
-    turns out to come after its canvas was done is dropped: nothing else changes.
+    compiled   run compiled steps; None for the default of the device
+    ahead      start each step before the host has read the one before; None for the
+               default of the device. A step started behind the last one of its canvas
+               is dropped, so no event changes.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class Engine:
         device = backends.current()
         self._ahead = device.runs_ahead if ahead is None else ahead
         self._compiled = device.compiles if compiled is None else compiled
-        self._numbers = itertools.count()
-        # by lane: which canvases, and what they see
-        self._views: dict[BatchKey, tuple[tuple[tuple[int, int], ...], View]] = {}
+        self._request_numbers = itertools.count()
+        # by batch: (request, canvas index) of its canvases, and their view
+        self._views: dict[BatchKey, tuple[list[tuple[int, int]], View]] = {}
 
     def admit(
         self,
@@ -61,14 +62,14 @@ class Engine:
         prefix: Prefix | None = None,
         image_spans: Sequence[ImageSpan] = (),
     ) -> Prefilled:
-        """Encode a prompt and start its first canvas; returns its event.
+        """Encode a prompt, start its first canvas, and return the Prefilled event.
 
-        prefix: of what it holds the prompt's beginning is not encoded again. The
-        request writes to it until it ends or is cancelled. image_spans: pictures that
-        stand in the prompt instead of its ids there, in order.
+        prefix        reused as far as the prompt begins with it; the request writes to
+                      it until it ends or is cancelled
+        image_spans   pictures that replace the ids at their places, in order
 
-        Raises SettingsError for ids outside the vocabulary, and for a prefix that is
-        another model's or another running request's.
+        Raises SettingsError for ids outside the vocabulary, and for a prefix that
+        belongs to another model or to a running request.
         """
         check_ids(prompt, settings, self.model.config.vocab_size)
         if prefix is not None:
@@ -79,27 +80,25 @@ class Engine:
         cache = self.model.make_cache() if prefix is None else prefix.cache
         cache.reserve(len(prompt) + settings.canvas_length)
         canvas = Canvas(
-            request=next(self._numbers),
+            request=next(self._request_numbers),
             settings=settings,
             seed=seed,
-            prefix=cache,
-            owner=prefix,
+            cache=cache,
+            prefix=prefix,
             chunk=prefill_step_size,
-            state=self._first(settings, seed, 0, 0),
+            state=self._first_state(settings, seed, 0, 0),
         )
-        spans, reused = [place.span for place in image_spans], 0
-        ends = chunk_ends(prompt, settings.eos, prefill_step_size, spans)
-
-        def encode(start: int, end: int) -> None:
-            images = self._images(image_spans, start, end)
-            self._append(canvas, prompt[start:end], images)
-
-        if prefix is None:
-            for start, end in itertools.pairwise([0, *ends]):
-                encode(start, end)
-        else:
-            reused = prefix.fill(keys_of(prompt, image_spans), ends, encode)
-        self.running.append(canvas)  # from now on `cancel` gives the prefix back
+        keys = prefix_keys(prompt, image_spans)
+        ends = chunk_ends(prompt, settings.eos, prefill_step_size, image_spans)
+        reused = 0 if prefix is None else prefix.match_prefix(keys, ends)
+        new_ends = [end for end in ends if end > reused]
+        for start, end in itertools.pairwise([reused, *new_ends]):
+            self._encode(
+                cache, prompt[start:end], self._images(image_spans, start, end)
+            )
+            if prefix is not None:
+                prefix.extend(keys[start:end], last=end == len(prompt))
+        self.running.append(canvas)  # from now on `cancel` releases the prefix
         if prefix is not None:
             prefix.in_use = True
         return Prefilled(
@@ -111,26 +110,26 @@ class Engine:
         )
 
     def cancel(self, request: int) -> None:
-        """Forget a request. What it committed stays with whoever received it."""
+        """Drop a request; one that has ended already is ignored."""
         for canvas in self.running:
-            if canvas.request == request and canvas.owner is not None:
-                canvas.owner.in_use = False
-                canvas.owner.trim()
+            if canvas.request == request and canvas.prefix is not None:
+                canvas.prefix.in_use = False
+                canvas.prefix.trim()
         self.running = [c for c in self.running if c.request != request]
-        # views hold prefixes, which may be wanted for writing now
+        # a view holds its prefixes, which could then not be written in place
         self._views = {
-            lane: (seen, view)
-            for lane, (seen, view) in self._views.items()
-            if all(number != request for number, _ in seen)
+            batch: (canvases, view)
+            for batch, (canvases, view) in self._views.items()
+            if all(number != request for number, _ in canvases)
         }
 
     def tick(self) -> list[Event]:
-        """One denoising step for every running canvas; what came of it."""
-        lanes: dict[BatchKey, list[Canvas]] = defaultdict(list)
+        """Take one denoising step for every running canvas; return the events."""
+        batches: dict[BatchKey, list[Canvas]] = defaultdict(list)
         for canvas in self.running:
-            lanes[canvas.lane].append(canvas)
-        self._views = {n: view for n, view in self._views.items() if n in lanes}
-        steps = [step for lane in lanes.values() for step in self._advance(lane)]
+            batches[canvas.batch_key].append(canvas)
+        self._views = {key: view for key, view in self._views.items() if key in batches}
+        steps = [step for batch in batches.values() for step in self._advance(batch)]
         events: list[Event] = []
         for canvas, step in steps:
             events.append(step)
@@ -143,109 +142,97 @@ class Engine:
         while self.running:
             yield from self.tick()
 
-    def _first(
+    def _first_state(
         self, settings: Settings, seed: int, index: int, committed: int
     ) -> State:
-        """Canvas number `index` before its first step: noise around what is given."""
+        """Return canvas number `index` before its first step: noise and pinned ids."""
         config, length = self.model.config, settings.canvas_length
         key = sampler.fold(seed, index, 0, sampler.CANVAS)
-        tokens = sampler.random_tokens(key, length, config.vocab_size)
-        pinned = mx.array(sampler.pinned_row(settings.pinned, committed, length))
-        tokens = mx.where(pinned >= 0, pinned, tokens)
+        noise = sampler.random_tokens(key, length, config.vocab_size)
+        pinned = mx.array(sampler.pinned_tokens(settings.pinned, committed, length))
+        tokens = mx.where(pinned >= 0, pinned, noise)
         state = State.first(tokens, config.hidden_size, self.model.dtype)
-        mx.eval(state.arrays)  # an unevaluated array can be used in this thread only
+        mx.eval(state)  # an unevaluated array can be used in this thread only
         return state
 
-    def _encode(self, canvas: Canvas, tokens: Sequence[int]) -> None:
-        start = 0
-        for end in chunk_ends(tokens, canvas.settings.eos, canvas.chunk):
-            self._append(canvas, tokens[start:end])
-            start = end
-
-    def _append(
-        self, canvas: Canvas, tokens: Sequence[int], images: Sequence[Image] = ()
+    def _encode(
+        self, cache: PrefixCache, tokens: Sequence[int], images: Sequence[Image] = ()
     ) -> None:
-        ids = mx.array([tokens], dtype=mx.int32)
-        self.model.encode(ids, canvas.prefix, images)
-        canvas.prefix.evaluate()
+        self.model.encode(mx.array([tokens], dtype=mx.int32), cache, images)
+        cache.evaluate()
 
     def _images(
         self, image_spans: Sequence[ImageSpan], start: int, end: int
     ) -> list[Image]:
-        """Pictures among the tokens start … end-1, looked at now."""
-        inside = [place for place in image_spans if start <= place.start < end]
+        """Encode the pictures among the tokens start … end-1."""
+        inside = [span for span in image_spans if start <= span.start < end]
         if not inside:
             return []
-        if (eyes := self.model.vision) is None:
+        if (vision := self.model.vision) is None:
             raise SettingsError("pictures were given; this checkpoint reads text only")
         return [
             Image(
-                place.start - start,
-                eyes.encode_image(place.picture.patches, place.picture.positions),
+                span.start - start,
+                vision.encode_image(span.picture.patches, span.picture.positions),
             )
-            for place in inside
+            for span in inside
         ]
 
-    def _advance(self, lane: list[Canvas]) -> list[tuple[Canvas, Step]]:
-        """Take a step of canvases of a lane, starting the next if it is wanted."""
-        if new := [canvas for canvas in lane if canvas.ahead is None]:
+    def _advance(self, batch: list[Canvas]) -> list[tuple[Canvas, Step]]:
+        """Take a step of a batch, and start the next one if it is likely needed."""
+        if new := [canvas for canvas in batch if canvas.pending is None]:
             self._start(new)
-        taken = [canvas.take() for canvas in lane]
-        if self._ahead and all(canvas.wants_ahead for canvas in lane):
-            self._start(lane)
-        steps = []
-        for canvas, one in zip(lane, taken, strict=True):
-            steps.append((canvas, canvas.report(one)))
-        return steps
+        taken = [canvas.advance() for canvas in batch]
+        if self._ahead and all(canvas.may_run_ahead for canvas in batch):
+            self._start(batch)
+        pairs = zip(batch, taken, strict=True)
+        return [(canvas, canvas.wait(pending)) for canvas, pending in pairs]
 
     def _start(self, canvases: list[Canvas]) -> None:
-        """Start one step of these canvases, and look at nothing."""
-        lane = canvases[0].lane
-        stepper = self.model.programs.get(
-            (Stepper, self._compiled, lane.config),
-            lambda: Stepper(self.model, compiled=self._compiled, config=lane.config),
+        """Start one step of canvases of a batch, without waiting for it."""
+        key = canvases[0].batch_key
+        stepper = stepper_for(self.model, key.config, compiled=self._compiled)
+        pinned = Pinned.of(
+            [
+                sampler.pinned_tokens(c.settings.pinned, c.committed, key.length)
+                for c in canvases
+            ]
         )
-        state, outcome = stepper(
-            joined(canvases),
-            self._seen(canvases),
-            dials(canvases),
-            pins(canvases, lane.length),
-        )
+        view, inputs = self._view(canvases), step_inputs(canvases)
+        state, stats = stepper(join_states(canvases), view, inputs, pinned)
         for row, canvas in enumerate(canvases):
-            canvas.ahead = PendingStep(state, outcome, row)
-        mx.async_eval(state.arrays, outcome.arrays)
+            canvas.pending = PendingStep(state, stats, row)
+        mx.async_eval(state, stats)
 
-    def _seen(self, canvases: list[Canvas]) -> View:
-        """What these canvases see, made again only when one of them comes or goes."""
-        lane = canvases[0].lane
-        key = tuple((c.request, c.index) for c in canvases)
-        known, view = self._views.get(lane, (None, None))
-        if view is None or known != key:
-            prefix = canvases[0].prefix
+    def _view(self, canvases: list[Canvas]) -> View:
+        """Return what these canvases see; made again when one of them comes or goes."""
+        key = canvases[0].batch_key
+        wanted = [(c.request, c.index) for c in canvases]
+        known, view = self._views.get(key, (None, None))
+        if view is None or known != wanted:
+            cache = canvases[0].cache
             if len(canvases) > 1:
-                prefix = PrefixCache.join(
-                    self.model.config, [c.prefix for c in canvases]
-                )
-                prefix.evaluate()
-            view = self.model.view(prefix, lane.length, bucketed=self._compiled)
-            self._views[lane] = (key, view)
+                cache = PrefixCache.join(self.model.config, [c.cache for c in canvases])
+                cache.evaluate()
+            view = self.model.view(cache, key.length, bucketed=self._compiled)
+            self._views[key] = (wanted, view)
         return view
 
     def _commit(self, canvas: Canvas, argmax: mx.array) -> Commit:
         """Make the argmax canvas final; encode it only if another one follows."""
-        whole: list[int] = argmax.tolist()  # type: ignore[assignment]
+        ids: list[int] = argmax.tolist()  # type: ignore[assignment]
         settings = canvas.settings
-        end = next((i for i, t in enumerate(whole) if t in settings.eos), None)
-        tokens = tuple(whole[: settings.max_tokens - canvas.committed][:end])
+        left = settings.max_tokens - canvas.committed
+        end = next((i for i, token in enumerate(ids) if token in settings.eos), None)
         reason = None
-        if end is not None and canvas.committed + end <= settings.max_tokens:
+        if end is not None and end <= left:
             reason = "stop"
-        elif canvas.committed + len(whole) >= settings.max_tokens:
+        elif len(ids) >= left:
             reason = "length"
         commit = Commit(
             request=canvas.request,
             canvas_index=canvas.index,
-            tokens=tokens,
+            tokens=tuple(ids[:left][:end]),
             steps=canvas.step,
             finish_reason=reason,
         )
@@ -253,11 +240,13 @@ class Engine:
             self.cancel(canvas.request)
             return commit
         # a view holds the prefix, which could then not be written in place
-        self._views.pop(canvas.lane, None)
-        self._encode(canvas, whole)
-        canvas.committed += len(whole)
-        following = canvas.seed, canvas.index + 1, canvas.committed
-        canvas.begin(self._first(settings, *following))
+        self._views.pop(canvas.batch_key, None)
+        ends = chunk_ends(ids, settings.eos, canvas.chunk)
+        for start, end in itertools.pairwise([0, *ends]):
+            self._encode(canvas.cache, ids[start:end])
+        canvas.committed += len(ids)
+        next_canvas = canvas.seed, canvas.index + 1, canvas.committed
+        canvas.start_next(self._first_state(settings, *next_canvas))
         return commit
 
 

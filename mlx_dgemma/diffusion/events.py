@@ -2,11 +2,12 @@
 
     Prefilled, (Step … Step, Commit) for each canvas
 
-Arrays are evaluated: any thread may read them.
+Every event has `text`: the final text it adds, "" for all but commits. Arrays are
+evaluated: any thread may read them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Prefilled:
     """The prompt is encoded."""
 
+    text: ClassVar[str] = ""
     request: int
     seed: int
     prompt_tokens: int
@@ -34,13 +36,14 @@ class Prefilled:
 class Step:
     """A denoising step was taken. Nothing here is final before the Commit."""
 
+    text: ClassVar[str] = ""
     request: int
     canvas_index: int
     step: int  # 0 … steps-1
-    steps: int  # most steps this canvas may take
+    steps: int  # maximum steps of this canvas
     temperature: float
     draft: mx.array  # (L,) int32 argmax canvas: the best guess so far
-    canvas: mx.array  # (L,) int32 what the next step starts from
+    canvas: mx.array  # (L,) int32 input of the next step
     accepted: mx.array  # (L,) bool
     entropy: mx.array  # (L,) nats
     mean_entropy: float  # nats
@@ -58,11 +61,12 @@ class Commit:
 
     request: int
     canvas_index: int
-    tokens: tuple[int, ...]  # up to the end of the text, its eos left out
+    tokens: tuple[int, ...]  # up to the end of the text, without its eos
     steps: int  # denoising steps this canvas took
     finish_reason: Literal["stop", "length"] | None  # None: another canvas follows
-    text: str = ""  # what these tokens add to the answer; filled by the text layer
-    parts: tuple["Part", ...] = ()  # the same with thoughts and calls, likewise
+    # The engine knows ids only; `stream_generate` and `Conversation` fill in the rest.
+    text: str = ""  # what the tokens add to the answer
+    parts: tuple["Part", ...] = ()  # the same, with thoughts and calls
     held: str = ""  # text that waits for the next commit: it may begin a stop string
 
 

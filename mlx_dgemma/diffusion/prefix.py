@@ -2,50 +2,80 @@
 
 In other chunks the same tokens round differently. So where chunks end is decided by
 the tokens alone: a prompt that continues an encoded one is cut where that one was,
-and what it gets is, bit for bit, what it would get if all of it were encoded again.
+and its prefix is, bit for bit, the one of a prompt encoded from the start.
 """
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 
-EARLY = 16  # a chunk may end early once it has this part of its most tokens
+if TYPE_CHECKING:
+    from ..media.images import Picture
+
+MIN_SHARE = 16  # a chunk may end early once it has 1/16 of its maximum
+DIGEST_PART = 2**60  # of a picture's digest, enough to distinguish pictures
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """A picture whose soft tokens stand at the ids start … end-1 of a prompt."""
+
+    start: int
+    picture: "Picture"
+
+    @property
+    def end(self) -> int:
+        return self.start + self.picture.soft_tokens
+
+
+def prefix_keys(ids: Sequence[int], image_spans: Sequence[ImageSpan]) -> list[int]:
+    """Return a number per token that identifies what is encoded there.
+
+    Its id, or for a soft token a negative number made of the picture's digest and the
+    place in it.
+    """
+    keys = list(ids)
+    for span in image_spans:
+        first = -1 - int(span.picture.digest[:15], 16) * DIGEST_PART
+        keys[span.start : span.end] = [first - i for i in range(span.end - span.start)]
+    return keys
 
 
 def chunk_ends(
     tokens: Sequence[int],
     eos: Set[int],
-    most: int,
-    whole: Sequence[tuple[int, int]] = (),
+    maximum: int,
+    image_spans: Sequence[ImageSpan] = (),
 ) -> list[int]:
-    """Where the chunks that a prompt is encoded in end; the last ends with it.
+    """Return where the chunks that a prompt is encoded in end; the last ends with it.
 
-    eos    ids that a chunk may end behind, unless it is small: the end of a turn
-    most   tokens of a chunk
-    whole  spans, first to last + 1, that no chunk may end in, however long it gets
+    eos           ids a chunk may end behind, unless it is small: the end of a turn
+    maximum       tokens of a chunk
+    image_spans   pictures, which are encoded in one chunk, however long it gets
 
-    What follows a cut never moves it.
+    The tokens behind an end never move it.
     """
-    inside = {end for first, last in whole for end in range(first + 1, last)}
-    least = -(-most // EARLY)
+    inside = {end for span in image_spans for end in range(span.start + 1, span.end)}
+    minimum = -(-maximum // MIN_SHARE)
     ends, start = [], 0
     for end in range(1, len(tokens)):
         size = end - start
-        if size < least or end in inside:
+        if size < minimum or end in inside:
             continue
-        if size >= most or tokens[end - 1] in eos:
+        if size >= maximum or tokens[end - 1] in eos:
             ends.append(end)
             start = end
     return [*ends, len(tokens)]
 
 
 class Prefix:
-    """What one model has encoded, by token, kept from one request to the next.
+    """The encoded prefix of one model, reused from one request to the next.
 
-    keys   what was encoded, one for each token: its id, or for what is no token, a
-           number below 0 that stands for it and its place in it
-    ends   of the chunks it was encoded in
+    keys     what is encoded, see `prefix_keys`
+    ends     of the chunks it was encoded in
     in_use   whether a running request writes behind them
     """
 
@@ -67,51 +97,36 @@ class Prefix:
             )
 
     def match_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> int:
-        """Forget all that a prompt of these keys, in these chunks, does not begin with.
+        """Forget everything that a prompt of these keys and chunks does not begin with.
 
         Returns how many tokens are left.
         """
         shared = [0]
-        for mine, wanted in zip(self.ends, ends, strict=False):
+        for mine, other in zip(self.ends, ends, strict=False):
             chunk = slice(shared[-1], mine)
-            if mine != wanted or self.keys[chunk] != list(keys[chunk]):
+            if mine != other or self.keys[chunk] != list(keys[chunk]):
                 break
             shared.append(mine)
-        return self._back(shared)
+        return self._rewind(shared)
 
     def trim(self) -> int:
-        """Forget what is not a whole chunk of a prompt; how many tokens are left.
+        """Forget what is not a whole chunk of a prompt; return how much is left.
 
-        The canvases of a reply are none: the next prompt says them in its own chunks,
-        and often in other words.
+        The canvases of a reply are not: the next prompt repeats them in its own
+        chunks, and often in other tokens.
         """
-        return self._back([0, *self.ends])
+        return self._rewind([0, *self.ends])
 
-    def fill(
-        self,
-        keys: Sequence[int],
-        ends: Sequence[int],
-        encode: Callable[[int, int], None],
-    ) -> int:
-        """Make these the keys; returns how many of them need not be encoded.
+    def extend(self, keys: Sequence[int], *, last: bool) -> None:
+        """Record a chunk that was encoded; `last`: it ends the prompt."""
+        self.keys += keys
+        self.ends.append(len(self.keys))
+        if not last:  # a later prompt rarely shares the very end of this one
+            self.cache.save_snapshot()
 
-        encode(start, end) must append those tokens to the cache, evaluated. Should it
-        fail, the chunks before stay.
-        """
-        known = self.match_prefix(keys, ends)
-        for end in ends:
-            if end <= known:
-                continue
-            encode(len(self), end)
-            self.keys += keys[len(self) : end]
-            self.ends.append(end)
-            if end < len(keys):  # a prompt's own end is seldom come back to
-                self.cache.mark()
-        return known
-
-    def _back(self, ends: Sequence[int]) -> int:
+    def _rewind(self, ends: Sequence[int]) -> int:
         """Rewind to the last of these ends that the cache still reaches."""
-        length = max(end for end in ends if self.cache.reaches(end))
+        length = max(end for end in ends if self.cache.can_rewind_to(end))
         self.cache.rewind(length)
         self.ends = [end for end in self.ends if end <= length]
         del self.keys[length:]

@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_chat
-from ..text.pictures import expand
+from ..text.chat import Prompt, encode_chat, insert_image_tokens
 from ..text.tokenizer import Tokenizer
-from .image_spans import ImageSpan
+from .prefix import ImageSpan
 
 if TYPE_CHECKING:
-    from ..media.images import Picture
+    from ..media.images import Picture, Source
+
+ImageSource: TypeAlias = "Source | Picture"
 
 
 @dataclass(frozen=True)
@@ -27,48 +31,52 @@ class EncodedPrompt:
 def encode_prompt(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
-    prompt: Prompt,
+    prompt: Prompt | mx.array | np.ndarray,
     *,
-    images: Sequence[Any] = (),
+    images: Sequence[ImageSource] = (),
     videos: Sequence[str | Path] = (),
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
 ) -> EncodedPrompt:
-    """A prompt as the engine takes it; arguments as of `stream_generate`.
+    """Return a prompt as the engine takes it; arguments as of `stream_generate`.
 
     Raises SettingsError for what cannot be a prompt, MediaError for a picture that
     cannot be read.
     """
-    if images or videos:
-        prompt = _illustrated(prompt, images, videos)
+    chat: Any = prompt
+    if isinstance(prompt, mx.array | np.ndarray):
+        chat = prompt.tolist()
+    elif images or videos:
+        chat = _with_media(prompt, images, videos)
     ids, sources = encode_chat(
-        tokenizer, prompt, system=system, thinking=thinking, tools=tools
+        tokenizer,
+        chat,
+        system=system,
+        thinking=thinking,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        continue_final_message=continue_final_message,
     )
+    pictures = read_images(model, sources) if sources else []
     if model.vision is None:
-        if not sources:
-            return EncodedPrompt(ids)
-        raise SettingsError(
-            "the prompt holds pictures, and this checkpoint reads text only; convert "
-            "one with its vision tower"
-        )
-    tokens, pictures = model.vision.tokens, list["Picture"]()
-    if sources:
-        pictures = look_up(model, sources)
+        return EncodedPrompt(ids)
+    tokens = model.vision.tokens
     counts = [picture.soft_tokens for picture in pictures]
-    ids = expand(ids, tokens.image, tokens.begin, tokens.end, counts)
-    image_spans, start = [], 0
+    ids = insert_image_tokens(ids, tokens.image, tokens.begin, tokens.end, counts)
+    image_spans, start = list[ImageSpan](), 0
     for picture in pictures:
-        start = ids.index(tokens.image, start)
-        image_spans.append(ImageSpan(start, picture))
+        image_spans.append(ImageSpan(ids.index(tokens.image, start), picture))
         start = image_spans[-1].end
     return EncodedPrompt(ids, tuple(image_spans))
 
 
-def _illustrated(
-    prompt: Prompt, images: Sequence[Any], videos: Sequence[str | Path]
+def _with_media(
+    prompt: Prompt, images: Sequence[ImageSource], videos: Sequence[str | Path]
 ) -> Prompt:
-    """A text behind its pictures, which is how the model was taught."""
+    """Return a text behind its pictures: the order the model was trained with."""
     if not isinstance(prompt, str):
         raise SettingsError(
             "images go with a text prompt; put them into the messages otherwise"
@@ -80,11 +88,11 @@ def _illustrated(
 
 
 def frame_parts(video: str | Path) -> list[dict[str, Any]]:
-    """A video as parts of a message: each frame behind its minute and second.
+    """Return a video as parts of a message: each frame behind its minute and second.
 
     As transformers' processor writes it. Raises MediaError.
     """
-    from ..media.videos import read_frames  # PyAV, where needed
+    from ..media.videos import read_frames  # PyAV is an extra
 
     parts: list[dict[str, Any]] = []
     for seconds, picture in read_frames(video):
@@ -95,14 +103,22 @@ def frame_parts(video: str | Path) -> list[dict[str, Any]]:
     return parts
 
 
-def look_up(model: DiffusionGemma, sources: Sequence[Any]) -> "list[Picture]":
-    """The pictures of these sources; a source may be one already.
+def read_images(
+    model: DiffusionGemma, sources: Sequence[ImageSource]
+) -> "list[Picture]":
+    """Return the pictures of these sources; a source may be one already.
 
-    Raises MediaError, one line that counts pictures from 1.
+    Raises SettingsError for a model without vision, MediaError for a source that
+    cannot be read, one line that counts pictures from 1.
     """
-    from ..media.images import Budget, Picture, read_pictures  # pillow, where needed
+    from ..media.images import ImageBudget, Picture, read_pictures  # imports pillow
 
-    assert model.vision is not None
+    if model.vision is None:
+        raise SettingsError(
+            "the prompt holds pictures, and this checkpoint reads text only; convert "
+            "one with its vision tower"
+        )
     unread = [source for source in sources if not isinstance(source, Picture)]
-    read = iter(read_pictures(unread, Budget.of(model.vision.folder)) if unread else [])
+    budget = ImageBudget.from_checkpoint(model.vision.folder)
+    read = iter(read_pictures(unread, budget) if unread else [])
     return [s if isinstance(s, Picture) else next(read) for s in sources]

@@ -1,11 +1,12 @@
 """Encoded prefixes in files: a long beginning is encoded once, by one process.
 
 One safetensors file: `keys` and `ends` of the prefix, part j of what keeps all columns
-as `full.i.j`, of what sliding layer i showed at column c as `sliding.i.j.c`; and in its
+as `full.i.j`, the window of sliding layer i at column c as `sliding.i.j.c`; and in its
 metadata, which layout this is and which model encoded it.
 """
 
 import json
+from collections import defaultdict
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -17,21 +18,21 @@ from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..errors import CheckpointError
-from ..files.atomic import write_atomically
-from ..files.safetensors import TensorInfo, read_header
+from ..files.atomic import save_arrays
+from ..files.safetensors import Expected, TensorInfo, check_tensors, read_header
 from ..model.cache import LayerKV, PrefixCache, Snapshot
 from ..model.language import DiffusionGemma
 from .prefix import Prefix
 
 KIND, LAYOUT = "mlx-dgemma prompt cache", "1"
-SAMPLES = 256  # numbers of each array that its fingerprint is of
-WORD = 2**60  # a key is written as two numbers: how many of these, and the rest
+SAMPLES = 256  # numbers of each weight that the fingerprint covers
+WORD = 2**60  # a key of any size is written as two int64: key // WORD, key % WORD
 
 
 def save_prefix(path: str | Path, prefix: Prefix) -> None:
-    """Write what is encoded to a file that appears under its name when it is whole.
+    """Write an encoded prefix to a file, which is replaced whole or not at all.
 
-    Raises CheckpointError when there is nothing to write, or it cannot be written.
+    Raises CheckpointError when nothing is encoded, or the file cannot be written.
     """
     path = Path(path).expanduser()
     prefix.check_free()
@@ -42,61 +43,67 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
         "ends": mx.array(np.array(prefix.ends, np.int64)),
         **_arrays(prefix.cache),
     }
-    metadata = {
-        "kind": KIND,
-        "layout": LAYOUT,
-        "model": fingerprint(prefix.model),
-        "version": __version__,
-    }
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # a file, or its name would get a suffix
-            mx.save_safetensors(file, arrays, metadata)
-
+    metadata = {"kind": KIND, "layout": LAYOUT, "version": __version__}
+    metadata["model"] = fingerprint(prefix.model)
     try:
-        write_atomically(path, write)
+        save_arrays(path, arrays, metadata)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
 
 def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
-    """The prefix in a file that `save_prefix` wrote with the same model.
+    """Return the prefix in a file that `save_prefix` wrote with the same model.
 
-    Raises CheckpointError for a file of another model or another layout, and for one
-    that is torn or says what cannot be.
+    Raises CheckpointError for a file of another model or layout, and for one that is
+    damaged or inconsistent.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         header = read_header(path)
-        arrays, metadata = _load(path)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (CheckpointError, RuntimeError, ValueError):
         raise CheckpointError(
-            f"{path}: torn, or no safetensors file; delete it and save it again"
+            f"{path}: damaged, or not a safetensors file; delete it and save it again"
         ) from None
-    _check_metadata(path, metadata, model)
-    keys, ends = _read_lists(path, header, arrays)
-    if max(keys) >= model.config.vocab_size:
-        raise _broken(path, f"holds id {max(keys)}, which the model has no row for")
-    one = model.make_cache()
-    model.encode(mx.array([[0]]), one)
-    wanted, columns = _wanted(_arrays(one), header, ends, model.config.sliding_window)
-    found = {
-        name: (info.shape, info.dtype)
-        for name, info in header.items()
-        if name not in _LISTS
-    }
-    if wanted != found:
-        raise _broken(path, _difference(wanted, found))
+    arrays, metadata = loaded
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"{path}: not a prompt cache; give another file")
+    if metadata.get("layout") != LAYOUT:
+        raise CheckpointError(
+            f"{path}: of layout {metadata.get('layout')!r}, but this version reads "
+            f"{LAYOUT!r}; delete it and save it again"
+        )
+    if metadata.get("model") != fingerprint(model):
+        raise CheckpointError(
+            f"{path}: encoded by another model, or with another adapter; load that "
+            "one, or delete the file"
+        )
     prefix = Prefix(model)
-    prefix.cache.resume(*_parts(prefix.cache, arrays, columns))
-    prefix.keys, prefix.ends = keys, ends
+    try:
+        prefix.keys, prefix.ends = _keys_and_ends(path, header, arrays, model)
+        columns = _check_arrays(path, header, prefix.ends, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it and save it again") from None
+    parts: dict[str, LayerKV] = defaultdict(tuple)  # by "full.i" and "sliding.i.c"
+    for name in sorted(arrays.keys() - {"keys", "ends"}):
+        kind, layer, _, *column = name.split(".")
+        parts[".".join([kind, layer, *column])] += (arrays[name],)
+    history = [parts[f"full.{i}"] for i in range(len(prefix.cache.history))]
+    layers = prefix.cache.layers
+    sliding = [i for i, layer in enumerate(layers) if layer.lookback is not None]
+    snapshots = [
+        Snapshot(c, {i: parts[f"sliding.{i}.{c}"] for i in sliding}) for c in columns
+    ]
+    # read now, whatever happens to the file later
+    mx.eval(history, [snapshot.windows for snapshot in snapshots])
+    prefix.cache.resume(history, snapshots)
     return prefix
 
 
 def fingerprint(model: DiffusionGemma) -> str:
-    """Tells models apart that encode differently: a hash of what they are.
+    """Return a hash that differs between models that encode differently.
 
     Of the configuration, and of every layer that encodes: its settings, and a sample
     of its weights.
@@ -105,63 +112,27 @@ def fingerprint(model: DiffusionGemma) -> str:
     samples = []
     for part in (model.embed_tokens, *model.encoder_layers):
         for name, module in sorted(part.named_modules()):
-            own = vars(module).items()
-            numbers = [(k, v) for k, v in own if isinstance(v, int | float)]
-            # an adapter's scale is one; whether a module is being trained is none
-            said = [name, *sorted(pair for pair in numbers if pair[0][0] != "_")]
-            digest.update(repr(said).encode())
+            # such as an adapter's scale; private ones say whether it is being trained
+            numbers = sorted(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, int | float) and key[0] != "_"
+            )
+            digest.update(repr([name, *numbers]).encode())
         arrays: Any = tree_flatten(part.parameters())
         for name, array in sorted(arrays):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
-            flat = array.reshape(-1)[:: max(1, array.size // SAMPLES)]
-            samples.append(mx.view(mx.contiguous(flat), mx.uint8))
+            sample = array.reshape(-1)[:: max(1, array.size // SAMPLES)]
+            samples.append(mx.view(mx.contiguous(sample), mx.uint8))
     mx.eval(samples)
     for sample in samples:
         digest.update(np.array(sample).tobytes())
     return digest.hexdigest()
 
 
-_LISTS = ("keys", "ends")
-
-
-def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    return loaded
-
-
-def _check_metadata(path: Path, said: dict[str, str], model: DiffusionGemma) -> None:
-    if said.get("kind") != KIND:
-        raise CheckpointError(f"{path}: is no prompt cache; give another file")
-    if said.get("layout") != LAYOUT:
-        raise CheckpointError(
-            f"{path}: of layout {said.get('layout')!r}, but this version reads "
-            f"{LAYOUT!r}; delete it and save it again"
-        )
-    if said.get("model") != fingerprint(model):
-        raise CheckpointError(
-            f"{path}: encoded by another model, or with another adapter; load that "
-            "one, or delete the file"
-        )
-
-
-def _read_lists(
-    path: Path, header: dict[str, TensorInfo], arrays: dict[str, mx.array]
-) -> tuple[list[int], list[int]]:
-    """Keys and ends of a prefix, neither empty."""
-    found = {n: (i.dtype, len(i.shape), *i.shape[1:]) for n, i in header.items()}
-    if found.get("keys") != (mx.int64, 2, 2) or found.get("ends") != (mx.int64, 1):
-        raise _broken(path, "keys or ends are not the numbers they should be")
-    keys = [high * WORD + low for high, low in np.array(arrays["keys"]).tolist()]
-    ends = np.array(arrays["ends"]).tolist()
-    rising = all(a < b for a, b in pairwise([0, *ends]))
-    if not ends or not rising or ends[-1] != len(keys):
-        raise _broken(path, "ends are not those of chunks of the keys")
-    return keys, ends
-
-
 def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
-    """All that a cache is made of, by its name in a file."""
-    marks = {mark.column: mark for mark in [*cache.marks, cache.here()]}
+    """Return everything a cache is made of, by its name in a file."""
+    snapshots = {s.column: s for s in [*cache.snapshots, cache.snapshot()]}
     full = {
         f"full.{i}.{j}": part
         for i, parts in enumerate(cache.history)
@@ -169,73 +140,52 @@ def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
     }
     sliding = {
         f"sliding.{i}.{j}.{column}": part
-        for column, mark in marks.items()
-        for i, parts in mark.windows.items()
+        for column, snapshot in snapshots.items()
+        for i, parts in snapshot.windows.items()
         for j, part in enumerate(parts)
     }
     return full | sliding
 
 
-Kind = tuple[tuple[int, ...], mx.Dtype]
-
-
-def _wanted(
-    one: dict[str, mx.array],
+def _keys_and_ends(
+    path: Path,
     header: dict[str, TensorInfo],
-    ends: list[int],
-    window: int,
-) -> tuple[dict[str, Kind], list[int]]:
-    """Shapes and dtypes of what a file must hold, and at which columns it has marks.
+    arrays: dict[str, mx.array],
+    model: DiffusionGemma,
+) -> tuple[list[int], list[int]]:
+    """Return keys and ends of a prefix, neither empty."""
+    kinds = {n: (i.dtype, len(i.shape), *i.shape[1:]) for n, i in header.items()}
+    if kinds.get("keys") != (mx.int64, 2, 2) or kinds.get("ends") != (mx.int64, 1):
+        raise CheckpointError(f"{path}: keys or ends are missing or of a wrong kind")
+    keys = [high * WORD + low for high, low in np.array(arrays["keys"]).tolist()]
+    ends = np.array(arrays["ends"]).tolist()
+    rising = all(a < b for a, b in pairwise([0, *ends]))
+    if not ends or not rising or ends[-1] != len(keys):
+        raise CheckpointError(f"{path}: ends are not those of chunks of the keys")
+    if (largest := max(keys)) >= model.config.vocab_size:
+        raise CheckpointError(f"{path}: holds id {largest}, which the model lacks")
+    return keys, ends
 
-    one: the arrays of a cache of one token
-    """
+
+def _check_arrays(
+    path: Path, header: dict[str, TensorInfo], ends: list[int], model: DiffusionGemma
+) -> list[int]:
+    """Check names, shapes and dtypes; return the columns of the snapshots."""
+    one = model.make_cache()
+    model.encode(mx.array([[0]]), one)
+    length, window = ends[-1], model.config.sliding_window
     named = {name.rpartition(".")[2] for name in header if name.startswith("sliding.")}
-    columns = [end for end in ends[:-1] if str(end) in named] + ends[-1:]
-    wanted: dict[str, Kind] = {}
-    for name, array in one.items():
+    columns = [end for end in ends[:-1] if str(end) in named] + [length]
+    expected = {}
+    for name, array in _arrays(one).items():  # of shape (1, K, 1, width)
         rows, heads, _, width = array.shape
-        if name.startswith("full."):
-            wanted[name] = (rows, heads, ends[-1], width), array.dtype
-            continue
-        stem = name.removesuffix("1")  # the column
-        for column in columns:
-            seen = min(column, window - 1)
-            wanted[f"{stem}{column}"] = (rows, heads, seen, width), array.dtype
-    return wanted, columns
-
-
-def _parts(
-    cache: PrefixCache, arrays: dict[str, mx.array], columns: list[int]
-) -> tuple[list[LayerKV], list[Snapshot]]:
-    """What `PrefixCache.resume` takes."""
-
-    def parts(name: str) -> LayerKV:
-        found, j = [], 0
-        while (array := arrays.get(name.format(j))) is not None:
-            found.append(array)
-            j += 1
-        return tuple(found)
-
-    history = [parts(f"full.{i}.{{}}") for i in range(len(cache.history))]
-    sliding = [i for i, layer in enumerate(cache.layers) if layer.keep is not None]
-    marks = [
-        Snapshot(column, {i: parts(f"sliding.{i}.{{}}.{column}") for i in sliding})
-        for column in columns
-    ]
-    mx.eval([mark.windows for mark in marks])  # read now, whatever becomes of the file
-    return history, marks
-
-
-def _difference(wanted: dict[str, Kind], found: dict[str, Kind]) -> str:
-    """One name in which two sets of tensors differ, and how."""
-    name = next(n for n in sorted(wanted | found) if wanted.get(n) != found.get(n))
-    if name not in found:
-        return f"lacks {name}"
-    if name not in wanted:
-        return f"{name!r} is no part of this model's"
-    shape, dtype = found[name]
-    return f"{name} holds {dtype} {list(shape)}"
-
-
-def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {why}; delete it and save it again")
+        names = {name: length}
+        if name.startswith("sliding."):
+            stem = name.removesuffix("1")  # the column
+            names = {f"{stem}{column}": min(column, window - 1) for column in columns}
+        for other, count in names.items():
+            shape = (rows, heads, count, width)
+            expected[other] = Expected(shape, (array.dtype,), "this model")
+    found = {n: info for n, info in header.items() if n not in ("keys", "ends")}
+    check_tensors(path, found, expected)
+    return columns

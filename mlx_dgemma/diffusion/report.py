@@ -1,4 +1,4 @@
-"""Honest numbers of one request, added up from its events."""
+"""Counts and speeds of one request, added up from its events."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from .events import Commit, Event, Prefilled, Step
 
-LISTED = 8  # canvases whose steps are given one by one
+MAX_LISTED = 8  # canvases whose steps are listed one by one
 
 
 @dataclass
@@ -15,23 +15,26 @@ class Report:
     """Counts of one request; wall time runs since the report was made."""
 
     prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
     seed: int = 0
     committed_tokens: int = 0
-    steps_per_canvas: list[int] = field(default_factory=list)
+    steps_per_canvas: list[int] = field(default_factory=list[int])
     running_steps: int = 0  # steps of a canvas that is not committed yet
     finish_reason: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, event: Event) -> None:
-        if isinstance(event, Prefilled):
-            self.prompt_tokens, self.seed = event.prompt_tokens, event.seed
-        elif isinstance(event, Step):
-            self.running_steps = event.step + 1
-        elif isinstance(event, Commit):
-            self.committed_tokens += len(event.tokens)
-            self.steps_per_canvas.append(event.steps)
-            self.running_steps = 0
-            self.finish_reason = event.finish_reason
+        match event:
+            case Prefilled():
+                self.prompt_tokens, self.seed = event.prompt_tokens, event.seed
+                self.prefill_seconds = event.seconds
+            case Step():
+                self.running_steps = event.step + 1
+            case Commit():
+                self.committed_tokens += len(event.tokens)
+                self.steps_per_canvas.append(event.steps)
+                self.running_steps = 0
+                self.finish_reason = event.finish_reason
 
     @property
     def denoising_steps(self) -> int:
@@ -44,7 +47,7 @@ class Report:
         return self.committed_tokens / max(1, self.denoising_steps)
 
     def line(self) -> str:
-        """One line for a person."""
+        """Return one line for a person."""
         seconds = time.perf_counter() - self.started
         return (
             f"{_count(self.prompt_tokens, 'prompt token')} · "
@@ -52,25 +55,38 @@ class Report:
             f"{self._canvases()} · "
             f"{self.tokens_per_forward:.2f} tokens per forward · "
             f"{self.committed_tokens / seconds:.1f} tok/s wall · "
-            f"peak memory {size(mx.get_peak_memory())} · seed {self.seed}"
+            f"peak memory {format_bytes(mx.get_peak_memory())} · seed {self.seed}"
+        )
+
+    def summary(self) -> str:
+        """Return the lines that `generate(verbose=True)` prints, as mlx-lm does."""
+        seconds = time.perf_counter() - self.started - self.prefill_seconds
+        prompt_speed = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        return (
+            f"Prompt: {self.prompt_tokens} tokens, "
+            f"{prompt_speed:.3f} tokens-per-sec\n"
+            f"Generation: {self.committed_tokens} tokens, "
+            f"{self.committed_tokens / max(seconds, 1e-9):.3f} tokens-per-sec\n"
+            f"Denoising: {self.denoising_steps} steps, "
+            f"{self.tokens_per_forward:.3f} tokens-per-forward\n"
+            f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
         )
 
     def _canvases(self) -> str:
         done = self.steps_per_canvas
         text = _count(len(done), "canvas", "canvases")
-        if len(done) > LISTED:
+        if len(done) > MAX_LISTED:
             text += f" ({sum(done) / len(done):.1f} steps each, at most {max(done)})"
         elif done:
-            text += (
-                f" ({' + '.join(map(str, done))} {'step' if done == [1] else 'steps'})"
-            )
+            steps = " + ".join(map(str, done))
+            text += f" ({steps} {'step' if done == [1] else 'steps'})"
         if self.running_steps:
             text += f" and {_count(self.running_steps, 'step')} of one not finished"
         return text
 
 
-def size(count: int) -> str:
-    """Bytes for a person, in decimal units."""
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in decimal units, for a person."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 

@@ -93,7 +93,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 class Keys:
     """Typed access to one JSON object that remembers which keys were asked for.
 
-    Every refusal names the file, the key and the allowed values.
+    A key that is null counts as absent. Every refusal is a ConfigError that names the
+    file, the key and the allowed values.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -105,55 +106,61 @@ class Keys:
         return self._values.get(key) is not None
 
     def unknown(self, ignored: frozenset[str] = frozenset()) -> list[str]:
-        """Keys nobody asked for and nobody declared as harmless."""
+        """Return the keys that were not asked for and are not ignored."""
         return sorted(set(self._values) - self._seen - ignored)
 
+    def refuse_unknown(self, why: str, ignored: frozenset[str] = frozenset()) -> None:
+        """Refuse the first key that was not asked for and is not ignored."""
+        if keys := self.unknown(ignored):
+            raise self.refuse(keys[0], why)
+
     def refuse(self, key: str, why: str) -> ConfigError:
+        """Return the error to raise for a key."""
         return ConfigError(f"{self.where}: {key} {why}")
 
-    def _get(self, key: str) -> Any:
+    def _get(self, key: str, default: Any = None) -> Any:
         self._seen.add(key)
-        return self._values.get(key)
+        value = self._values.get(key)
+        return default if value is None else value
 
-    def integer(self, key: str, default: int | None, least: int, most: int) -> int:
-        value = self._get(key)
-        if value is None:
-            value = default
+    def _need(self, key: str, default: Any) -> Any:
+        value = self._get(key, default)
         if value is None:
             raise self.refuse(key, "is missing")
+        return value
+
+    def integer(self, key: str, default: int | None, min: int, max: int) -> int:
+        value = self._need(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refuse(key, f"is {value!r}; it must be a whole number")
-        if not least <= value <= most:
-            raise self.refuse(key, f"is {value}; it must be from {least} to {most}")
+        if not min <= value <= max:
+            raise self.refuse(key, f"is {value}; it must be from {min} to {max}")
         return value
 
     def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
-        """A number above 0, or from 0 up if `zero`."""
-        value = self._get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.refuse(key, "is missing")
+        """Return a number above 0, or from 0 up if `zero`."""
+        value = self._need(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.refuse(key, f"is {value!r}; it must be a number")
-        allowed = "from 0 up" if zero else "above 0"
         try:
             number = float(value)
         except OverflowError:  # whole numbers in JSON have no end
             number = math.inf
         if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+            allowed = "from 0 up" if zero else "above 0"
             raise self.refuse(key, f"is {number}; it must be a number {allowed}")
         return number
 
     def one_of(self, key: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-        value = self._get(key)
-        if value is None:
-            value = default
+        value = self._get(key, default)
         # of the same type too: True == 1 and 4.0 == 4
         if not any(type(value) is type(a) and value == a for a in allowed):
             shown = ", ".join(repr(a) for a in allowed)
             raise self.refuse(key, f"is {value!r}; supported: {shown}")
         return value
+
+    def boolean(self, key: str) -> bool:
+        return self.one_of(key, False, (False, True))
 
     def mapping(self, key: str) -> "Keys | None":
         value = self._get(key)
@@ -174,15 +181,13 @@ class Keys:
         return list(self._values.items())
 
     def ids(self, key: str, vocab_size: int) -> tuple[int, ...] | None:
-        """One token id below `vocab_size` or a list of them; None when absent."""
+        """Return one token id below `vocab_size` or a list of them; None if absent."""
         value = self._get(key)
+        ids = value if isinstance(value, list) else [value]
         if value is None:
             return None
-        ids = value if isinstance(value, list) else [value]
-        for token in ids:
-            known = isinstance(token, int) and 0 <= token < vocab_size
-            if not known or isinstance(token, bool):
-                raise self.refuse(
-                    key, f"is {value!r}; it must be token ids below {vocab_size}"
-                )
+        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            raise self.refuse(
+                key, f"is {value!r}; it must be token ids below {vocab_size}"
+            )
         return tuple(ids)

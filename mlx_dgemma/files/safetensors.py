@@ -9,18 +9,19 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
-import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError, DGemmaError
+from .json import parse_object
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+MAX_NAMES = 5  # shown in one message
 DTYPES: dict[str, mx.Dtype] = {
     "F32": mx.float32,
     "F16": mx.float16,
@@ -33,12 +34,15 @@ DTYPES: dict[str, mx.Dtype] = {
     "BOOL": mx.bool_,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, from a header alone."""
+    """A tensor in a file, known from the header alone."""
 
+    name: str
     dtype: mx.Dtype
     shape: tuple[int, ...]
     file: Path
@@ -49,7 +53,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in one file, after checking that all bytes are there.
+    """Return the tensors in a file by name, after checking that all bytes are there.
 
     Raises CheckpointError naming the file, and the tensor where there is one.
     """
@@ -65,15 +69,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: header of {length} bytes in a file of {size}; "
                     "truncated, or not safetensors: download it again"
                 )
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = parse_object(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except DataError:
         raise CheckpointError(f"{path}: broken header; download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: broken header; download it again")
     header.pop("__metadata__", None)
     return _check_entries(path, header, size - 8 - length)
 
@@ -92,7 +94,7 @@ def _check_entries(
                 f"{path}: {name}: dtype {dtype_name} is not supported; "
                 "convert from the bfloat16 release"
             )
-        info = TensorInfo(DTYPES[dtype_name], shape, path)
+        info = TensorInfo(name, DTYPES[dtype_name], shape, path)
         if end - start != info.nbytes:
             raise CheckpointError(
                 f"{path}: {name}: {end - start} bytes for shape {list(shape)} "
@@ -113,7 +115,7 @@ def _check_entries(
 
 
 def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape and byte range of a header entry; ValueError if it is no such."""
+    """Return dtype, shape and byte range of a header entry."""
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
     # bool is an int too
@@ -122,23 +124,82 @@ def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     return str(entry["dtype"]), shape, start, end
 
 
+class Expected(NamedTuple):
+    """What a tensor must be. `source` is what asks for it, for the message."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[mx.Dtype, ...] = FLOATS
+    source: str = "config.json"
+
+
+def check_tensors(
+    where: Path,
+    found: Mapping[str, TensorInfo],
+    expected: Mapping[str, Expected],
+    *,
+    partial: bool = False,
+    name_of: Callable[[str], str] = str,
+    error: Callable[[str], DGemmaError] = CheckpointError,
+) -> None:
+    """Raise an error naming tensors that are missing, unexpected or of a wrong kind.
+
+    where     file or folder, for the message
+    partial   some may be missing
+    name_of   from a key of both mappings to the name on disk
+    error     what makes the error of a message
+    """
+    if not partial and (missing := expected.keys() - found.keys()):
+        raise error(f"{where}: missing tensors: {shorten(map(name_of, missing))}")
+    if extra := found.keys() - expected.keys():
+        raise error(f"{where}: unexpected tensors: {shorten(map(name_of, extra))}")
+    for key, info in found.items():
+        shape, dtypes, source = expected[key]
+        if info.shape != shape:
+            raise error(
+                f"{info.file}: {info.name} has shape {list(info.shape)}, "
+                f"but {source} needs {list(shape)}"
+            )
+        if info.dtype not in dtypes:
+            kind = "floats" if dtypes == FLOATS else str(dtypes[0])
+            raise error(f"{info.file}: {info.name} holds {info.dtype}, not {kind}")
+
+
+def shorten(names: Iterable[str]) -> str:
+    """Return the first few names in order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def load_tensors(infos: Mapping[Key, TensorInfo]) -> dict[Key, mx.array]:
+    """Return tensors, unevaluated: their bytes are read when they are used."""
+    files: dict[Path, Any] = {}
+    for file in {info.file for info in infos.values()}:
+        try:
+            files[file] = mx.load(str(file), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    return {key: files[info.file][info.name] for key, info in infos.items()}
+
+
 @dataclass(frozen=True)
-class Pending:
-    """A tensor to be written: its dtype and shape now, its values when asked."""
+class LazyTensor:
+    """A tensor to be written: dtype and shape now, values when it is its turn."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
-    make: Callable[[], mx.array]
+    compute: Callable[[], mx.array]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.size
 
 
-def write_file(path: Path, tensors: dict[str, Pending]) -> Iterator[tuple[str, int]]:
-    """Write `tensors` to `path` in order, yielding (name, bytes) after each.
+def write_file(path: Path, tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, int]]:
+    """Write tensors in order; yield (name, bytes) after each.
 
-    The file is fsynced before the last yield returns; only one tensor is held.
+    The file is durable before the last yield returns. One tensor is in memory at a
+    time.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
@@ -152,8 +213,7 @@ def write_file(path: Path, tensors: dict[str, Pending]) -> Iterator[tuple[str, i
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned data, as other writers leave it
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
             file.write(_bytes(name, tensor))
             yield name, tensor.nbytes
@@ -161,14 +221,12 @@ def write_file(path: Path, tensors: dict[str, Pending]) -> Iterator[tuple[str, i
         os.fsync(file.fileno())
 
 
-def _bytes(name: str, tensor: Pending) -> memoryview:
-    array = tensor.make()
+def _bytes(name: str, tensor: LazyTensor) -> memoryview:
+    array: Any = tensor.compute()
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise CheckpointError(
             f"{name}: became {array.dtype} {list(array.shape)} "
             f"instead of {tensor.dtype} {list(tensor.shape)}"
         )
-    if array.dtype == mx.bfloat16:  # numpy has no bfloat16; the bytes are the same
-        array = mx.view(array, mx.uint16)
-    rows = np.ascontiguousarray(np.array(array, copy=False))
-    return rows.reshape(-1).view(np.uint8).data
+    array = mx.contiguous(array.reshape(-1) if array.ndim == 0 else array)
+    return memoryview(mx.view(array, mx.uint8))  # type: ignore[arg-type]

@@ -1,13 +1,15 @@
-"""Pictures as the model sees them: read with care, fitted to a budget of soft tokens,
-cut into patches. Knows nothing of prompts or of the model.
+"""Pictures as the model sees them: checked, decoded, fitted to a budget of soft tokens
+and cut into patches.
 
 PNG, JPEG, WebP and GIF are read, of an animated file the first frame. Sizes are checked
 before anything is decoded, and nothing is ever fetched.
 """
 
+import base64
 import hashlib
 import math
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -15,40 +17,42 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import MediaError, SettingsError
 from ..files.json import Keys, read_json
-from .sources import is_path, name_of, read_source
+
+Source = str | Path | bytes | Image.Image
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # budgets the model was trained with
-MOST = 32  # pictures in one call
-MOST_PIXELS = 50_000_000  # of one picture
-MOST_SIDE = 65_535  # pixels; the longest a JPEG can have
-MOST_READS = 100_000  # of one file; a picture needs two for each of its parts
-MOST_SCANS = 64  # of a progressive JPEG, which has ten; each costs a whole picture
-MOST_PATCH, MOST_POOLING = 64, 16
+MAX_PICTURES = 32  # in one call
+MAX_BYTES = 20 * 2**20  # of one picture
+MAX_PIXELS = 50_000_000  # of one picture
+MAX_SIDE = 65_535  # pixels; the longest a JPEG can have
+MAX_READS = 100_000  # of one file; a picture needs two for each of its parts
+MAX_SCANS = 64  # of a progressive JPEG, which has ten; each costs a whole picture
+MAX_PATCH, MAX_POOLING = 64, 16
 
-# what a file starts with -> what reads it; asked by hand, since Image.open would warn
-# of large pictures before they can be refused
+# What a file starts with -> its reader. Image.open is not used: it would warn of large
+# pictures before they can be refused.
 READERS = {
     rb"\x89PNG\r\n\x1a\n": PngImageFile,
     rb"\xff\xd8\xff": JpegImageFile,
     rb"RIFF....WEBP": WebPImageFile,
     rb"GIF8[79]a": GifImageFile,
 }
-# what Pillow raises for files that are not as they should be; Warning: python -W error
+# What Pillow raises for broken files; Warning: under python -W error.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 BROKEN += (EOFError, struct.error, zlib.error, Image.DecompressionBombError, Warning)
-TURNS = {  # EXIF orientation -> what makes it upright
+SCHEME = re.compile(r"(?:data|https?|file|ftp):|[a-z][a-z\d+.-]*:(?=//)", re.I)
+UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,12 +61,10 @@ TURNS = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-WHITE = (255, 255, 255, 255)
-STRIP_PIXELS = 2**22  # made opaque at a time
+STRIP_PIXELS = 2**22  # made opaque at a time, to save memory
 # byte -> value, multiplied in float64 and rounded once
 LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
-# what a processor file may say of the preparation -> the only value supported
-FIXED = {
+FIXED = {  # key of a processor file -> the only value supported
     "do_convert_rgb": True,
     "do_resize": True,
     "do_rescale": True,
@@ -72,10 +74,10 @@ FIXED = {
 
 
 @dataclass(frozen=True)
-class Budget:
+class ImageBudget:
     """How many soft tokens a picture may become, and how it is cut.
 
-    soft_tokens   most soft tokens of one picture, one of SOFT_TOKENS
+    soft_tokens   maximum of one picture, one of SOFT_TOKENS
     patch         side of a patch, pixels
     pooling       side of the square of patches that becomes one soft token
 
@@ -92,12 +94,14 @@ class Budget:
                 f"soft_tokens is {self.soft_tokens!r}; it must be one of "
                 + ", ".join(map(str, SOFT_TOKENS))
             )
-        ranges = {"patch": (self.patch, MOST_PATCH)}
-        ranges["pooling"] = (self.pooling, MOST_POOLING)
-        for name, (value, most) in ranges.items():
-            if type(value) is not int or not 1 <= value <= most:
+        limits = (
+            (self.patch, "patch", MAX_PATCH),
+            (self.pooling, "pooling", MAX_POOLING),
+        )
+        for value, name, limit in limits:
+            if type(value) is not int or not 1 <= value <= limit:
                 raise SettingsError(
-                    f"{name} is {value!r}; it must be a whole number from 1 to {most}"
+                    f"{name} is {value!r}; it must be a whole number from 1 to {limit}"
                 )
 
     @property
@@ -106,13 +110,18 @@ class Budget:
         return self.patch * self.pooling
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
-        """What a checkpoint says, in processor_config.json or else in
-        preprocessor_config.json; the defaults where it says nothing.
+    def from_checkpoint(cls, folder: Path) -> Self:
+        """Read processor_config.json or else preprocessor_config.json; what they do
+        not say is the default.
 
         Raises ConfigError naming the file and the key.
         """
-        keys = _processor_keys(Path(folder))
+        path = Path(folder) / "processor_config.json"
+        nested = Keys(read_json(path) if path.exists() else {}, str(path))
+        keys = nested.mapping("image_processor")
+        if keys is None:
+            path = path.with_name("preprocessor_config.json")
+            keys = Keys(read_json(path) if path.exists() else {}, str(path))
         for key, supported in FIXED.items():
             keys.one_of(key, supported, (supported,))
         if keys.one_of("do_normalize", False, (False, True)):
@@ -121,12 +130,12 @@ class Budget:
                 raise keys.refuse("do_normalize", "must be false, or change nothing")
         return cls(
             keys.one_of("max_soft_tokens", cls.soft_tokens, SOFT_TOKENS),
-            keys.integer("patch_size", cls.patch, 1, MOST_PATCH),
-            keys.integer("pooling_kernel_size", cls.pooling, 1, MOST_POOLING),
+            keys.integer("patch_size", cls.patch, 1, MAX_PATCH),
+            keys.integer("pooling_kernel_size", cls.pooling, 1, MAX_POOLING),
         )
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) of soft tokens for a picture of so many pixels."""
+        """Return (columns, rows) of soft tokens for a picture of so many pixels."""
         # in this order, so that exact ratios round as they do in transformers
         factor = math.sqrt(self.soft_tokens * self.side**2 / (height * width))
         columns = math.floor(factor * width / self.side)
@@ -136,17 +145,6 @@ class Budget:
         if columns == 0:
             return 1, self.soft_tokens
         return columns, rows
-
-
-def _processor_keys(folder: Path) -> Keys:
-    """What a folder says of its image processor, possibly nothing."""
-    path = folder / "processor_config.json"
-    if path.exists():
-        nested = Keys(read_json(path), str(path)).mapping("image_processor")
-        if nested is not None:
-            return nested
-    path = folder / "preprocessor_config.json"
-    return Keys(read_json(path) if path.exists() else {}, str(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,15 +171,13 @@ class Picture:
         return digest.hexdigest()
 
 
-def read_pictures(
-    sources: Sequence[str | Path | bytes | Image.Image], budget: Budget
-) -> list[Picture]:
-    """`read_picture` of each source; too many are refused before any is read.
+def read_pictures(sources: Sequence[Source], budget: ImageBudget) -> list[Picture]:
+    """Return `read_picture` of each source; too many are refused before any is read.
 
     Raises MediaError, one line that counts pictures from 1.
     """
-    if len(sources) > MOST:
-        raise MediaError(f"{len(sources)} pictures; at most {MOST}: send fewer")
+    if len(sources) > MAX_PICTURES:
+        raise MediaError(f"{len(sources)} pictures; at most {MAX_PICTURES}: send fewer")
     pictures = []
     for number, source in enumerate(sources, 1):
         try:
@@ -191,8 +187,8 @@ def read_pictures(
     return pictures
 
 
-def read_picture(source: str | Path | bytes | Image.Image, budget: Budget) -> Picture:
-    """A picture turned upright, made opaque on white, fitted and cut.
+def read_picture(source: Source, budget: ImageBudget) -> Picture:
+    """Return a picture turned upright, made opaque on white, fitted and cut.
 
     `source` is a path, the bytes of a file, a `data:image/...;base64,` URL or an image
     of Pillow's. The pixels are those of transformers' Pillow backend, bit for bit; its
@@ -200,25 +196,40 @@ def read_picture(source: str | Path | bytes | Image.Image, budget: Budget) -> Pi
 
     Raises MediaError, one line naming the source.
     """
-    name = name_of(source)
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        image = _open(read_source(source), name)
+    path = None
+    match source:
+        case Image.Image():
+            name, image = "PIL image", source
+        case bytes():
+            name, image = "bytes", _open(source, "bytes")
+        case str() if source[:5].lower() == "data:":
+            name, image = "data: URL", _open(_decode_url(source), "data: URL")
+        case str() | Path():
+            path, name = str(source), shown(source)
+            with open_file(source, MAX_BYTES) as file:
+                image = _open(file.read(MAX_BYTES + 1), name)  # it may have grown
+        case _:
+            raise MediaError(
+                "a picture is a path, bytes, a data: URL or a PIL image, "
+                f"not {type(source).__name__}"
+            )
     width, height = image.size
     if width * height == 0:
         raise MediaError(f"{name}: {width} x {height} pixels hold nothing")
-    if width * height > MOST_PIXELS or max(width, height) > MOST_SIDE:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise MediaError(
-            f"{name}: {width} x {height} pixels; at most {MOST_PIXELS // 10**6} "
-            f"million and {MOST_SIDE} a side: make it smaller"
+            f"{name}: {width} x {height} pixels; at most {MAX_PIXELS // 10**6} "
+            f"million and {MAX_SIDE} a side: make it smaller"
         )
-    picture = fit(_decode(image, name), budget)
-    return replace(picture, source=str(source)) if is_path(source) else picture
+    try:
+        image = _to_rgb(image)
+    except BROKEN:
+        raise _broken(name) from None
+    return replace(fit(image, budget), source=path)
 
 
-def fit(image: Image.Image, budget: Budget) -> Picture:
-    """An RGB image resized to the budget and cut; the aspect is kept where it can."""
+def fit(image: Image.Image, budget: ImageBudget) -> Picture:
+    """Resize an RGB image to the budget and cut it; the aspect is kept where it can."""
     columns, rows = budget.grid(*image.size)
     size = (columns * budget.side, rows * budget.side)
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
@@ -229,26 +240,62 @@ def fit(image: Image.Image, budget: Budget) -> Picture:
     return Picture(patches, np.stack([x, y], axis=1), columns * rows)
 
 
-class _Patience(BytesIO):
+def shown(path: str | Path) -> str:
+    """A path as a message can hold it: one line, not too long."""
+    text = str(path)
+    if len(text) > 200:
+        text = f"{text[:60]}…"
+    return text if text and text.isprintable() else repr(text)
+
+
+def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
+    """Open an ordinary file for reading; never a pipe, which could block for ever.
+
+    Raises MediaError, one line.
+    """
+    if isinstance(path, str) and (scheme := SCHEME.match(path)):
+        raise MediaError(
+            f"{scheme[0].lower()} sources are not fetched; "
+            "download it and give the file"
+        )
+    name = shown(path)
+    try:
+        state = Path(path).stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise MediaError(f"{name}: not an ordinary file")
+        if state.st_size > max_bytes:
+            raise _too_large(name, max_bytes)
+        return Path(path).open("rb")
+    except (FileNotFoundError, ValueError):  # ValueError: a zero byte in the path
+        raise MediaError(f"{name}: no such file") from None
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be read ({error.strerror})") from None
+
+
+class _LimitedFile(BytesIO):
     """A file that ends a reading of millions of tiny parts."""
 
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
-        if self.reads > MOST_READS:
+        if self.reads > MAX_READS:
             raise OSError
         return super().read(size)
 
 
-def _open(data: bytes, name: str) -> ImageFile:
+def _open(data: bytes, name: str) -> Image.Image:
     """The header of a file; nothing is decoded yet."""
+    if len(data) > MAX_BYTES:
+        raise _too_large(name, MAX_BYTES)
+    if not data:
+        raise MediaError(f"{name}: is empty; download it again")
     for start, reader in READERS.items():
         if re.match(start, data, re.DOTALL):
-            if reader is JpegImageFile and data.count(b"\xff\xda") > MOST_SCANS:
+            if reader is JpegImageFile and data.count(b"\xff\xda") > MAX_SCANS:
                 raise _broken(name)
             try:
-                return reader(_Patience(data))
+                return reader(_LimitedFile(data))
             except BROKEN:
                 raise _broken(name) from None
     if b"<svg" in data[:4096].lower():
@@ -256,31 +303,39 @@ def _open(data: bytes, name: str) -> ImageFile:
     raise MediaError(f"{name}: no PNG, JPEG, WebP or GIF; save it as one of them")
 
 
+def _decode_url(url: str) -> bytes:
+    head, _, body = url.partition(",")
+    if not re.fullmatch(r"data:image/[^,]*;base64", head, re.IGNORECASE):
+        raise MediaError("data: URL: it must start with data:image/...;base64,")
+    if len(body) > MAX_BYTES * 4 / 3 + 4:
+        raise _too_large("data: URL", MAX_BYTES)
+    try:
+        return base64.b64decode(body, validate=True)
+    except ValueError:
+        raise MediaError("data: URL: broken base64; encode the file again") from None
+
+
 def _broken(name: str) -> MediaError:
     return MediaError(f"{name}: broken or truncated; save it or download it again")
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    """All pixels, upright, in RGB."""
-    try:
-        image.load()
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        if turn is not None:
-            image = image.transpose(turn)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            return _on_white(image)
+def _too_large(name: str, max_bytes: int) -> MediaError:
+    return MediaError(f"{name}: larger than {max_bytes // 2**20} MB; make it smaller")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode all pixels: upright, RGB, what is transparent on white."""
+    image.load()
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
-    except BROKEN:
-        raise _broken(name) from None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB of an image with transparency; in strips, or it would be held three times."""
     opaque = Image.new("RGB", image.size)
     step = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, step):
         box = (0, top, image.width, min(top + step, image.height))
         strip = image.crop(box).convert("RGBA")
-        white = Image.new("RGBA", strip.size, WHITE)
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
         opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
     return opaque

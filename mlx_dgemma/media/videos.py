@@ -1,12 +1,11 @@
 """Frames of a video as pictures, each with its time. Needs PyAV, the extra "video".
 
-The model knows pictures alone: a video is told to it as frames, each behind its time as
-text. Which frames are taken, and their budget, is as in transformers' video processor.
+The model reads a video as frames, each behind its time as text. Which frames are taken,
+and their budget, is as in transformers' video processor.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,18 +13,16 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 from ..errors import MediaError, SettingsError
-from .images import Budget, Picture, fit
-from .sources import open_file, shown
+from .images import ImageBudget, Picture, fit, open_file, shown
 
 if TYPE_CHECKING:
-    from av import VideoFrame
     from av.container import InputContainer
 
-FRAME = Budget(soft_tokens=70)
-MOST_BYTES = 500 * 2**20
-MOST_PIXELS = 8192 * 4320  # of one frame
-MOST_FRAMES = 256  # returned; a frame is 2 MB at 70 soft tokens, 31 MB at 1120
-MOST_RATE = 240  # frames a second in the file, all of which may have to be decoded
+FRAME = ImageBudget(soft_tokens=70)
+MAX_BYTES = 500 * 2**20
+MAX_PIXELS = 8192 * 4320  # of one frame
+MAX_FRAMES = 256  # returned; a frame is 2 MB at 70 soft tokens, 31 MB at 1120
+MAX_RATE = 240  # frames a second in the file, all of which may have to be decoded
 # MP4 is one of mov, WebM of matroska; playlists would name other files and addresses
 FORMATS = "mov,matroska,avi"
 MICROSECONDS = 1_000_000
@@ -39,15 +36,18 @@ TURNS = {  # degrees counterclockwise
 
 
 def read_frames(
-    path: str | Path, budget: Budget = FRAME, fps: float = 1.0, most_seconds: int = 60
+    path: str | Path,
+    budget: ImageBudget = FRAME,
+    fps: float = 1.0,
+    max_seconds: int = 60,
 ) -> list[tuple[float, Picture]]:
-    """(seconds from the start, frame) of a video, `fps` of them a second, evenly
-    spread over its frames; at least one, and no frame twice.
+    """Return (seconds from the start, frame) of a video, `fps` of them a second,
+    evenly spread over its frames; at least one, and no frame twice.
 
     MP4, MOV, MKV, WebM and AVI are read. Frames are turned as players turn them.
 
     Raises MediaError, one line naming the file, also for a video of more than
-    `most_seconds` and where PyAV is missing; SettingsError for an impossible rate.
+    `max_seconds` and where PyAV is missing; SettingsError for an impossible rate.
     """
     if not (math.isfinite(fps) and fps > 0):
         raise SettingsError(f"fps is {fps}; it must be a number above 0")
@@ -58,14 +58,14 @@ def read_frames(
             "reading a video needs PyAV: pip install 'mlx-dgemma[video]'"
         ) from None
     name = shown(path)
-    with open_file(path, MOST_BYTES) as file:
+    with open_file(path, MAX_BYTES) as file:
         try:
-            times = _times(file, name, most_seconds)
+            times = _times(file, name, max_seconds)
             chosen = _choose(times, fps)
-            if len(chosen) > MOST_FRAMES:
+            if len(chosen) > MAX_FRAMES:
                 raise MediaError(
                     f"{name}: {len(chosen)} frames at {fps:g} a second; at most "
-                    f"{MOST_FRAMES}: ask for fewer"
+                    f"{MAX_FRAMES}: ask for fewer"
                 )
             pictures = [fit(frame, budget) for frame in _frames(file, name, chosen)]
         except FFmpegError:
@@ -88,24 +88,18 @@ def _choose(times: list[Fraction], fps: float) -> list[int]:
     return [number * len(times) // count for number in range(count)]
 
 
-@contextmanager
-def _opened(file: BinaryIO) -> Iterator["InputContainer"]:
+def _open(file: BinaryIO) -> "InputContainer":
     """The container from its start."""
     import av
 
     file.seek(0)
-    with av.open(
-        file,
-        "r",
-        container_options={"format_whitelist": FORMATS},
-        metadata_errors="replace",
-    ) as container:
-        yield container
+    options = {"format_whitelist": FORMATS}
+    return av.open(file, "r", container_options=options, metadata_errors="replace")
 
 
-def _times(file: BinaryIO, name: str, most_seconds: int) -> list[Fraction]:
+def _times(file: BinaryIO, name: str, max_seconds: int) -> list[Fraction]:
     """When each frame is shown, seconds; nothing is decoded for it."""
-    with _opened(file) as container:
+    with _open(file) as container:
         if not container.streams.video:
             raise MediaError(f"{name}: holds no video")
         stream = container.streams.video[0]
@@ -118,10 +112,10 @@ def _times(file: BinaryIO, name: str, most_seconds: int) -> list[Fraction]:
             if tick is not None and not packet.is_discard:
                 ticks.append(tick)
                 end = max(end, tick + (packet.duration or 0))
-            if len(ticks) > MOST_RATE * (most_seconds + 1):
+            if len(ticks) > MAX_RATE * (max_seconds + 1):
                 raise MediaError(
-                    f"{name}: more than {MOST_RATE} frames a second for "
-                    f"{most_seconds} s; cut it or lower its rate"
+                    f"{name}: more than {MAX_RATE} frames a second for "
+                    f"{max_seconds} s; cut it or lower its rate"
                 )
         unit = stream.time_base or Fraction(1)
         declared = (stream.duration or 0) * unit
@@ -132,9 +126,9 @@ def _times(file: BinaryIO, name: str, most_seconds: int) -> list[Fraction]:
         raise _truncated(name)
     times = [tick * unit for tick in sorted(ticks)]
     seconds = times[-1] - times[0]
-    if seconds >= most_seconds + 1:
+    if seconds >= max_seconds + 1:
         raise MediaError(
-            f"{name}: {float(seconds):.0f} s long; at most {most_seconds} s: cut it"
+            f"{name}: {float(seconds):.0f} s long; at most {max_seconds} s: cut it"
         )
     if missing > 1:  # headers are not exact
         raise _truncated(name)
@@ -143,30 +137,26 @@ def _times(file: BinaryIO, name: str, most_seconds: int) -> list[Fraction]:
 
 def _frames(file: BinaryIO, name: str, chosen: list[int]) -> Iterator[Image.Image]:
     """The chosen frames, upright in RGB; fewer where the file ends early."""
-    with _opened(file) as container:
+    with _open(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         wanted = set(chosen)
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
                 _check_size(name, frame.width, frame.height)
-                yield _upright(frame)
+                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                turn = TURNS.get(frame.rotation)
+                yield image if turn is None else image.transpose(turn)
             if index == chosen[-1]:
                 return
 
 
-def _upright(frame: "VideoFrame") -> Image.Image:
-    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    turn = TURNS.get(frame.rotation)
-    return image if turn is None else image.transpose(turn)
-
-
 def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise MediaError(
             f"{name}: frames of {width} x {height} pixels; at most "
-            f"{MOST_PIXELS // 10**6} million: make it smaller"
+            f"{MAX_PIXELS // 10**6} million: make it smaller"
         )
 
 

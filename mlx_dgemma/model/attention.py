@@ -1,10 +1,11 @@
-"""Attention of one layer in its two modes, and the pure functions it stands on.
+"""Attention of one layer in its two modes, and the pure functions it is made of.
 
-`rope_tables`, `causal_tiles`, `causal_mask` and `canvas_mask` are functions of
-integers. Masks are True where a query may look; none is returned where none is needed.
+`rope_tables`, `causal_tiles` and the masks are functions of integers. Masks are True
+where a query may look; there is none where slicing the keys does.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,16 +18,34 @@ from .cache import LayerCache, LayerKV, Span
 from .layers import Linear
 
 Tables = LayerKV  # cos and sin
-FEWEST = 4  # queries of a tile, however long the prefix
-Blocks = tuple[tuple[int, int], ...]  # columns of images: first, end
-# of a number of queries at the end of what they see
+MIN_TILE = 4  # queries of a tile, however long the prefix
+Images = tuple[tuple[int, int], ...]  # first and end column of each image
+# the mask of a number of queries at the end of the columns they see
 MaskOf = Callable[[int, Span], mx.array | str | None]
+
+
+@dataclass(frozen=True)
+class CausalView:
+    """What tokens being encoded see in layers of one kind.
+
+    query_rope   at the tokens
+    key_rope     at all columns of the span, for layers that rotate keys late
+    span         the columns they see, their own included
+    mask_of      the mask of some queries at the end of a span
+    images       columns of the images among the tokens
+    """
+
+    query_rope: Tables
+    key_rope: Tables
+    span: Span
+    mask_of: MaskOf
+    images: Images = ()
 
 
 class Tile(NamedTuple):
     """Queries begin … end-1 of those given, and the columns they may see.
 
-    image   the first column of the image they are of, which they see all of
+    image   the first column of the image they belong to, which they see all of
     """
 
     begin: int
@@ -43,84 +62,82 @@ def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
     """
     pairs = np.arange(rope.rotated, dtype=np.float64)
     frequencies = rope.theta ** (-2 * pairs / head_dim) / rope.factor
-    frequencies = frequencies.astype(np.float32)
-    angles = (positions[:, None, :, None].astype(np.float32) * frequencies).astype(
-        np.float64
-    )
-    return (
-        mx.array(np.cos(angles).astype(np.float32)),
-        mx.array(np.sin(angles).astype(np.float32)),
-    )
+    return cos_sin(positions[:, None], frequencies.astype(np.float32))
 
 
-def rotate(x: mx.array, query_rope: Tables) -> mx.array:
+def cos_sin(positions: np.ndarray, frequencies: np.ndarray) -> Tables:
+    """cos and sin of (…, T) positions times (pairs,) float32 frequencies."""
+    angles = positions[..., None].astype(np.float32) * frequencies
+    exact = angles.astype(np.float64)
+    return tuple(mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
+
+
+def rotate(x: mx.array, tables: Tables) -> mx.array:
     """Rotary embedding of (B, H, T, head_dim), halves as pairs.
 
-    The query_rope are of the first pairs; the others stand still.
+    The tables are of the first pairs; the others are not rotated.
     """
-    cos, sin = (table.astype(x.dtype) for table in query_rope)
-    turning, half = cos.shape[-1], x.shape[-1] // 2
-    left, right = x[..., :turning], x[..., half : half + turning]
+    cos, sin = (table.astype(x.dtype) for table in tables)
+    rotated, half = cos.shape[-1], x.shape[-1] // 2
+    left, right = x[..., :rotated], x[..., half : half + rotated]
     left, right = left * cos - right * sin, right * cos + left * sin
-    if turning == half:
+    if rotated == half:
         return mx.concatenate([left, right], axis=-1)
-    still = x[..., turning:half], x[..., half + turning :]
-    return mx.concatenate([left, still[0], right, still[1]], axis=-1)
+    rest = x[..., rotated:half], x[..., half + rotated :]
+    return mx.concatenate([left, rest[0], right, rest[1]], axis=-1)
 
 
 def causal_tiles(
-    new: int, span: Span, window: int | None, most: int, blocks: Blocks = ()
+    new: int, span: Span, window: int | None, size: int, images: Images = ()
 ) -> list[Tile]:
-    """Cut `new` queries at the end of `span` into tiles of at most `most`.
+    """Cut `new` queries at the end of `span` into tiles of at most `size`.
 
-    So no query is multiplied with keys behind its tile, or long out of its window.
-    Images are tiles of their own: each of their queries sees the whole image, in front
-    of it what its window lets it see.
+    So no query is multiplied with keys behind its tile, or in front of its window.
+    Images are tiles of their own: each of their queries sees the whole image, and in
+    front of it what its window lets it see.
     """
-    start, tiles = span.last - new, []
-    for first, end, image in _runs(start, span.last, blocks):
-        for column in range(first, end, most):
-            last = min(column + most, end)
-            least = span.first if window is None else column - window + 1
-            least = max(span.first, least if image is None else min(least, image))
-            seen = Span(least, last if image is None else end, span.starts)
+    start, tiles = span.end - new, []
+    for first, end, image in _runs(start, span.end, images):
+        for column in range(first, end, size):
+            last = min(column + size, end)
+            begin = span.begin if window is None else column - window + 1
+            begin = max(span.begin, begin if image is None else min(begin, image))
+            seen = Span(begin, last if image is None else end, span.row_starts)
             tiles.append(Tile(column - start, last - start, seen, image))
     return tiles
 
 
 def _runs(
-    first: int, last: int, blocks: Blocks
+    column: int, end: int, images: Images
 ) -> Iterator[tuple[int, int, int | None]]:
-    """Columns first … last-1 as runs of text and of one image each."""
-    for begin, end in blocks:
-        if first < begin:
-            yield first, begin, None
-        yield begin, end, begin
-        first = end
-    if first < last:
-        yield first, last, None
+    """Columns column … end-1 as runs of text and of one image each."""
+    for first, behind in images:
+        if column < first:
+            yield column, first, None
+        yield first, behind, first
+        column = behind
+    if column < end:
+        yield column, end, None
 
 
 def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | None:
-    """Who `new` tokens at the end of `span` may see: (B|1, 1, new, keys), or a word.
+    """Who `new` tokens at the end of `span` see: (B|1, 1, new, keys), or "causal".
 
-    Key c of the span holds column span.first + c; a row's columns before its start
-    are padding. A query sees itself and what lies before it, in sliding layers at
-    most `window` columns, itself included.
+    A query sees itself and the columns before it, in sliding layers at most `window`
+    columns, itself included. A row's columns before its start are padding.
     """
-    keys = span.last - span.first
-    padded = any(start > span.first for start in span.starts)
-    if not padded and (window is None or keys <= window):
+    keys = span.end - span.begin
+    if not span.padded and (window is None or keys <= window):
         return None if new == 1 else "causal"
-    key: Any = np.arange(span.first, span.last)
-    query = np.arange(span.last - new, span.last)[:, None]
+    key: Any = np.arange(span.begin, span.end)
+    query = np.arange(span.end - new, span.end)[:, None]
     allowed = key <= query
     if window is not None:
         allowed &= query - key < window
     allowed = allowed[None]
-    if padded:
-        inside = key >= np.array(span.starts)[:, None]  # (B, keys)
-        # A padding query must see something, or its softmax has nothing to sum.
+    if span.padded:
+        inside = key >= np.array(span.row_starts)[:, None]  # (B, keys)
+        # a padding query must see something, or its softmax has nothing to sum
         allowed = (allowed & inside[:, None]) | (key == query)
     return mx.array(allowed[:, None])
 
@@ -134,9 +151,9 @@ def image_mask(
     in front of it everything or, in sliding layers, the last `window` columns with
     themselves. As transformers' `blockwise_overlay` beside its causal mask.
     """
-    if window is None or column + new - 1 - span.first < window:
+    if window is None or column + new - 1 - span.begin < window:
         return None
-    key: Any = np.arange(span.first, span.last)
+    key: Any = np.arange(span.begin, span.end)
     query = np.arange(column, column + new)[:, None]
     return mx.array(((query - key < window) | (key >= image))[None, None])
 
@@ -146,24 +163,48 @@ def canvas_mask(
 ) -> mx.array | None:
     """Which keys, prefix then canvas, a canvas of `length` sees: (B, 1, 1, keys).
 
-    All of them, but for the padding in front of shorter prefixes and the `room`
-    behind all of them. None without any, unless there is `always` to be a mask.
+    All of them but the padding in front of shorter prefixes and the `room` of empty
+    columns behind all prefixes. None without any, unless `always` asks for a mask.
     """
-    padded = room > 0 or any(start > span.first for start in span.starts)
-    if not padded and not always:
+    if room == 0 and not span.padded and not always:
         return None
-    key: Any = np.arange(span.first, span.last + room + length)
-    empty = (key >= span.last) & (key < span.last + room)
-    seen = (key >= np.array(span.starts)[:, None]) & ~empty
+    key: Any = np.arange(span.begin, span.end + room + length)
+    empty = (key >= span.end) & (key < span.end + room)
+    seen = (key >= np.array(span.row_starts)[:, None]) & ~empty
     return mx.array(seen[:, None, None])
+
+
+def tile_size(rows: int, heads: int, keys: int) -> int:
+    """Return how many queries may have their scores in memory at once."""
+    return max(MIN_TILE, backends.current().score_bytes // (4 * rows * heads * keys))
+
+
+def attend_tiled(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+) -> mx.array:
+    """`Backend.attend` where all queries see the same, one tile of them at a time."""
+    rows, heads, count, _ = queries.shape
+    size, outputs = tile_size(rows, heads, keys.shape[2]), list[mx.array]()
+    for begin in range(0, count, size):
+        tile = _after(queries[:, :, begin : begin + size], outputs)
+        outputs.append(backends.current().attend(tile, keys, values, mask))
+    return _joined(outputs)
+
+
+def _after(tile: mx.array, outputs: list[mx.array]) -> mx.array:
+    """`tile`, computed after the outputs: scores of one tile live at a time."""
+    return mx.depends([tile], outputs[-1:])[0] if outputs else tile
+
+
+def _joined(tiles: list[mx.array]) -> mx.array:
+    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
 class Attention(nn.Module):
     """Grouped-query attention, scale 1, q and k normed with weights, v without.
 
-    Full layers have no v_proj: their values are the k_proj output before norm
-    and rope. What a layer keeps of a token, `LayerKV`, is keys and values (sliding) or
-    that output alone (full).
+    Full layers have no v_proj: their values are the k_proj output before norm and
+    rope. So `LayerKV` holds keys and values (sliding), or that output alone (full).
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig):
@@ -182,98 +223,55 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
         self.k_norm = nn.RMSNorm(layer.head_dim, eps=self.eps)
 
-    def write(self, x: mx.array, query_rope: Tables, cache: LayerCache) -> None:
-        """Append (B, T, D) to the prefix; attend to nothing."""
-        cache.append(*self.project_kv(x, query_rope))
+    def encode(self, x: mx.array, cache: LayerCache, view: CausalView) -> mx.array:
+        """Causal attention of (B, T, D) to the prefix and itself; writes the cache."""
+        kv = cache.append(*self.project_kv(x, view.query_rope))
+        return self.attend_causal(x, kv, view)
 
-    def encode(
-        self,
-        x: mx.array,
-        query_rope: Tables,
-        key_rope: Tables,
-        cache: LayerCache,
-        span: Span,
-        mask_of: MaskOf,
-        blocks: Blocks = (),
-    ) -> mx.array:
-        """Causal attention of (B, T, D) to the prefix and itself; writes the cache.
-
-        query_rope are of the T tokens, key_rope of all they see; span is what that is, they
-        included; mask_of gives the mask of a tile; blocks are the images among them.
-        """
-        kept = cache.append(*self.project_kv(x, query_rope))
-        return self.attend_causal(x, kept, query_rope, key_rope, span, mask_of, blocks)
-
-    def attend_causal(
-        self,
-        x: mx.array,
-        kept: LayerKV,
-        query_rope: Tables,
-        key_rope: Tables,
-        span: Span,
-        mask_of: MaskOf,
-        blocks: Blocks = (),
-    ) -> mx.array:
-        """`encode` where the cache is not ours to write: kept is of all in the span."""
-        keys, values = self._keys_values(kept, key_rope)
-        queries = self._queries(x, query_rope)
-        most = self._tile(len(x), keys.shape[2])
+    def attend_causal(self, x: mx.array, kv: LayerKV, view: CausalView) -> mx.array:
+        """`encode` without a cache: kv is of all columns of the view's span."""
+        keys, values = self._keys_values(kv, view.key_rope)
+        queries, span, new = self._queries(x, view.query_rope), view.span, x.shape[1]
+        size = tile_size(len(x), self.heads, keys.shape[2])
         if self.window is not None:
-            most = min(most, max(self.window // 2, 16))
+            size = min(size, max(self.window // 2, 16))
         outputs: list[mx.array] = []
-        device = backends.current()
-        new = x.shape[1]
         for begin, end, seen, image in causal_tiles(
-            new, span, self.window, most, blocks
+            new, span, self.window, size, view.images
         ):
-            columns = slice(seen.first - span.first, seen.last - span.first)
+            columns = slice(seen.begin - span.begin, seen.end - span.begin)
             tile = _after(queries[:, :, begin:end], outputs)
             if image is None:
-                mask = mask_of(end - begin, seen)
+                mask = view.mask_of(end - begin, seen)
             else:
-                column = span.last - new + begin
+                column = span.end - new + begin
                 mask = image_mask(column, end - begin, seen, self.window, image)
-            outputs.append(
-                device.attend(tile, keys[:, :, columns], values[:, :, columns], mask)
-            )
-        return self._output(outputs)
+            given = tile, keys[:, :, columns], values[:, :, columns], mask
+            outputs.append(backends.current().attend(*given))
+        return self._output(_joined(outputs))
 
     def denoise(
         self,
         x: mx.array,
+        prefix: LayerKV,
         query_rope: Tables,
         key_rope: Tables,
-        prefix: LayerKV,
         mask: mx.array | None,
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself.
 
         query_rope are of the canvas, key_rope of prefix and canvas.
         """
-        parts = self.project_kv(x, query_rope)
+        kv = self.project_kv(x, query_rope)
         if prefix:
-            pairs = zip(prefix, parts, strict=True)
-            parts = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
-        keys, values = self._keys_values(parts, key_rope)
+            pairs = zip(prefix, kv, strict=True)
+            kv = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
+        keys, values = self._keys_values(kv, key_rope)
         queries = self._queries(x, query_rope)
-        outputs: list[mx.array] = []
-        device = backends.current()
-        most = self._tile(len(x), keys.shape[2])
-        for begin in range(0, x.shape[1], most):
-            tile = _after(queries[:, :, begin : begin + most], outputs)
-            outputs.append(device.attend(tile, keys, values, mask))
-        return self._output(outputs)
-
-    def _tile(self, rows: int, keys: int) -> int:
-        """How many queries may have their scores in memory at once."""
-        most = backends.current().score_bytes
-        return max(FEWEST, most // (4 * rows * self.heads * keys))
-
-    def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        return self._output(attend_tiled(queries, keys, values, mask))
 
     def project_kv(self, x: mx.array, query_rope: Tables) -> LayerKV:
-        """What to keep of tokens, each part (B, K, T, head_dim)."""
+        """What the cache holds of tokens (B, T, D), each part (B, K, T, head_dim)."""
         projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
         if not self.sliding:
             return (projected,)
@@ -281,27 +279,21 @@ class Attention(nn.Module):
         keys = rotate(self.k_norm(projected), query_rope)
         return keys, mx.fast.rms_norm(values, None, self.eps)
 
-    def _keys_values(
-        self, parts: LayerKV, key_rope: Tables
-    ) -> tuple[mx.array, mx.array]:
-        """Keys and values of what was kept; key_rope are of the same columns."""
+    def _keys_values(self, kv: LayerKV, key_rope: Tables) -> tuple[mx.array, mx.array]:
+        """Keys and values of cached columns; key_rope are of the same columns."""
         if self.sliding:
-            keys, values = parts
+            keys, values = kv
             return keys, values
-        (projected,) = parts
+        (projected,) = kv
         values = mx.fast.rms_norm(projected, None, self.eps)
         return rotate(self.k_norm(projected), key_rope), values
 
     def _queries(self, x: mx.array, query_rope: Tables) -> mx.array:
-        return rotate(
-            self.q_norm(self._heads(self.q_proj(x))).swapaxes(1, 2), query_rope
-        )
+        queries = self.q_norm(self._heads(self.q_proj(x)))
+        return rotate(queries.swapaxes(1, 2), query_rope)
 
-    def _output(self, tiles: list[mx.array]) -> mx.array:
-        y = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _output(self, y: mx.array) -> mx.array:
         return self.o_proj(y.swapaxes(1, 2).flatten(2))
-
-
-def _after(tile: mx.array, outputs: list[mx.array]) -> mx.array:
-    """`tile`, to be used once the outputs are there: one tile's scores at a time."""
-    return mx.depends([tile], outputs[-1:])[0] if outputs else tile

@@ -1,13 +1,13 @@
 """The encoded prefix: what every layer keeps of it, written only by encode.
 
 Sliding layers keep keys and values. Full layers make both from one projection and
-keep that, which halves them; how its keys were turned is kept once for all of them.
+keep that, which halves them; the rotations of their keys are kept once for all of them.
 
 Rows of a batch end together: a shorter prefix has padding columns in front. So
 an append is one slice for all rows, and a canvas always follows directly.
 
-Full layers can be rewound to any column. Sliding layers forget what has left their
-window, so what they showed at a few columns, the marks, is copied and put back.
+Full layers can be rewound to any column. Sliding layers drop what has left their
+window, so what they showed at a few columns, the snapshots, is copied and put back.
 """
 
 from collections.abc import Sequence
@@ -18,26 +18,31 @@ import mlx.core as mx
 from ..checkpoint.config import ModelConfig
 
 LayerKV = tuple[mx.array, ...]
-SMALLEST = 256  # columns of the smallest buffer
-MARKS = 4  # most marks: of the 26B release, each takes 0.2 GB
+MIN_BUFFER = 256  # columns
+MAX_SNAPSHOTS = 4  # of the 26B release, each takes 0.2 GB
 
 
 def bucket(columns: int) -> int:
-    """A number of columns from `columns` up, of which there are eight per doubling.
+    """Return `columns` rounded up to one of eight sizes per doubling.
 
     So buffers and compiled shapes change rarely, and at most a ninth is room.
     """
-    step = max(SMALLEST, (1 << columns.bit_length()) // 16)
+    step = max(MIN_BUFFER, (1 << columns.bit_length()) // 16)
     return -(-columns // step) * step
 
 
 @dataclass(frozen=True)
 class Span:
-    """Columns first … last-1 of a cache; row i's prefix begins at starts[i]."""
+    """Columns begin … end-1 of a cache; row i's prefix begins at row_starts[i]."""
 
-    first: int
-    last: int
-    starts: tuple[int, ...]
+    begin: int
+    end: int
+    row_starts: tuple[int, ...]
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row has padding inside the span."""
+        return any(start > self.begin for start in self.row_starts)
 
 
 class LayerCache:
@@ -48,100 +53,103 @@ class LayerCache:
     """
 
     def __init__(self, window: int | None, slack: int):
-        self.keep = None if window is None else window - 1
+        # columns before a token that it may see; None: all
+        self.lookback = None if window is None else window - 1
         self.slack = slack
-        self.first = 0  # columns before it were dropped
-        self.last = 0
+        self.begin = 0  # columns before it were dropped
+        self.end = 0
         self.reserved = 0  # columns to make room for at once
         self.buffers: LayerKV = ()
 
     def append(self, *new: mx.array) -> LayerKV:
-        """Add T columns; returns what their queries may see, in column order."""
-        start, count = self.last - self.first, new[0].shape[2]
-        room = bucket(max(start + count, self.reserved))
+        """Add T columns; return what their queries may see, in column order."""
+        start, count = self.end - self.begin, new[0].shape[2]
+        size = bucket(max(start + count, self.reserved))
         old = self.buffers or (None,) * len(new)
         self.buffers = tuple(
-            _write(buffer, part, start, room)
+            _write(buffer, part, start, size)
             for buffer, part in zip(old, new, strict=True)
         )
-        seen = self.visible_from(self.last)
-        self.last += count
-        columns = self._columns(seen, self.last)
+        seen = self.visible_from(self.end)
+        self.end += count
+        columns = self._columns(seen, self.end)
         self._drop()
         return columns
 
     def visible_from(self, column: int) -> int:
-        """The first column that a token or canvas at `column` may see."""
-        return 0 if self.keep is None else max(0, column - self.keep)
+        """Return the first column that a token or canvas at `column` may see."""
+        return 0 if self.lookback is None else max(0, column - self.lookback)
 
     def read(self, room: int = 0) -> LayerKV:
-        """What a canvas behind the prefix sees, and `room` empty columns behind it.
+        """Return what a canvas behind the prefix sees, and `room` empty columns.
 
         Nothing when the prefix is empty.
         """
-        if self.last == 0:
+        if self.end == 0:
             return ()
-        return self._columns(self.visible_from(self.last), self.last + room)
+        return self._columns(self.visible_from(self.end), self.end + room)
 
     @property
-    def settled(self) -> bool:
+    def window_full(self) -> bool:
         """Whether what a canvas reads has the window's width, from now on."""
-        return self.keep is not None and self.last >= self.keep
+        return self.lookback is not None and self.end >= self.lookback
 
     @property
     def room(self) -> int:
-        """Empty columns to read, for shapes that change once per bucket only."""
-        if self.settled:
+        """Empty columns to read, so that shapes change once per bucket only."""
+        if self.window_full:
             return 0
-        whole = bucket(self.last)
-        return (whole if self.keep is None else min(whole, self.keep)) - self.last
+        size = bucket(self.end)
+        return (size if self.lookback is None else min(size, self.lookback)) - self.end
 
     def rewind(self, column: int) -> None:
-        self.last = column
+        self.end = column
         if column == 0:
-            self.first, self.buffers = 0, ()
+            self.begin, self.buffers = 0, ()
 
     def restore(self, column: int, window: LayerKV) -> None:
         """Go back to a column of which only what was seen there is left."""
         width = window[0].shape[2]
-        self.first, self.last = column - width, column
-        room = bucket(width)
-        self.buffers = tuple(_write(None, part, 0, room) for part in window)
+        self.begin, self.end = column - width, column
+        size = bucket(width)
+        self.buffers = tuple(_write(None, part, 0, size) for part in window)
 
     @property
     def earliest(self) -> int:
         """The earliest column this layer can be rewound to."""
-        return 0 if self.first == 0 or self.keep is None else self.first + self.keep
+        if self.begin == 0 or self.lookback is None:
+            return 0
+        return self.begin + self.lookback
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def _columns(self, start: int, end: int) -> LayerKV:
-        window = slice(start - self.first, end - self.first)
+        window = slice(start - self.begin, end - self.begin)
         return tuple(buffer[:, :, window] for buffer in self.buffers)
 
     def _drop(self) -> None:
-        """Forget columns nobody will see, once they are as many as those kept."""
-        if self.keep is None:
+        """Drop columns out of reach, once they are as many as those kept."""
+        if self.lookback is None:
             return
-        needed = max(0, self.last - self.keep - self.slack)
-        if needed - self.first <= self.keep + self.slack:
+        needed = max(0, self.end - self.lookback - self.slack)
+        if needed - self.begin <= self.lookback + self.slack:
             return
-        self.buffers = tuple(map(mx.contiguous, self._columns(needed, self.last)))
-        self.first = needed
+        self.buffers = tuple(map(mx.contiguous, self._columns(needed, self.end)))
+        self.begin = needed
 
 
-def _write(buffer: mx.array | None, new: mx.array, start: int, room: int) -> mx.array:
-    """Put `new` into the buffer at column `start`; a larger one if it has no room.
+def _write(buffer: mx.array | None, new: mx.array, start: int, size: int) -> mx.array:
+    """Put `new` into the buffer at column `start`; grow it to `size` if too small.
 
-    In place, as long as nobody else holds the buffer.
+    In place, as long as nothing else holds the buffer.
     """
     B, K, columns, width = new.shape
     if buffer is None:
-        buffer = mx.zeros((B, K, room, width), dtype=new.dtype)
+        buffer = mx.zeros((B, K, size, width), dtype=new.dtype)
     elif buffer.shape[2] < start + columns:
-        more = mx.zeros((B, K, room - start, width), dtype=new.dtype)
+        more = mx.zeros((B, K, size - start, width), dtype=new.dtype)
         buffer = mx.concatenate([buffer[:, :, :start], more], axis=2)
     buffer[:, :, start : start + columns] = new
     return buffer
@@ -159,19 +167,19 @@ class Snapshot:
         return sum(part.nbytes for parts in self.windows.values() for part in parts)
 
 
-def least_useful(marks: Sequence[Snapshot]) -> Snapshot:
-    """Which mark to forget: never the last.
+def least_useful(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Return the snapshot to drop: never the last.
 
     To lose one costs encoding what lies between it and the one before it again, and
     the nearer to the end, the likelier one goes back there.
     """
-    before = [0, *(mark.column for mark in marks)]
-    end = marks[-1].column
+    before = [0, *(snapshot.column for snapshot in snapshots)]
+    end = snapshots[-1].column
     _, index = min(
-        ((mark.column - before[i]) / (end - mark.column), i)
-        for i, mark in enumerate(marks[:-1])
+        ((snapshot.column - before[i]) / (end - snapshot.column), i)
+        for i, snapshot in enumerate(snapshots[:-1])
     )
-    return marks[index]
+    return snapshots[index]
 
 
 class PrefixCache:
@@ -186,20 +194,20 @@ class PrefixCache:
             LayerCache(config.sliding_window if layer.sliding else None, slack)
             for layer in config.layers
         ]
-        # cos and sin of every column's position, for the layers that turn keys later
+        # cos and sin of every column's position, for layers that rotate keys late
         self.key_rope = {
             layer: LayerCache(None, slack)
             for layer in config.layers
             if not layer.sliding
         }
         self.columns = 0
-        self.starts: tuple[int, ...] = (0,)
-        self.marks: list[Snapshot] = []  # in order of columns
+        self.row_starts: tuple[int, ...] = (0,)
+        self.snapshots: list[Snapshot] = []  # in order of columns
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Prefix length of each row, in tokens."""
-        return tuple(self.columns - start for start in self.starts)
+        return tuple(self.columns - start for start in self.row_starts)
 
     @property
     def length(self) -> int:
@@ -208,8 +216,8 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, room and marks included."""
-        return sum(part.nbytes for part in [*self._entries, *self.marks])
+        """Bytes in memory, room and snapshots included."""
+        return sum(part.nbytes for part in [*self._entries, *self.snapshots])
 
     @property
     def _entries(self) -> list[LayerCache]:
@@ -218,101 +226,100 @@ class PrefixCache:
     def reserve(self, tokens: int) -> None:
         """Make room for a prefix of that many tokens at the first append."""
         for entry in self._entries:
-            if entry.keep is None:
+            if entry.lookback is None:
                 entry.reserved = tokens
 
-    def begin(self, rows: int, new: int) -> None:
+    def add_columns(self, rows: int, new: int) -> None:
         """Account for `new` columns that all layers are about to append."""
         if self.columns == 0:
-            self.starts = (0,) * rows
-        elif rows != len(self.starts):
-            raise ValueError(f"{rows} rows of tokens for {len(self.starts)} prefixes")
+            self.row_starts = (0,) * rows
         self.columns += new
 
     def span(self, layer: LayerCache, new: int = 0) -> Span:
-        """What the last `new` columns, or a canvas behind them, see in one layer."""
+        """Return what the last `new` columns, or a canvas behind them, see."""
         first = layer.visible_from(self.columns - new)
-        return Span(first, self.columns, self.starts)
+        return Span(first, self.columns, self.row_starts)
 
-    def mark(self) -> None:
+    def save_snapshot(self) -> None:
         """Make sure that one can come back to this length; copies the windows.
 
-        Of more than MARKS lengths the least useful is forgotten.
+        Of more than MAX_SNAPSHOTS lengths the least useful is dropped.
         """
-        if not self.columns or self._mark_at(self.columns):
+        if not self.columns or self._snapshot_at(self.columns):
             return
-        self.marks.append(self.here())
-        if len(self.marks) > MARKS:
-            self.marks.remove(least_useful(self.marks))
+        self.snapshots.append(self.snapshot())
+        if len(self.snapshots) > MAX_SNAPSHOTS:
+            self.snapshots.remove(least_useful(self.snapshots))
 
-    def here(self) -> Snapshot:
-        """What sliding layers show now, as copies."""
+    def snapshot(self) -> Snapshot:
+        """Return what sliding layers show now, as copies."""
         windows = {
             index: tuple(map(mx.contiguous, layer.read()))
             for index, layer in enumerate(self.layers)
-            if layer.keep is not None
+            if layer.lookback is not None
         }
         mx.eval(windows)  # unevaluated, they would hold the buffers
         return Snapshot(self.columns, windows)
 
-    def reaches(self, length: int) -> bool:
-        """Whether one can rewind to that many tokens of the longest prefix."""
-        column = min(self.starts) + length
+    def can_rewind_to(self, length: int) -> bool:
+        """Return whether one can rewind to that many tokens of the longest prefix."""
+        column = min(self.row_starts) + length
         inside = self._earliest <= column <= self.columns
-        nothing = length == 0 and max(self.starts) == 0
-        return inside or nothing or self._mark_at(column) is not None
+        empty = length == 0 and max(self.row_starts) == 0
+        return inside or empty or self._snapshot_at(column) is not None
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each row's longest prefix.
+        """Drop all but the first `length` tokens of each row's longest prefix.
 
         Raises ValueError when the length is not in the past, or so early that the
-        sliding layers no longer hold their window and no mark is there.
+        sliding layers no longer hold their window and there is no snapshot.
         """
-        column = min(self.starts) + length
-        if not self.reaches(length):
-            marked = [f", {mark.column - min(self.starts)}" for mark in self.marks]
+        start = min(self.row_starts)
+        column = start + length
+        if not self.can_rewind_to(length):
+            others = [f", {snapshot.column - start}" for snapshot in self.snapshots]
             raise ValueError(
                 f"cannot rewind to {length} tokens: possible from "
-                f"{self._earliest - min(self.starts)} to {self.length}{''.join(marked)}"
+                f"{self._earliest - start} to {self.length}{''.join(others)}"
             )
-        mark, restored = self._mark_at(column), False
+        snapshot, restored = self._snapshot_at(column), False
         for index, layer in enumerate(self.layers):
-            if mark is not None and column < layer.earliest:
-                layer.restore(column, mark.windows[index])
+            if snapshot is not None and column < layer.earliest:
+                layer.restore(column, snapshot.windows[index])
                 restored = True
             else:
                 layer.rewind(column)
         for entry in self.key_rope.values():
             entry.rewind(column)
         self.columns = column
-        self.marks = [mark for mark in self.marks if mark.column <= column]
+        self.snapshots = [one for one in self.snapshots if one.column <= column]
         if restored:
             self.evaluate()  # another thread may be the next to use it
 
     @property
     def _earliest(self) -> int:
-        """The earliest column that can be rewound to without a mark."""
-        return max(*(layer.earliest for layer in self.layers), *self.starts)
+        """The earliest column that can be rewound to without a snapshot."""
+        return max(*(layer.earliest for layer in self.layers), *self.row_starts)
 
-    def _mark_at(self, column: int) -> Snapshot | None:
-        return next((mark for mark in self.marks if mark.column == column), None)
+    def _snapshot_at(self, column: int) -> Snapshot | None:
+        return next((one for one in self.snapshots if one.column == column), None)
 
     @property
     def history(self) -> list[LayerKV]:
-        """What full layers keep of all columns, and how keys are turned there."""
-        return [entry.read() for entry in self._entries if entry.keep is None]
+        """What full layers keep of all columns, and the rotations of their keys."""
+        return [entry.read() for entry in self._entries if entry.lookback is None]
 
-    def resume(self, history: Sequence[LayerKV], marks: Sequence[Snapshot]) -> None:
-        """Become, if empty, the one-row cache this was of; it ends at the last mark."""
-        full = [entry for entry in self._entries if entry.keep is None]
+    def resume(self, history: Sequence[LayerKV], snapshots: Sequence[Snapshot]) -> None:
+        """Fill the empty cache as one row of these; it ends at the last snapshot."""
+        full = [entry for entry in self._entries if entry.lookback is None]
         for entry, parts in zip(full, history, strict=True):
             entry.append(*parts)
-        end = marks[-1]
-        self.begin(1, end.column)
+        end = snapshots[-1]
+        self.add_columns(1, end.column)
         for index, window in end.windows.items():
             self.layers[index].restore(end.column, window)
         self.evaluate()
-        self.marks = list(marks[:MARKS])
+        self.snapshots = list(snapshots[:MAX_SNAPSHOTS])
 
     def evaluate(self) -> None:
         """Compute what was appended, so that its inputs can be freed."""
@@ -322,35 +329,33 @@ class PrefixCache:
     def join(
         cls, config: ModelConfig, caches: Sequence["PrefixCache"]
     ) -> "PrefixCache":
-        """One cache over the rows of several; reads them once, changes none.
+        """Return one cache over the rows of several; reads them once, changes none.
 
         Sliding layers bring only the window a canvas sees, so the result cannot be
         rewound past it.
         """
         joined = cls(config, slack=0)
         joined.columns = max(cache.columns for cache in caches)
-        joined.starts = tuple(
+        joined.row_starts = tuple(
             start + joined.columns - cache.columns
             for cache in caches
-            for start in cache.starts
+            for start in cache.row_starts
         )
         many = zip(joined._entries, *(cache._entries for cache in caches), strict=True)
         for entry, *entries in many:
-            entry.last = joined.columns
-            entry.first = entry.visible_from(joined.columns)
+            entry.end = joined.columns
+            entry.begin = entry.visible_from(joined.columns)
             parts = [one.read() for one in entries]
-            entry.buffers = _stack(parts, joined.columns - entry.first, entry.room)
+            entry.buffers = _stack(parts, joined.columns - entry.begin, entry.room)
         return joined
 
 
 def _stack(parts: Sequence[LayerKV], columns: int, room: int) -> LayerKV:
     """Pad each row in front to `columns`, add `room` behind, and stack the rows."""
     some = next(part for part in parts if part)
-    nothing = tuple(
-        mx.zeros((1, *a.shape[1:2], 0, *a.shape[3:]), a.dtype) for a in some
-    )
+    empty = tuple(mx.zeros((1, *a.shape[1:2], 0, *a.shape[3:]), a.dtype) for a in some)
     stacked = []
-    for arrays in zip(*(part or nothing for part in parts), strict=True):
+    for arrays in zip(*(part or empty for part in parts), strict=True):
         padded = [
             mx.pad(a, [(0, 0), (0, 0), (columns - a.shape[2], room), (0, 0)])
             for a in arrays

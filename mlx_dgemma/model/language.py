@@ -10,18 +10,19 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache as memo
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
+from ..errors import SettingsError
 from ..settings import Settings
 from . import vocab
 from .attention import (
     Attention,
-    Blocks,
+    CausalView,
     MaskOf,
     Tables,
     canvas_mask,
@@ -30,19 +31,19 @@ from .attention import (
 )
 from .cache import LayerKV, PrefixCache, Span
 from .layers import Experts, FeedForward, Router, SelfConditioning
-from .vision import Image, placed
+from .vision import Image, ImageEncoder, embed_images
 
-if TYPE_CHECKING:
-    from .loading import ImageEncoder
+# runs a layer: given the layer, what it does to arrays, and those arrays
+RunLayer = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class View:
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
-    prefixes: list[LayerKV]  # nothing where the prefix is empty
-    query_rope: list[Tables]  # of the canvases' own positions
-    key_rope: list[Tables]  # of the prefixes' and their own, where keys are turned late
+    prefixes: list[LayerKV]  # () where the prefix is empty
+    query_rope: list[Tables]  # at the canvases
+    key_rope: list[Tables]  # at prefix and canvas, for layers that rotate keys late
     masks: list[mx.array | None]
 
     @property
@@ -73,7 +74,7 @@ class Layer(nn.Module):
     def __call__(
         self, x: mx.array, attend: Callable[[mx.array], mx.array], scalar: mx.array
     ) -> mx.array:
-        """(B, T, D) -> (B, T, D); `attend` is the attention in the mode at hand."""
+        """(B, T, D) -> (B, T, D); `attend` is the attention of the mode."""
         h = x + self.post_attention_layernorm(attend(self.input_layernorm(x)))
         dense = self.mlp(self.pre_feedforward_layernorm(h))
         flat = h.reshape(-1, h.shape[-1])
@@ -84,18 +85,8 @@ class Layer(nn.Module):
         return (h + self.post_feedforward_layernorm(both)) * scalar
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What tokens being encoded see in layers of one kind."""
-
-    query_rope: Tables  # of their own positions
-    key_rope: Tables  # of all they see, where keys are turned late
-    mask_of: MaskOf
-    blocks: Blocks
-
-
 def branch(layer: Layer) -> Layer:
-    """A layer of the same parts and arrays, whose parts can be replaced apart."""
+    """Return a layer of the same arrays, whose parts can be replaced separately."""
     other = copy(layer)
     for name, part in layer.items():
         if isinstance(part, nn.Module) and part.children():
@@ -103,47 +94,21 @@ def branch(layer: Layer) -> Layer:
     return other
 
 
-@dataclass(frozen=True)
-class EncoderLayers:
-    """Layers for encoding alone. No list, or nn.Module would count them too."""
-
-    layers: list[Layer]
-
-
-class Programs:
-    """What was compiled for one model, kept as long as the model is."""
-
-    def __init__(self) -> None:
-        self._made: dict[Any, Any] = {}
-
-    def get(self, name: Any, make: Callable[[], Any]) -> Any:
-        """The program of that name, made when it is first wanted."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
-
-
 class DiffusionGemma(nn.Module):
     """The model; build it with `mlx_dgemma.load`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.programs = config, Programs()
-        # what the checkpoint wants to be sampled with; not read here
+        self.config = config
+        # the checkpoint's sampler defaults; not read here
         self.settings = Settings(canvas_length=config.canvas_length)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, layer) for layer in config.layers]
+        # adapters may replace them; a list would count as parameters, a tuple does not
+        self.encoder_layers = tuple(self.layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
-        self.apart: EncoderLayers | None = None
-        self.vision: ImageEncoder | None = (
-            None  # None where a checkpoint reads text only
-        )
-
-    @property
-    def encoder_layers(self) -> list[Layer]:
-        """`layers`, unless adapters differ by mode: then branches of them."""
-        return self.layers if self.apart is None else self.apart.layers
+        self.vision: ImageEncoder | None = None  # where a checkpoint reads text only
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -151,7 +116,7 @@ class DiffusionGemma(nn.Module):
         return self.norm.weight.dtype
 
     def make_cache(self) -> PrefixCache:
-        """An empty prefix, for any number of rows."""
+        """Return an empty prefix, for any number of rows."""
         return PrefixCache(self.config)
 
     def encode(
@@ -160,19 +125,19 @@ class DiffusionGemma(nn.Module):
         """Append (B, T) token ids to the prefixes of B rows.
 
         The only writer of the cache; any chunking that leaves images whole gives the
-        same prefix. images, in order, stand in place of tokens of a single row. The
-        last layer stops at its keys and values: nobody reads its output. Raises
-        ValueError, the cache untouched, for ids the model has no row for, for another
+        same prefix. images, in order, stand in place of tokens of a single row. Raises
+        SettingsError, the cache untouched, for ids outside the vocabulary, for another
         number of rows than the cache has, and for images that do not fit.
         """
         if tokens.shape[1] == 0:
             return
-        h, seen = self._begin_encoding(tokens, cache, images)
-        for index in range(len(self.encoder_layers) - 1):
-            h = self._encode_layer(index, h, seen[self.config.layers[index]], cache)
-        last, kind = self.encoder_layers[-1], self.config.layers[-1]
-        x, entry = last.input_layernorm(h), cache.layers[-1]
-        last.self_attn.write(x, seen[kind].query_rope, entry)
+        h, views = self._begin_encoding(tokens, cache, images)
+        for index in range(len(self.layers) - 1):
+            h = self._encode_layer(index, h, views, cache)
+        # of the last layer only keys and values are needed
+        last, view = self.encoder_layers[-1], views[self.config.layers[-1]]
+        x = last.input_layernorm(h)
+        cache.layers[-1].append(*last.self_attn.project_kv(x, view.query_rope))
 
     def encode_hidden(
         self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image] = ()
@@ -180,9 +145,9 @@ class DiffusionGemma(nn.Module):
         """`encode`, returning the (B, T, D) normed hidden state of the last layer."""
         if tokens.shape[1] == 0:
             return mx.zeros((*tokens.shape, self.config.hidden_size), dtype=self.dtype)
-        h, seen = self._begin_encoding(tokens, cache, images)
-        for index, kind in enumerate(self.config.layers):
-            h = self._encode_layer(index, h, seen[kind], cache)
+        h, views = self._begin_encoding(tokens, cache, images)
+        for index in range(len(self.layers)):
+            h = self._encode_layer(index, h, views, cache)
         return self.norm(h)
 
     def denoise(
@@ -190,36 +155,44 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids below V, unchecked: a look would cost a wait; signal (B, L, D)
-        from `self_condition`, or None at the first step (rows of zeros mean the same).
-        Returns (B, L, V) float32 logits, soft-capped.
+        canvas (B, L) ids below V, unchecked: a check would wait for them; signal
+        (B, L, D) from `self_condition`, or None at the first step (zeros mean the
+        same). Returns (B, L, V) float32 logits, soft-capped.
         """
         view = self.view(cache, canvas.shape[1])
         return self.logits(self.denoise_hidden(canvas, view, signal))
 
     def view(self, cache: PrefixCache, length: int, *, bucketed: bool = False) -> View:
-        """What canvases of `length` behind the prefixes see, made once for all steps.
+        """Return what canvases of `length` behind the prefixes see, for all steps.
 
-        It holds the cache's arrays: encode with it gone, or that copies them.
+        It holds the cache's arrays: drop it before encoding, or that copies them.
         bucketed: with empty columns, masked, so that shapes rarely change.
         """
         layers = self.config.layers
         room = [layer.room if bucketed else 0 for layer in cache.layers]
-        query_rope = self._tables(cache, cache.columns, length)
+        query_rope = self._rope(cache, cache.columns, length)
         key_rope = query_rope | {
-            kind: tuple(map(_behind, entry.read(entry.room if bucketed else 0), own))
+            kind: tuple(
+                mx.concatenate([prefix, own], axis=2)
+                for prefix, own in zip(
+                    entry.read(entry.room if bucketed else 0),
+                    query_rope[kind],
+                    strict=True,
+                )
+            )
             for kind, entry in cache.key_rope.items()
-            if (own := query_rope[kind]) and cache.columns
+            if cache.columns
         }
-        masks = self._per_kind(
-            lambda i: canvas_mask(
+        masks = {
+            kind: canvas_mask(
                 length,
                 cache.span(cache.layers[i]),
                 room[i],
                 # also where a bucket is full just now: the next prefix has room again
-                always=bucketed and not cache.layers[i].settled,
+                always=bucketed and not cache.layers[i].window_full,
             )
-        )
+            for kind, i in self._kinds()
+        }
         return View(
             [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
             [query_rope[kind] for kind in layers],
@@ -232,31 +205,31 @@ class DiffusionGemma(nn.Module):
         canvas: mx.array,
         view: View,
         signal: mx.array | None = None,
-        through: "Through" = lambda layer, run, *given: run(*given),
+        run_layer: RunLayer = lambda layer, function, *arrays: function(*arrays),
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 
-        through runs each layer on hidden states and prefix.
+        run_layer calls what each layer does to hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
-        seen = zip(
-            view.prefixes, view.query_rope, view.key_rope, view.masks, strict=True
-        )
-        for layer, (prefix, *rest) in zip(self.layers, seen, strict=True):
-            h = through(layer, partial(_denoise_layer, layer, *rest), h, prefix)
+        for layer, prefix, query_rope, key_rope, mask in zip(
+            self.layers, *view.arrays, strict=True
+        ):
+            given = {"query_rope": query_rope, "key_rope": key_rope, "mask": mask}
+            h = run_layer(layer, partial(_denoise_layer, layer, given), h, prefix)
         return self.norm(h)
 
-    def read(
+    def vocab_stats(
         self,
         hidden: mx.array,
         temperatures: mx.array,
         uniforms: mx.array,
         banned: vocab.Banned | None = None,
     ) -> vocab.VocabStats:
-        """`vocab.read` of (N, D) normed hidden states, (N,) temperatures, uniforms."""
+        """`vocab.vocab_stats` of (N, D) normed hidden states."""
         softcap = self.config.final_logit_softcapping
         given = self.embed_tokens, hidden, temperatures, uniforms, softcap
-        return vocab.read(*given, banned)
+        return vocab.vocab_stats(*given, banned)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(B, T) ids -> (B, T, D), times sqrt(D)."""
@@ -273,99 +246,82 @@ class DiffusionGemma(nn.Module):
 
     def _begin_encoding(
         self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image]
-    ) -> tuple[mx.array, dict[LayerConfig, "_Seen"]]:
-        """The embedded tokens, and what they see in each kind of layer."""
+    ) -> tuple[mx.array, dict[LayerConfig, CausalView]]:
+        """Return the embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
         extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
         lowest, highest = extremes
         if lowest < 0 or highest >= self.config.vocab_size:
-            raise ValueError(
+            raise SettingsError(
                 f"ids run from {lowest} to {highest}; this model knows 0 to "
                 f"{self.config.vocab_size - 1}"
             )
-        # what can be refused, before the cache knows
-        embedded = placed(self.embed(tokens), images)
-        cache.begin(rows, new)
-        query_rope = self._tables(cache, cache.columns - new, new)
+        if cache.columns and rows != len(cache.row_starts):
+            raise SettingsError(
+                f"{rows} rows of tokens for {len(cache.row_starts)} prefixes"
+            )
+        embedded = embed_images(self.embed(tokens), images)
+        cache.add_columns(rows, new)
+        start = cache.columns - new
+        query_rope = self._rope(cache, start, new)
         key_rope = query_rope | {
             kind: entry.append(*query_rope[kind])
             for kind, entry in cache.key_rope.items()
         }
-        masks, first = self._per_kind(self._masks), cache.columns - new
-        blocks = tuple((first + image.start, first + image.end) for image in images)
+        columns = tuple((start + image.start, start + image.end) for image in images)
         return embedded, {
-            k: _Seen(query_rope[k], key_rope[k], masks[k], blocks) for k in query_rope
+            kind: CausalView(
+                query_rope[kind],
+                key_rope[kind],
+                cache.span(cache.layers[index], new),
+                _shared_masks(self.config.sliding_window if kind.sliding else None),
+                columns,
+            )
+            for kind, index in self._kinds()
         }
-
-    def _masks(self, index: int) -> MaskOf:
-        """Masks of a layer's tiles; layers of a kind, and like tiles, share them."""
-        sliding = self.config.layers[index].sliding
-        window = self.config.sliding_window if sliding else None
-        made = memo(lambda new, span: causal_mask(new, span, window))
-
-        def mask_of(new: int, span: Span) -> mx.array | str | None:
-            if all(start <= span.first for start in span.starts):
-                # without padding, only how many columns there are matters
-                span = Span(0, span.last - span.first, (0,))
-            return made(new, span)
-
-        return mask_of
 
     def _encode_layer(
-        self, index: int, h: mx.array, seen: "_Seen", cache: PrefixCache
+        self,
+        index: int,
+        h: mx.array,
+        views: dict[LayerConfig, CausalView],
+        cache: PrefixCache,
     ) -> mx.array:
-        layer, entry = self.encoder_layers[index], cache.layers[index]
-        attend = partial(
-            layer.self_attn.encode,
-            query_rope=seen.query_rope,
-            key_rope=seen.key_rope,
-            cache=entry,
-            span=cache.span(entry, h.shape[1]),
-            mask_of=seen.mask_of,
-            blocks=seen.blocks,
-        )
+        layer, view = self.encoder_layers[index], views[self.config.layers[index]]
+        attend = partial(layer.self_attn.encode, cache=cache.layers[index], view=view)
         return layer(h, attend, layer.encoder_scalar)
 
-    def _per_kind(self, make: Callable[[int], object]) -> dict:
-        """`make(index of the first such layer)` for each distinct kind of layer."""
-        first: dict[LayerConfig, int] = {}
-        for index, kind in enumerate(self.config.layers):
-            first.setdefault(kind, index)
-        return {kind: make(index) for kind, index in first.items()}
+    def _kinds(self) -> list[tuple[LayerConfig, int]]:
+        """Return each distinct kind of layer and the index of the first such layer."""
+        layers = self.config.layers
+        return [(kind, layers.index(kind)) for kind in dict.fromkeys(layers)]
 
-    def _tables(
+    def _rope(
         self, cache: PrefixCache, column: int, count: int
     ) -> dict[LayerConfig, Tables]:
-        """Rope query_rope of `count` columns from `column`, per kind of layer."""
-        positions = np.arange(column, column + count) - np.array(cache.starts)[:, None]
+        """Return rope tables of `count` columns from `column`, per kind of layer."""
+        starts = np.array(cache.row_starts)[:, None]
+        positions = np.arange(column, column + count) - starts
         return {
             kind: rope_tables(kind.rope, kind.head_dim, positions)
-            for kind in set(self.config.layers)
+            for kind, _ in self._kinds()
         }
 
 
-# a layer, what it does to arrays, and those
-Through = Callable[..., Any]
+def _shared_masks(window: int | None) -> MaskOf:
+    """Masks of tiles that layers of a kind, and tiles of equal shape, share."""
+    made = memo(lambda new, span: causal_mask(new, span, window))
+
+    def mask_of(new: int, span: Span) -> mx.array | str | None:
+        if not span.padded:  # then only the number of columns matters
+            span = Span(0, span.end - span.begin, (0,))
+        return made(new, span)
+
+    return mask_of
 
 
 def _denoise_layer(
-    layer: Layer,
-    query_rope: Tables,
-    key_rope: Tables,
-    mask: mx.array | None,
-    h: mx.array,
-    prefix: LayerKV,
+    layer: Layer, given: dict[str, Any], h: mx.array, prefix: LayerKV
 ) -> mx.array:
-    attend = partial(
-        layer.self_attn.denoise,
-        query_rope=query_rope,
-        key_rope=key_rope,
-        prefix=prefix,
-        mask=mask,
-    )
+    attend = partial(layer.self_attn.denoise, prefix=prefix, **given)
     return layer(h, attend, layer.decoder_scalar)
-
-
-def _behind(prefix: mx.array, own: mx.array) -> mx.array:
-    """A table of the prefix's columns, and the canvas's behind it."""
-    return mx.concatenate([prefix, own], axis=2)

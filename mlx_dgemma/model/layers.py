@@ -21,7 +21,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class Linear(nn.Linear):
-    """x · Wᵀ + b, multiplied in what the device is fast at."""
+    """x · Wᵀ + b, multiplied in the dtype the device is fast at."""
 
     def __call__(self, x: mx.array) -> mx.array:
         fast = backends.current().product_dtype(x.dtype)
@@ -79,10 +79,9 @@ class FeedForward(nn.Module):
         return self.down_proj(geglu(gate, up))
 
     def join(self) -> None:
-        """Make one quantised product of gate and up, to the same last digit.
+        """Make one quantised product of gate and up; it computes the same.
 
-        Nothing where one is dense or adapted, or they are coded differently, or that
-        was done before.
+        Nothing happens where one is dense or adapted, or where their codes differ.
         """
         gate, up = self.get("gate_proj"), self.get("up_proj")
         if not (isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)):

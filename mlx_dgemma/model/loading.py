@@ -1,34 +1,33 @@
 """From the files of a checkpoint to a model whose every weight is in memory.
 
-Only the vision tower waits until the first image: who reads text does not pay for it.
+Only the vision tower waits until the first image: text alone does not pay for it.
 """
 
+from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .. import backends
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.generation_config import read_generation_config
 from ..checkpoint.quantize import Quantization
 from ..checkpoint.vision import (
-    ImageTokens,
     read_image_tokens,
     read_vision,
     read_vision_weights,
     vision_shapes,
 )
 from ..checkpoint.weights import read_layout
+from ..files.safetensors import load_tensors
 from .language import DiffusionGemma
 from .layers import ExpertLinear, FeedForward, QuantizedExpertLinear, QuantizedLinear
-from .vision import Vision
+from .vision import ImageEncoder, Vision
 
 
 def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
-    """The model in `folder`, dense or quantised; every array evaluated.
+    """Return the model in `folder`, dense or quantised; every array evaluated.
 
     Evaluated arrays may be used from any thread, unevaluated ones only where they
     were made. Raises CheckpointError naming tensors that are missing, unexpected
@@ -39,56 +38,25 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     model = DiffusionGemma(config)
     for layer, quantization in layout.quantized.items():
         replace_layer(model, layer, quantization)
-    arrays: dict[Path, dict[str, mx.array]] = {}
-    weights = []
-    for parameter, name in layout.names.items():
-        file = layout.files.tensors[name].file
-        if file not in arrays:
-            arrays[file] = layout.files.load_file(file)
-        weights.append((parameter, arrays[file].pop(name)))
-    model.load_weights(weights, strict=True)
+    weights = load_tensors(layout.parameters)
+    model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
     model.eval()
     model.settings = read_generation_config(config, folder)
     if config.has_vision:
-        model.vision = ImageEncoder(folder, config)
+        tokens = read_image_tokens(config, str(folder / "config.json"))
+        load_tower = partial(_load_tower, folder, config)
+        model.vision = ImageEncoder(tokens, folder, load_tower)
     return model
 
 
-class ImageEncoder:
-    """The vision tower of a checkpoint, read when it is first used; for any thread."""
-
-    def __init__(self, folder: Path, config: ModelConfig):
-        self.folder, self._config = folder, config
-        self._lock = Lock()
-        self._vision: Vision | None = None
-
-    @property
-    def tokens(self) -> ImageTokens:
-        """The ids that stand for images in a prompt."""
-        return read_image_tokens(self._config, str(self.folder / "config.json"))
-
-    def encode_image(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
-        """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
-
-        Raises ConfigError or CheckpointError where the tower cannot be read.
-        """
-        soft = self._opened()(patches, positions)
-        mx.eval(soft)
-        return soft
-
-    def _opened(self) -> Vision:
-        with self._lock:
-            if self._vision is None:
-                where = str(self.folder / "config.json")
-                vision = read_vision(self._config, where)
-                width = self._config.hidden_size
-                weights = read_vision_weights(self.folder, vision_shapes(vision, width))
-                tower = Vision(vision, width)
-                tower.load_weights(weights, strict=True)
-                mx.eval(tower.parameters())
-                self._vision = tower
-            return self._vision
+def _load_tower(folder: Path, config: ModelConfig) -> Vision:
+    vision = read_vision(config, str(folder / "config.json"))
+    shapes = vision_shapes(vision, config.hidden_size)
+    tower = Vision(vision, config.hidden_size)
+    tower.load_weights(read_vision_weights(folder, shapes), strict=True)
+    mx.eval(tower.parameters())
+    return tower
 
 
 def join_products(model: DiffusionGemma) -> None:
@@ -97,8 +65,7 @@ def join_products(model: DiffusionGemma) -> None:
     For models that are run only: training and fusing know the layers by their names on
     disk, which are gone then.
     """
-    rows = backends.current().product_rows
-    width = model.config.intermediate_size
+    rows, width = backends.current().product_rows, model.config.intermediate_size
     if width % rows == 0 or 2 * width % rows:
         return
     for module in model.modules():
@@ -107,7 +74,7 @@ def join_products(model: DiffusionGemma) -> None:
 
 
 def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:
-    """Put the quantised twin of a layer in its place."""
+    """Put the quantised form of a layer in its place."""
     parent, name = find_layer(model, layer)
     dense = parent[name]
     spec = (q.group_size, q.bits, q.mode)
@@ -123,7 +90,7 @@ def replace_layer(model: DiffusionGemma, layer: str, q: Quantization) -> None:
 
 
 def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, str]:
-    """The module that holds the layer of that path, and its name there."""
+    """Return the module that holds the layer of that path, and its name there."""
     *path, name = layer.split(".")
     parent = model
     for part in path:

@@ -1,20 +1,22 @@
 """The Gemma 4 vision tower: patches of an image to soft tokens of the language model.
 
 Formulas follow transformers' `models/gemma4`. One image at a time and without padding:
-what would be masked is never there. Knows nothing of files or pixels.
+nothing is masked. Knows nothing of files or pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import backends
-from ..checkpoint.vision import LIMITS, VisionConfig
-from .attention import FEWEST, Tables, rotate
+from ..checkpoint.vision import LIMITS, ImageTokens, VisionConfig
+from ..errors import SettingsError
+from .attention import Tables, attend_tiled, cos_sin, rotate
 from .layers import Linear, geglu
 
 
@@ -57,7 +59,7 @@ class VisionAttention(nn.Module):
         super().__init__()
         width, self.head_dim = vision.hidden_size, vision.head_dim
         queries, keys = (n * self.head_dim for n in (vision.heads, vision.kv_heads))
-        self.heads, self.eps = vision.heads, vision.rms_norm_eps
+        self.eps = vision.rms_norm_eps
         self.q_proj = ClippedLinear(vision, width, queries)
         self.k_proj = ClippedLinear(vision, width, keys)
         self.v_proj = ClippedLinear(vision, width, keys)
@@ -65,20 +67,12 @@ class VisionAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
 
-    def __call__(self, x: mx.array, turns: tuple[Tables, Tables]) -> mx.array:
-        """(P, D) -> (P, D); turns: tables of the patches' x and of their y."""
-        device, count = backends.current(), len(x)
-        queries = turn(self.q_norm(self._heads(self.q_proj(x))), turns)
-        keys = turn(self.k_norm(self._heads(self.k_proj(x))), turns)
+    def __call__(self, x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
+        """(P, D) -> (P, D); rope: tables of the patches' x and of their y."""
+        queries = rotate_halves(self.q_norm(self._heads(self.q_proj(x))), rope)
+        keys = rotate_halves(self.k_norm(self._heads(self.k_proj(x))), rope)
         values = mx.fast.rms_norm(self._heads(self.v_proj(x)), None, self.eps)
-        tile = max(FEWEST, device.score_bytes // (4 * self.heads * count))
-        outputs: list[mx.array] = []
-        for begin in range(0, count, tile):
-            some = queries[:, :, begin : begin + tile]
-            if outputs:  # one tile's scores at a time
-                (some,) = mx.depends([some], outputs[-1:])
-            outputs.append(device.attend(some, keys, values, None))
-        y = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        y = attend_tiled(queries, keys, values, None)
         return self.o_proj(y[0].swapaxes(0, 1).flatten(1))
 
     def _heads(self, x: mx.array) -> mx.array:
@@ -98,8 +92,8 @@ class VisionLayer(nn.Module):
         self.pre_feedforward_layernorm = nn.RMSNorm(width, eps=eps)
         self.post_feedforward_layernorm = nn.RMSNorm(width, eps=eps)
 
-    def __call__(self, x: mx.array, turns: tuple[Tables, Tables]) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), turns)
+    def __call__(self, x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), rope)
         x = x + self.post_attention_layernorm(attended)
         fed = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(fed)
@@ -147,15 +141,14 @@ class VisionTower(nn.Module):
         -> (P / pooling², D)."""
         vision, places = self.vision, mx.array(positions.astype(np.int32))
         x = self.patch_embedder(mx.array(patches), places)
-        turns = axial_tables(vision, positions)
+        rope = axial_tables(vision, positions)
         for layer in self.encoder.layers:
-            x = layer(x, turns)
+            x = layer(x, rope)
         width, height = (int(n) + 1 for n in positions.max(axis=0))
         y = pool(x, width, height, vision.pooling) * math.sqrt(vision.hidden_size)
         if vision.standardize:
-            y = (y - self.std_bias.astype(mx.float32)) * self.std_scale.astype(
-                mx.float32
-            )
+            y = y - self.std_bias.astype(mx.float32)
+            y = y * self.std_scale.astype(mx.float32)
         return y.astype(x.dtype)
 
 
@@ -187,27 +180,20 @@ class Vision(nn.Module):
 def axial_tables(vision: VisionConfig, positions: np.ndarray) -> tuple[Tables, Tables]:
     """cos and sin for the x and for the y of (P, 2) positions, each (1, 1, P, pairs).
 
-    A head's first half turns by x, its second by y, with the same frequencies:
+    A head's first half is rotated by x, its second by y, with the same frequencies:
     theta^(-2i / half) of pair i (`Gemma4VisionRotaryEmbedding`).
     """
     half = vision.head_dim // 2
     steps = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
     frequencies = (1 / np.float32(vision.rope_theta) ** steps).astype(np.float32)
-    tables = []
-    for axis in (0, 1):
-        angles = positions[:, axis, None].astype(np.float32) * frequencies
-        exact = angles.astype(np.float64)[None, None]
-        tables.append(
-            tuple(mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
-        )
-    return tables[0], tables[1]
+    x, y = (cos_sin(positions[None, None, :, axis], frequencies) for axis in (0, 1))
+    return x, y
 
 
-def turn(x: mx.array, turns: tuple[Tables, Tables]) -> mx.array:
+def rotate_halves(x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
     """Rotate the halves of (1, H, P, head_dim), each by its own axis."""
-    halves = mx.split(x, 2, axis=-1)
-    turned = [rotate(half, table) for half, table in zip(halves, turns, strict=True)]
-    return mx.concatenate(turned, axis=-1)
+    halves = zip(mx.split(x, 2, axis=-1), rope, strict=True)
+    return mx.concatenate([rotate(half, tables) for half, tables in halves], axis=-1)
 
 
 def pool(x: mx.array, width: int, height: int, side: int) -> mx.array:
@@ -220,9 +206,34 @@ def pool(x: mx.array, width: int, height: int, side: int) -> mx.array:
     return means.astype(x.dtype).astype(mx.float32)
 
 
+class ImageEncoder:
+    """A vision tower that is loaded when it is first used; for any thread.
+
+    tokens   the ids that stand for images in a prompt
+    folder   the checkpoint, where the processor's configuration lies
+    """
+
+    def __init__(self, tokens: ImageTokens, folder: Path, load: Callable[[], Vision]):
+        self.tokens, self.folder, self._load = tokens, folder, load
+        self._lock = Lock()
+        self._tower: Vision | None = None
+
+    def encode_image(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
+        """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
+
+        Raises ConfigError or CheckpointError where the tower cannot be read.
+        """
+        with self._lock:
+            if self._tower is None:
+                self._tower = self._load()
+        soft = self._tower(patches, positions)
+        mx.eval(soft)
+        return soft
+
+
 @dataclass(frozen=True)
 class Image:
-    """Soft tokens that stand in place of the tokens from `start` on, among those given.
+    """Soft tokens in place of the token ids from `start` on, among those given.
 
     features (n, D), of one image: while encoding they see one another.
     """
@@ -235,7 +246,7 @@ class Image:
         return self.start + len(self.features)
 
 
-def placed(embedded: mx.array, images: Sequence[Image]) -> mx.array:
+def embed_images(embedded: mx.array, images: Sequence[Image]) -> mx.array:
     """(1, T, D) embeddings with images in place of some; unchanged without any."""
     if not images:
         return embedded
@@ -244,7 +255,7 @@ def placed(embedded: mx.array, images: Sequence[Image]) -> mx.array:
     for image in images:
         fits = done <= image.start < image.end <= count
         if rows > 1 or not fits or image.features.shape[1:] != (width,):
-            raise ValueError(
+            raise SettingsError(
                 f"an image of {image.features.shape} at {image.start} does not fit "
                 f"behind {done} of {rows} × {count} tokens of width {width}"
             )

@@ -1,8 +1,8 @@
 """Between hidden states and the vocabulary: embedding, head, soft embeddings.
 
 One tied matrix E of (V, D), dense or quantised, serves all three. `embed`,
-`soft_embed` and `head` are plain functions; `read` is what a denoising step wants of
-all V logits of a position, without ever holding them.
+`soft_embed` and `head` are plain functions; `vocab_stats` is what a denoising step
+needs of all V logits of a position, without ever holding them.
 """
 
 import math
@@ -16,7 +16,7 @@ from .layers import dequantize
 
 Embedding = nn.Embedding | nn.QuantizedEmbedding
 BLOCK = 64  # tokens whose probabilities are summed before one of them is sampled
-LOWEST = -1e30  # of a forbidden token; what is infinite would make its share NaN
+LOWEST = -1e30  # logit of a banned token; an infinite one would make its share NaN
 
 
 def embed(embedding: Embedding, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -83,21 +83,18 @@ class Banned:
     ids: tuple[int, ...]
     at: mx.array  # (N,) bool
 
-    def some(self, rows: slice | mx.array) -> "Banned":
-        """Of some of the positions only."""
-        return Banned(self.ids, self.at[rows])
+    def select(self, positions: slice | mx.array) -> "Banned":
+        """Return the same for some of the positions."""
+        return Banned(self.ids, self.at[positions])
 
-    def forbid(self, values: mx.array, ids: mx.array, first: int = 0) -> mx.array:
-        """(N, C) values, the lowest where the token is banned.
-
-        ids (C,) or (N, C), counted from the token `first` on.
-        """
-        hit = mx.any(ids[..., None] + first == mx.array(self.ids), axis=-1)
-        lowest = max(LOWEST, mx.finfo(values.dtype).min)
-        return mx.where(self.at[:, None] & hit, lowest, values)
+    def mask(self, values: mx.array, ids: mx.array) -> mx.array:
+        """Return (N, C) values of (C,) or (N, C) ids, very low where one is banned."""
+        hit = mx.any(ids[..., None] == mx.array(self.ids), axis=-1)
+        low = max(LOWEST, mx.finfo(values.dtype).min)
+        return mx.where(self.at[:, None] & hit, low, values)
 
 
-def read(
+def vocab_stats(
     embedding: Embedding,
     hidden: mx.array,
     temperatures: mx.array,
@@ -105,69 +102,37 @@ def read(
     softcap: float,
     banned: Banned | None = None,
 ) -> VocabStats:
-    """Argmax, entropy, a sample and the soft embedding of each position at once.
+    """Return argmax, entropy, a sample and the soft embedding of each position.
 
-    hidden (N, D); temperatures and uniforms (N,), the uniforms in [0, 1). Chunks of
-    the vocabulary pass by; e is relative to the highest logit so far, as in online
-    softmax (arXiv 1805.02867). E is read, and dequantised, once for both of its
-    products and each tile of positions. banned: tokens that have no part in anything,
-    as if their logits were infinitely low.
+    hidden (N, D); temperatures and uniforms (N,), the uniforms in [0, 1). The
+    vocabulary is read in chunks; e is relative to the highest logit so far, as in
+    online softmax (arXiv 1805.02867). E is read, and dequantised, once for both of its
+    products and each tile of positions. banned: tokens that count as if their logits
+    were infinitely low.
     """
-    most, readings = backends.current().vocabulary_rows, []
-    for start in range(0, len(hidden), most):
-        rows = slice(start, start + most)
-        # one tile's chunks at a time
-        after = [reading.signal for reading in readings[-1:]]
-        tile = mx.depends([hidden[rows]], after)[0] if after else hidden[rows]
-        some = None if banned is None else banned.some(rows)
-        given = temperatures[rows], uniforms[rows], softcap, some
-        readings.append(_read(embedding, tile, *given))
-    if len(readings) == 1:
-        return readings[0]
-    columns = zip(*(reading.arrays for reading in readings), strict=True)
+    size, tiles = backends.current().vocabulary_rows, list[VocabStats]()
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        tile = hidden[rows]
+        if tiles:  # one tile's chunks live at a time
+            (tile,) = mx.depends([tile], [tiles[-1].signal])
+        scan = _Scan(
+            embedding,
+            tile.astype(backends.current().product_dtype(hidden.dtype)),
+            (softcap / temperatures[rows])[:, None],
+            softcap,
+            None if banned is None else banned.select(rows),
+        )
+        tiles.append(_tile_stats(scan, uniforms[rows, None], hidden.dtype))
+    if len(tiles) == 1:
+        return tiles[0]
+    columns = zip(*(tile.arrays for tile in tiles), strict=True)
     return VocabStats(*(mx.concatenate(list(column)) for column in columns))
 
 
-def _read(
-    embedding: Embedding,
-    hidden: mx.array,
-    temperatures: mx.array,
-    uniforms: mx.array,
-    softcap: float,
-    banned: Banned | None,
-) -> VocabStats:
-    """`read` of one tile of positions."""
-    ask = _Asked(
-        embedding,
-        hidden.astype(backends.current().product_dtype(hidden.dtype)),
-        (softcap / temperatures)[:, None],
-        softcap,
-        banned,
-    )
-    swept = _sweep(ask)
-    cumulative = mx.cumsum(swept.sums, axis=-1)
-    total = cumulative[:, -1:]
-    block, rest = _search(cumulative, uniforms[:, None] * total)
-    ids, e = _tokens_of(ask, block, swept.highest)
-    inside = mx.cumsum(e, axis=-1)
-    # the block again, summed in another order: scale what is left to its own sum
-    weight = mx.take_along_axis(swept.sums, block, axis=-1)
-    rest = rest / weight * inside[:, -1:]
-    token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
-    # a GPU's running sums may dip by a rounding, and so lead to a block of nothing
-    token = mx.where(weight > 0, token, swept.argmax)
-    return VocabStats(
-        argmax=swept.argmax[:, 0].astype(mx.int32),
-        peak=(1 / total)[:, 0],
-        entropy=(mx.log(total) - swept.product / total)[:, 0],
-        sample=token[:, 0].astype(mx.int32),
-        signal=(swept.soft / total * math.sqrt(hidden.shape[1])).astype(hidden.dtype),
-    )
-
-
 @dataclass(frozen=True)
-class _Asked:
-    """What a pass is about: (N, D) queries, (N, 1) softcap over temperature."""
+class _Scan:
+    """What is looked up of a tile: (N, D) queries, (N, 1) softcap over temperature."""
 
     embedding: Embedding
     queries: mx.array
@@ -181,49 +146,73 @@ class _Asked:
         return backends.current().softcap(raw, self.softcap, self.scale)
 
     def banned_in(self, rows: slice) -> Banned | None:
-        """What is banned, if any of it is a token of these rows."""
+        """Return what is banned, if any of it is a token of these rows."""
         if self.banned is None:
             return None
         inside = any(rows.start <= token < rows.stop for token in self.banned.ids)
         return self.banned if inside else None
 
 
+def _tile_stats(scan: _Scan, uniforms: mx.array, dtype: mx.Dtype) -> VocabStats:
+    """`vocab_stats` of one tile; uniforms (N, 1)."""
+    sums = _scan_vocabulary(scan)
+    cumulative = mx.cumsum(sums.blocks, axis=-1)
+    total = cumulative[:, -1:]
+    block, rest = _search(cumulative, uniforms * total)
+    ids, e = _tokens_of(scan, block, sums.highest)
+    inside = mx.cumsum(e, axis=-1)
+    # the block again, summed in another order: scale what is left to its own sum
+    weight = mx.take_along_axis(sums.blocks, block, axis=-1)
+    rest = rest / weight * inside[:, -1:]
+    token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
+    # a GPU's running sums may dip by a rounding, and so lead to a block of nothing
+    token = mx.where(weight > 0, token, sums.argmax)
+    root = math.sqrt(scan.queries.shape[1])
+    return VocabStats(
+        argmax=sums.argmax[:, 0].astype(mx.int32),
+        peak=(1 / total)[:, 0],
+        entropy=(mx.log(total) - sums.product / total)[:, 0],
+        sample=token[:, 0].astype(mx.int32),
+        signal=(sums.soft / total * root).astype(dtype),
+    )
+
+
 @dataclass(frozen=True)
-class _Swept:
+class _Sums:
     """Sums over the vocabulary of e, relative to the (N, 1) highest x."""
 
     argmax: mx.array  # (N, 1)
     highest: mx.array
-    sums: mx.array  # (N, V / BLOCK): of each block
+    blocks: mx.array  # (N, V / BLOCK): of each block
     product: mx.array  # (N, 1): Σ e · (x - highest)
     soft: mx.array  # (N, D): e · E
 
 
-def _sweep(ask: _Asked) -> _Swept:
+def _scan_vocabulary(scan: _Scan) -> _Sums:
     """Chunk by chunk over the vocabulary."""
-    vocabulary, device = ask.embedding.weight.shape[0], backends.current()
+    vocabulary, device = scan.embedding.weight.shape[0], backends.current()
     chunk = device.vocabulary_chunk
-    queries, count = ask.queries, len(ask.queries)
+    queries, count = scan.queries, len(scan.queries)
     highest = mx.full((count, 1), -1e30)
     argmax = mx.zeros((count, 1), dtype=mx.uint32)
     signal = mx.zeros(queries.shape)
     parts = []
     for start in range(0, vocabulary, chunk):
         rows = slice(start, min(start + chunk, vocabulary))
-        table = _rows(ask.embedding, rows, queries.dtype)
+        table = _rows(scan.embedding, rows, queries.dtype)
         # chunk after chunk: the graph alone would let all of them live at once
         (queries,) = mx.depends([queries], [signal, *(parts[-1] if parts else ())])
-        logits, ban = queries @ table.T, ask.banned_in(rows)
+        logits, ban = queries @ table.T, scan.banned_in(rows)
         if ban is not None:
-            logits = ban.forbid(logits, mx.arange(logits.shape[1]), start)
+            logits = ban.mask(logits, mx.arange(rows.start, rows.stop))
         # the cap rises with the logits, so the largest is so before it as well
         best = mx.argmax(logits, axis=-1, keepdims=True)
-        value = ask.processed(mx.take_along_axis(logits, best, axis=-1))
+        value = scan.processed(mx.take_along_axis(logits, best, axis=-1))
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
-        x = ask.processed(logits)
-        if ban is not None:  # the cap has lifted what was forbidden
-            x = ban.forbid(x, mx.arange(x.shape[1]), start)
+        x = scan.processed(logits)
+        if ban is not None:  # the cap has lifted what was banned
+            x = ban.mask(x, mx.arange(rows.start, rows.stop))
         x = x - highest
         e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
@@ -235,23 +224,23 @@ def _sweep(ask: _Asked) -> _Swept:
         sums.append(part * mx.exp(shift))
         part_sum = mx.sum(part, axis=-1, keepdims=True)
         product = product + mx.exp(shift) * (weighted + shift * part_sum)
-    return _Swept(argmax, highest, mx.concatenate(sums, axis=-1), product, signal)
+    return _Sums(argmax, highest, mx.concatenate(sums, axis=-1), product, signal)
 
 
 def _tokens_of(
-    ask: _Asked, blocks: mx.array, highest: mx.array
+    scan: _Scan, blocks: mx.array, highest: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e.
 
     Their logits are made again: to keep them all would take V for each position.
     """
-    last = ask.embedding.weight.shape[0] - 1
+    last = scan.embedding.weight.shape[0] - 1
     ids = (blocks[..., None] * BLOCK + mx.arange(BLOCK)).flatten(1)
     known = mx.minimum(ids, last)
-    rows = ask.embedding(known).astype(ask.queries.dtype)
-    x = ask.processed((rows @ ask.queries[..., None])[..., 0])
-    if ask.banned is not None:
-        x = ask.banned.forbid(x, known)
+    rows = scan.embedding(known).astype(scan.queries.dtype)
+    x = scan.processed((rows @ scan.queries[..., None])[..., 0])
+    if scan.banned is not None:
+        x = scan.banned.mask(x, known)
     x = x - highest
     return known, mx.where(ids == known, backends.current().exp(x), 0)
 

@@ -79,12 +79,12 @@ class Storage:
         q = None
         if self.quantization is not None and quantizable(parameter, shape):
             layer = layer_path(parameter.removesuffix(".weight"))
-            q = RECIPES[self.recipe](layer, self.quantization).fits(shape)
+            q = RECIPES[self.recipe](layer, self.quantization).fit_to_shape(shape)
         if q is None:
             return math.prod(shape) * self.value_bytes
         total = 0
-        for part, packed in q.packed(shape).items():
-            coded = q.coded(part)
+        for part, packed in q.packed_shapes(shape).items():
+            coded = q.storage_dtype(part)
             width = self.value_bytes if coded is None else coded.size
             total += math.prod(packed) * width
         return total

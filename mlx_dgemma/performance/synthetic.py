@@ -114,7 +114,7 @@ def synthetic_model(
             continue
         if quantization is not None:
             code = RECIPES[recipe](layer_path(path), quantization)
-            if (code := code.fits(layer.weight.shape)) is not None:
+            if (code := code.fit_to_shape(layer.weight.shape)) is not None:
                 replace_layer(model, path, code)
                 codes[path] = code
     parameters = tree_flatten(model.parameters())
@@ -156,7 +156,7 @@ def _quantized(
         return packed & NO_NAN if q.mode == "mxfp8" else packed
     inputs = shape[-1] * q.group_size
     row = mx.random.normal((1, inputs), dtype, key=mx.random.key(0)) / inputs**0.5
-    return mx.contiguous(mx.broadcast_to(q.apply(row)[part], shape))
+    return mx.contiguous(mx.broadcast_to(q.quantize(row)[part], shape))
 
 
 def _bits(words: int, key: mx.array) -> mx.array:

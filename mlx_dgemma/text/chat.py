@@ -1,102 +1,25 @@
-"""Conversations to prompts: the checkpoint's chat template, in a sandbox.
+"""Prompts of every shape to token ids, and the images among them.
 
-Templates are code that came with a download. They see plain JSON values only and
-run in jinja2's immutable sandbox, set up as transformers sets it up.
+Knows nothing of pixels: the source of an image is handed on as the caller gave it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cache
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..errors import SettingsError, TokenizerError
-from .pictures import is_picture, picture_sources, source_of, without_sources
-from .tools import declared, linked
-from .vocabularies import one_line
+from ..errors import SettingsError
+from .tools import check_tools, link_tool_results
 
 if TYPE_CHECKING:
-    import jinja2
-
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
-# Names under which a message's reasoning travels; templates read the first.
-REASONING = ("reasoning_content", "thinking", "reasoning")
-# What a template's own code can raise beside jinja2's errors.
-TEMPLATE_FAILURES = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-    SyntaxError,
-)
-
-
-class ChatTemplate:
-    """A compiled chat template.
-
-    source  jinja2 text
-    where   its file, for messages
-
-    Raises TokenizerError, one line with the template's line number, when it cannot
-    be parsed.
-    """
-
-    def __init__(self, source: str, where: str):
-        from jinja2 import TemplateError, TemplateSyntaxError
-
-        self.source = source
-        self._where = where
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            raise TokenizerError(
-                f"{where}: line {error.lineno}: {one_line(error)}"
-            ) from None
-        except (TemplateError, *TEMPLATE_FAILURES) as error:
-            raise TokenizerError(f"{where}: {one_line(error)}") from None
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        enable_thinking: bool = False,
-        named_tokens: Mapping[str, str] | None = None,
-    ) -> str:
-        """The text of a conversation.
-
-        named_tokens    variables such as `bos_token`
-
-        Raises TokenizerError when the template refuses or fails, SettingsError for
-        values that are not plain JSON.
-        """
-        from jinja2 import TemplateError
-
-        variables = {
-            **(named_tokens or {}),
-            "messages": [
-                _aliased(_plain(m, f"message {i}")) for i, m in enumerate(messages)
-            ],
-            "tools": None if tools is None else _plain(list(tools), "tools"),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": enable_thinking,
-        }
-        try:
-            return self._template.render(variables)
-        except (TemplateError, *TEMPLATE_FAILURES) as error:
-            raise TokenizerError(
-                f"{self._where}: refused the messages: {one_line(error)}"
-            ) from None
+TURN = "<|turn>"  # starts a turn in Gemma's template
+# Template variables that have arguments of their own.
+RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+RESERVED += ("enable_thinking", "tokenize")
 
 
 def chat_ids(
@@ -106,19 +29,21 @@ def chat_ids(
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
 ) -> list[int]:
-    """Ids of a prompt of text alone.
-
-    prompt      text (one user message, or raw text behind BOS where the tokenizer
-                has no chat template), token ids taken as they are, or messages
-                {"role", "content"} with text content
-    system      a system message in front of a text or of messages without one
-    thinking    whether the template asks the model to think first
-    tools       what the model may call, as OpenAI's JSON; see `text.tools`
-
-    Raises SettingsError naming the argument, the message or the tool.
-    """
-    ids, _ = _encode(tokenizer, prompt, system, thinking, tools, pictures=False)
+    """Return the ids of a prompt without images; otherwise as `encode_chat`."""
+    ids, sources = encode_chat(
+        tokenizer,
+        prompt,
+        system=system,
+        thinking=thinking,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        continue_final_message=continue_final_message,
+    )
+    if sources:
+        raise SettingsError("the prompt holds images; only text can be used here")
     return ids
 
 
@@ -129,40 +54,50 @@ def encode_chat(
     system: str | None = None,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
 ) -> tuple[list[int], list[Any]]:
-    """Ids of a prompt that may hold pictures, and the pictures' sources in order.
+    """Return the ids of a prompt, and the sources of its images in order.
 
-    Arguments as of `chat_ids`; content may hold image parts too, see
-    `text.pictures`. Each puts the template's image token into the ids once, for
-    `pictures.expand` to make room.
+    prompt      text, token ids or messages. Text is one user message; where it is
+                rendered already (see `is_rendered`), and where the tokenizer has no
+                chat template, it is encoded as it is, behind BOS. Token ids are used
+                as they are. Messages are {"role", "content"}; content is text or a
+                list of parts: {"type": "text", "text": …} and images, see
+                `image_source`. An image is one image token of the template, for
+                `insert_image_tokens` to make room.
+    system      a system message in front of a text or of messages without one
+    thinking    whether the template asks the model to think first
+    tools       what the model may call, as OpenAI's JSON; see `text.tools`
+    chat_template_kwargs    further variables of the chat template
+    continue_final_message  have the model continue the last message, which is the
+                            assistant's, instead of answering it
+
+    Raises SettingsError naming the argument, the message or the tool, TokenizerError
+    when the chat template refuses the messages or is missing.
     """
-    return _encode(tokenizer, prompt, system, thinking, tools, pictures=True)
-
-
-def _encode(
-    tokenizer: "Tokenizer",
-    prompt: Prompt,
-    system: str | None,
-    thinking: bool,
-    tools: Sequence[Mapping[str, Any]] | None,
-    *,
-    pictures: bool,
-) -> tuple[list[int], list[Any]]:
     if system is not None and not isinstance(system, str):
         raise SettingsError(f"system must be text, not {type(system).__name__}")
-    functions = [] if tools is None else declared(tools)
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        why = "the tokenizer has no chat template"
-        _refuse(why, system=system, thinking=thinking, tools=functions)
-        return _with_bos(tokenizer, tokenizer.encode(prompt)), []
+    functions = [] if tools is None else check_tools(tools)
+    variables = _check_variables(chat_template_kwargs)
+    unused = _why_no_template(tokenizer, prompt)
+    if unused is not None:
+        given = {"system": system is not None, "thinking": thinking, "tools": functions}
+        given["chat_template_kwargs"] = variables
+        given["continue_final_message"] = continue_final_message
+        for name in given:
+            if given[name]:
+                raise SettingsError(f"{name} cannot be used: {unused}")
+        if isinstance(prompt, str):
+            return _with_bos(tokenizer, tokenizer.encode(prompt)), []
+        return [_check_id(value, i) for i, value in enumerate(prompt)], []
     if isinstance(prompt, str):
-        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-    elif _is_ids(prompt):
-        why = "the prompt is token ids"
-        _refuse(why, system=system, thinking=thinking, tools=functions)
-        return [_id(value, i) for i, value in enumerate(prompt)], []
-    else:
-        messages = linked([_message(m, i, pictures) for i, m in enumerate(prompt)])
+        prompt = [{"role": "user", "content": prompt}]
+    messages = link_tool_results(_check_message(m, i) for i, m in enumerate(prompt))
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise SettingsError(
+            "continue_final_message needs messages that end with the assistant's"
+        )
     if system is not None:
         roles = [message["role"] for message in messages]
         if "system" in roles:
@@ -171,14 +106,121 @@ def _encode(
                 "message; leave one out"
             )
         messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(
-        [without_sources(message) for message in messages],
+    ids = tokenizer.apply_chat_template(
+        [_without_sources(message) for message in messages],
         tools=functions or None,
+        add_generation_prompt=not continue_final_message,
+        continue_final_message=continue_final_message,
         enable_thinking=thinking,
+        **variables,
     )
-    assert isinstance(text, str)
-    # the template writes BOS itself
-    return tokenizer.encode(text), picture_sources(messages)
+    assert isinstance(ids, list)
+    return ids, image_sources(messages)
+
+
+def is_rendered(tokenizer: "Tokenizer", prompt: str) -> bool:
+    """Whether a chat template wrote this text: it begins with BOS or a turn."""
+    starts = (tokenizer.bos_token, TURN)
+    return prompt.startswith(
+        tuple(s for s in starts if s and tokenizer.token_id(s) is not None)
+    )
+
+
+def is_image(part: Any) -> bool:
+    """Whether a content part is an image in one of the spellings."""
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def image_source(part: Mapping[str, Any]) -> Any:
+    """Return the source of an image part.
+
+    {"type": "image", "image": source}, or {"type": "image_url", "image_url": {"url":
+    source}} as in OpenAI's API. Raises SettingsError, a reason without a place.
+    """
+    if part.get("type") == "image":
+        source = part.get("image")
+        if source is None or source == "":
+            raise SettingsError('an image part must be {"type", "image": its source}')
+        return source
+    value = part.get("image_url")
+    url = value.get("url") if isinstance(value, Mapping) else None
+    if not isinstance(url, str) or not url:
+        raise SettingsError(
+            'an image_url part must be {"type", "image_url": {"url": text}}'
+        )
+    return url
+
+
+def image_sources(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the sources of all images in the order of the prompt."""
+    return [
+        image_source(part)
+        for message in messages
+        if isinstance(parts := message.get("content"), list | tuple)
+        for part in parts
+        if is_image(part)
+    ]
+
+
+def insert_image_tokens(
+    ids: Sequence[int], image_token: int, begin: int, end: int, counts: Sequence[int]
+) -> list[int]:
+    """Return the prompt with room for its images.
+
+    ids     with one `image_token` for each image
+    counts  soft tokens of each image, which go between `begin` and `end`
+
+    Raises SettingsError when there are more or fewer image tokens than images:
+    a text that spells the token cannot make room for an image of its own.
+    """
+    found = sum(token == image_token for token in ids)
+    if found != len(counts):
+        raise SettingsError(
+            f"the prompt holds {found} image tokens and {len(counts)} pictures; each "
+            "picture needs one, and no text may spell one"
+        )
+    result: list[int] = []
+    left = iter(counts)
+    for token in ids:
+        if token == image_token:
+            result += [begin, *[image_token] * next(left), end]
+        else:
+            result.append(token)
+    return result
+
+
+def _check_variables(variables: Any) -> dict[str, Any]:
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping):
+        kind = type(variables).__name__
+        raise SettingsError(f"chat_template_kwargs is {kind}; it must be an object")
+    for name in variables:
+        if not isinstance(name, str):
+            raise SettingsError(f"chat_template_kwargs: {name!r:.60} is not a name")
+        if name in RESERVED:
+            own = "; use thinking" if name == "enable_thinking" else ""
+            raise SettingsError(f"chat_template_kwargs cannot set {name}{own}")
+    return dict(variables)
+
+
+def _why_no_template(tokenizer: "Tokenizer", prompt: Any) -> str | None:
+    """Why a prompt is not rendered by the chat template; None if it is."""
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return "the tokenizer has no chat template"
+        return (
+            "the prompt is rendered already" if is_rendered(tokenizer, prompt) else None
+        )
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise SettingsError(
+            f"prompt is {type(prompt).__name__}; it must be text, a list of token "
+            "ids or a list of messages"
+        )
+    if not len(prompt):
+        raise SettingsError("prompt is empty; give text, token ids or messages")
+    messages = isinstance(prompt[0], Mapping | str)
+    return None if messages else "the prompt is token ids"
 
 
 def _with_bos(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
@@ -190,26 +232,7 @@ def _with_bos(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
     return ids
 
 
-def _refuse(why: str, **given: Any) -> None:
-    """Refuse what only a chat template can express."""
-    for name, value in given.items():
-        if value is not None and value is not False and value != []:
-            raise SettingsError(f"{name} cannot be used: {why}")
-
-
-def _is_ids(prompt: Any) -> bool:
-    """Whether a prompt is token ids rather than messages."""
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise SettingsError(
-            f"prompt is {type(prompt).__name__}; it must be text, a list of token "
-            "ids or a list of messages"
-        )
-    if not len(prompt):
-        raise SettingsError("prompt is empty; give text, token ids or messages")
-    return not isinstance(prompt[0], Mapping | str)
-
-
-def _id(value: Any, index: int) -> int:
+def _check_id(value: Any, index: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
         raise SettingsError(
             f"prompt[{index}] is {value!r}; a list prompt holds token ids or messages"
@@ -217,132 +240,47 @@ def _id(value: Any, index: int) -> int:
     return int(value)
 
 
-def _message(message: Any, index: int, pictures: bool) -> dict[str, Any]:
+def _check_message(message: Any, index: int) -> dict[str, Any]:
     """A message whose shape is known, its content left as it is."""
-
-    def refuse(why: str) -> NoReturn:
-        raise SettingsError(f"message {index}: {why}")
-
+    where = f"message {index}"
     if not isinstance(message, Mapping):
-        refuse(f'is {type(message).__name__}; it must be {{"role", "content"}}')
-    role = message.get("role")
+        kind = type(message).__name__
+        raise SettingsError(f'{where}: is {kind}; it must be {{"role", "content"}}')
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        refuse(f"role is {role!r}; it must be one of {', '.join(ROLES)}")
-    content = message.get("content")
+        raise SettingsError(
+            f"{where}: role is {role!r}; it must be one of {', '.join(ROLES)}"
+        )
     if isinstance(content, str) or (content is None and message.get("tool_calls")):
         return dict(message)  # a call of tools needs no words
     if not isinstance(content, list | tuple):
-        refuse(f"content is {type(content).__name__}; it must be text or text parts")
+        kind = type(content).__name__
+        raise SettingsError(
+            f"{where}: content is {kind}; it must be text or a list of parts"
+        )
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if pictures and is_picture(part):
+        if is_image(part):
             try:
-                source_of(part)
+                image_source(part)
             except SettingsError as error:
-                refuse(str(error))
-            continue
-        if isinstance(kind, str) and kind != "text":
-            reads = "text and pictures" if pictures else "text"
-            refuse(f"holds a part of type {kind!r}; this version reads {reads} only")
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            refuse('a content part must be {"type": "text", "text": ...}')
+                raise SettingsError(f"{where}: {error}") from None
+        elif isinstance(kind, str) and kind != "text":
+            raise SettingsError(
+                f"{where}: holds a part of type {kind!r}; this version reads text and "
+                "images only"
+            )
+        elif not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise SettingsError(
+                f'{where}: a content part must be {{"type": "text", "text": ...}}'
+            )
     return dict(message)
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A copy made of JSON types alone: templates are not handed live objects."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)  # of an enumeration, its text alone
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
-    raise SettingsError(
-        f"{where} holds a {type(value).__name__}; only text, numbers, lists and "
-        "objects can be put into a prompt"
-    )
-
-
-def _aliased(message: Any) -> Any:
-    """The message without empty keys, its reasoning under every usual name."""
-    if not isinstance(message, dict):
-        raise SettingsError('a message must be {"role", "content"}')
-    message = {key: value for key, value in message.items() if value is not None}
-    found = [message[name] for name in REASONING if name in message]
-    if found:
-        message = {"thinking": found[0], **message, "reasoning_content": found[0]}
-    return message
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is: jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-@cache
-def _environment() -> "jinja2.Environment":
-    """The sandbox every template is compiled in."""
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """`{% generation %}` marks a trained span; its body is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call block keeps variables set inside from leaking out.
-            call = self.call_method("render_body")
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def render_body(self, caller: Any) -> str:
-            return caller()
-
-    class PlainNamespace(Namespace):
-        """A namespace no underscored name can be put into."""
-
-        def __init__(*args: Any, **values: Any):
-            self, *rest = args  # so that a value may be called "self"
-            Namespace.__init__(self)
-            for name, value in dict(*rest, **values).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace cannot hold {name!r}; rename it")
-            super().__setitem__(name, value)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = PlainNamespace
-    return environment
+def _without_sources(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as templates see it: an image is {"type": "image"} and no more."""
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple):
+        return dict(message)
+    parts = [{"type": "image"} if is_image(part) else part for part in parts]
+    return {**message, "content": parts}

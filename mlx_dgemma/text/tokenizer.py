@@ -1,18 +1,103 @@
 """Text to ids and back, from tokenizer.json or else a sentencepiece model."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, SettingsError, TokenizerError
 from ..files.json import read_json
-from .detokenizer import REPLACEMENT, Detokenizer
-from .vocabularies import Backend, JsonBackend, SentencePieceBackend, read_bytes
+from .template import ChatTemplate, one_line
 
 if TYPE_CHECKING:
-    from .chat import ChatTemplate
+    from .sentencepiece_model import SentencePieceModel
 
 MAX_ID = 2**31  # ids are int32 everywhere else
+REPLACEMENT = "\ufffd"
+BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # the fallback for one byte
+CONTEXT = 4  # pieces; more bytes than an unfinished UTF-8 character has
+
+
+class JsonTokenizer:
+    """tokenizer.json, through `tokenizers`. Raises ValueError for broken data."""
+
+    def __init__(self, data: bytes):
+        from tokenizers import Tokenizer as Fast
+        from tokenizers.models import WordLevel, WordPiece
+
+        # Unlike from_file, from_buffer raises ValueError and not Exception.
+        self._fast = Fast.from_buffer(data)
+        self.piece, self.token_id = self._fast.id_to_token, self._fast.token_to_id
+        model = self._fast.model
+        by_words = isinstance(model, WordLevel | WordPiece)
+        if by_words and self.token_id(model.unk_token) is None:
+            # encoding would fail at the first unknown word
+            raise ValueError(
+                f"model.unk_token is {model.unk_token!r}, which the vocabulary "
+                "lacks; add it"
+            )
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._decoder = self._fast.decoder
+        added = self._fast.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.size = self._fast.get_vocab_size()
+        self.named: dict[str, str] = {}  # of "bos_token" and the like: never here
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def join(self, pieces: list[str]) -> str:
+        return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
+
+
+class Detokenizer:
+    """Incremental `Tokenizer.decode`, special tokens hidden.
+
+    What `add` and `finish` return, joined, is `decode` of all the ids, however they
+    are split, for every decoder that does not change earlier text because of later
+    pieces. Time is linear in the number of ids.
+    """
+
+    def __init__(
+        self,
+        pieces: Callable[[Sequence[int]], list[str]],
+        join: Callable[[list[str]], str],
+    ):
+        self._pieces, self._join = pieces, join
+        # New pieces are joined behind the first ones, to which the rules for the
+        # beginning of a text apply, and the last few, with which they may combine.
+        self._first: list[str] = []
+        self._last: list[str] = []
+        self._returned = 0  # characters of first + last that were returned
+        self._run: list[str] = []  # byte pieces, which are decoded as a whole
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that `ids` make final; never a part of a character."""
+        pieces = self._pieces(ids)
+        end = len(pieces)
+        while end and BYTE_PIECE.fullmatch(pieces[end - 1]):
+            end -= 1
+        if not end:
+            self._run += pieces
+            return ""
+        new, self._run = [*self._last, *self._run, *pieces[:end]], pieces[end:]
+        text = self._join([*self._first, *new])
+        if not self._first:
+            sizes = range(1, len(new) + 1)
+            size = next((n for n in sizes if self._join(new[:n])), 0)
+            self._first, new = new[:size], new[size:]
+        self._last = new[-CONTEXT:] if self._first else new
+        context = self._join([*self._first, *self._last])
+        pending = context.endswith(REPLACEMENT)  # perhaps of an unfinished character
+        begin, self._returned = self._returned, len(context) - pending
+        return text[begin : len(text) - pending]
+
+    def finish(self) -> str:
+        """Return the rest of the text, bytes that make no character as U+FFFD."""
+        text = self._join([*self._first, *self._last, *self._run])[self._returned :]
+        self._first, self._last, self._run, self._returned = [], [], [], 0
+        return text
 
 
 class Tokenizer:
@@ -23,21 +108,22 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: "JsonTokenizer | SentencePieceModel",
         where: str,
         config: Mapping[str, Any],
-        template: "ChatTemplate | None" = None,
+        template: ChatTemplate | None = None,
     ):
         self._backend = backend
         self._where = where
         self._named = {**backend.named, **_named_tokens(config, where)}
         self.chat_template = template
         self.vocab_size = backend.size
+        self.bos_token = self._named.get("bos_token")
         self.bos_token_id = self._named_id("bos_token")
         self.pad_token_id = self._named_id("pad_token")
         self.eos_token_id = self._named_id("eos_token")
         # named in tokenizer_config.json is special too, flagged or not
-        named = {self._backend.token_id(piece) for piece in self._named.values()}
+        named = {backend.token_id(piece) for piece in self._named.values()}
         self.special_ids = backend.special_ids | (named - {None})
 
     @classmethod
@@ -46,27 +132,31 @@ class Tokenizer:
 
         Raises TokenizerError, one line naming the file.
         """
-        from .chat import ChatTemplate
-
         path = Path(path)
-        older = _read(path / "special_tokens_map.json") or {}
-        config = {**older, **(_read(path / "tokenizer_config.json") or {})}
-        if (path / "tokenizer.json").exists():
-            backend: Backend = JsonBackend(path / "tokenizer.json")
-        elif (path / "tokenizer.model").exists():
-            backend = SentencePieceBackend(path / "tokenizer.model", config)
-        else:
+        config = _read_json(path / "special_tokens_map.json")  # of older checkpoints
+        config |= _read_json(path / "tokenizer_config.json")
+        files = (path / "tokenizer.json", path / "tokenizer.model")
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
             raise TokenizerError(
                 f"{path}: no tokenizer.json and no tokenizer.model; is this a "
                 "complete model folder?"
             )
-        source = _find_template(path, config)
-        template = ChatTemplate(*source) if source is not None else None
+        data = _read_bytes(file)
+        try:
+            if file.suffix == ".json":
+                backend = JsonTokenizer(data)
+            else:
+                from .sentencepiece_model import SentencePieceModel
+
+                backend = SentencePieceModel(data, config)
+        except (ValueError, RuntimeError) as error:
+            raise TokenizerError(f"{file}: broken ({one_line(error)})") from None
         where = str(path / "tokenizer_config.json")
-        return cls(backend, where, config, template)
+        return cls(backend, where, config, _read_template(path, config))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of `text`; special tokens written in it become their ids.
+        """Return the ids of `text`; special tokens written in it become their ids.
 
         Raises SettingsError for a lone surrogate, which has no UTF-8.
         """
@@ -79,20 +169,20 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; an id outside the vocabulary is shown as U+FFFD."""
+        """Return the text of `ids`; ids outside the vocabulary are U+FFFD."""
         return self._backend.join(self._pieces(ids, skip_special_tokens))
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder."""
-        return Detokenizer(self._pieces, self._backend.stream())
+        """Return a fresh incremental decoder."""
+        return Detokenizer(self._pieces, self._backend.join)
 
     def token(self, token: int) -> str:
-        """The piece with that id as the vocabulary writes it; else U+FFFD."""
+        """Return the piece with that id as the vocabulary writes it, else U+FFFD."""
         piece = self._backend.piece(token) if 0 <= token < MAX_ID else None
         return REPLACEMENT if piece is None else piece
 
     def token_id(self, name: str) -> int | None:
-        """The id of a piece, None when the vocabulary lacks it."""
+        """Return the id of a piece, None when the vocabulary lacks it."""
         return self._backend.token_id(name)
 
     def apply_chat_template(
@@ -100,13 +190,23 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         enable_thinking: bool = False,
-        tokenize: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
     ) -> str | list[int]:
-        """The prompt for a conversation: text, or ids with `tokenize`.
+        """Return the prompt for a conversation: ids, or text without `tokenize`.
 
-        Raises TokenizerError without a template or when it refuses the messages.
+        tools                   what the model may call, as OpenAI's JSON
+        add_generation_prompt   end with the start of the assistant's turn
+        continue_final_message  leave the last message's turn open, so that the model
+                                continues its text
+        enable_thinking         whether the template asks the model to think first
+        variables               further variables of the template
+
+        Raises TokenizerError without a template or when it refuses the messages,
+        SettingsError for arguments that exclude each other or are not plain JSON.
         """
         if self.chat_template is None:
             raise TokenizerError(
@@ -117,8 +217,8 @@ class Tokenizer:
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=enable_thinking,
-            named_tokens=self._named,
+            continue_final_message=continue_final_message,
+            variables={**self._named, **variables, "enable_thinking": enable_thinking},
         )
         return self.encode(text) if tokenize else text
 
@@ -138,12 +238,17 @@ class Tokenizer:
         return token
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that may be absent."""
-    if not path.exists():
-        return None
+def _read_bytes(path: Path) -> bytes:
     try:
-        return read_json(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty when there is no such file."""
+    try:
+        return read_json(path) if path.exists() else {}
     except ConfigError as error:
         raise TokenizerError(str(error)) from None
 
@@ -164,35 +269,26 @@ def _named_tokens(config: Mapping[str, Any], where: str) -> dict[str, str]:
     return pieces
 
 
-def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Source and origin of the chat template: a file of its own comes first."""
+def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
+    """The chat template of a folder: a file of its own comes first."""
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return read_bytes(path).decode("utf-8"), str(path)
+            return ChatTemplate(_read_bytes(path).decode("utf-8"), str(path))
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}") from None
-    beside = folder / "chat_template.json"
-    image_spans = [(folder / "tokenizer_config.json", config)]
-    image_spans += [(beside, _read(beside) or {})]
-    for path, values in image_spans:
-        value = values.get("chat_template")
-        if isinstance(value, list):
-            value = _default_template(value, path)
-        if isinstance(value, str):
-            return value, f"{path}: chat_template"
-        if value is not None:
-            raise TokenizerError(f"{path}: chat_template must be text")
-    return None
-
-
-def _default_template(entries: list[Any], path: Path) -> str:
-    """The template named "default" among several."""
-    for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("template"), str):
-            raise TokenizerError(
-                f"{path}: chat_template must be text or a list of name and template"
-            )
-        if entry.get("name") == "default":
-            return entry["template"]
-    raise TokenizerError(f'{path}: chat_template has none named "default"; add one')
+    path = folder / "tokenizer_config.json"
+    value = config.get("chat_template")
+    if value is None:
+        path = folder / "chat_template.json"
+        value = _read_json(path).get("chat_template")
+    if isinstance(value, list):  # several, each {"name", "template"}
+        for entry in value:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                value = entry.get("template") or value
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"{path}: chat_template must be text, or a list of "
+            '{"name", "template"} with one named "default"'
+        )
+    return None if value is None else ChatTemplate(value, f"{path}: chat_template")

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, DGemmaError
-from ..text.chat import REASONING, ROLES, chat_ids
+from ..text.chat import ROLES, chat_ids
+from ..text.template import REASONING
 from ..text.tokenizer import Tokenizer
 
 FILES = {"train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
@@ -144,12 +145,12 @@ class ExampleReader:
                 raise DataError("the tokenizer has no chat template: one prompt only")
             prompt = chat_ids(tokenizer, before[0]["content"])
             return tuple(prompt), (*tokenizer.encode(answer), self.fill)
-        rendered = tokenizer.apply_chat_template(before, tools=tools)
+        rendered = tokenizer.apply_chat_template(
+            before, tools=tools, add_generation_prompt=True, tokenize=False
+        )
         # what the template writes behind an answer, found with a mark in its place
         marked = [*before, {"role": "assistant", "content": MARK}]
-        whole = tokenizer.apply_chat_template(
-            marked, tools=tools, add_generation_prompt=False
-        )
+        whole = tokenizer.apply_chat_template(marked, tools=tools, tokenize=False)
         assert isinstance(rendered, str) and isinstance(whole, str)
         _, found, behind = whole.rpartition(MARK)
         if not found:

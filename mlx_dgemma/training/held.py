@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .. import backends
 from ..checkpoint.config import LayerConfig, ModelConfig
-from ..model.attention import FEWEST, causal_tiles
+from ..model.attention import MIN_TILE, causal_tiles
 from ..model.cache import Span
 
 FLOAT = 4  # bytes of an adapter's float32, and of a CPU's products
@@ -217,12 +217,12 @@ class Pass:
         if not self.causal:
             return self.tokens * heads * columns
         largest = self.traits.device.score_bytes // (4 * self.texts * heads * columns)
-        most, window = max(FEWEST, largest), None
+        most, window = max(MIN_TILE, largest), None
         if self.layer.sliding:
             window = self.config.sliding_window
             most = min(most, max(window // 2, 16))
         tiles = causal_tiles(self.new, Span(0, columns, (0,)), window, most)
-        cells = sum((t.end - t.begin) * (t.seen.last - t.seen.first) for t in tiles)
+        cells = sum((t.end - t.begin) * (t.seen.end - t.seen.begin) for t in tiles)
         return self.texts * heads * cells
 
     def _inputs(self) -> int:

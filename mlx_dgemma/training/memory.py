@@ -122,11 +122,11 @@ def stored(folder: Path) -> tuple[ModelConfig, Storage]:
     config = read_config(folder)
     layout = read_layout(folder, config)
     sizes: dict[str, int] = {}
-    for name in layout.names:
+    for name, info in layout.parameters.items():
         layer, _, part = name.rpartition(".")
         whole = f"{layer}.weight" if part in ("scales", "biases") else name
-        sizes[whole] = sizes.get(whole, 0) + layout.info(name).nbytes
-    return config, Loaded(layout.info("norm.weight").dtype.size, sizes=sizes)
+        sizes[whole] = sizes.get(whole, 0) + info.nbytes
+    return config, Loaded(layout.parameters["norm.weight"].dtype.size, sizes=sizes)
 
 
 def device_bytes() -> int | None:

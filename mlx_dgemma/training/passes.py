@@ -15,7 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
-from ..model.attention import MaskOf, Tables, canvas_mask, causal_mask, rope_tables
+from ..model.attention import (
+    CausalView,
+    MaskOf,
+    Tables,
+    canvas_mask,
+    causal_mask,
+    rope_tables,
+)
 from ..model.cache import LayerCache, LayerKV, Span
 from ..model.language import DiffusionGemma, Layer, View
 
@@ -24,8 +31,8 @@ from ..model.language import DiffusionGemma, Layer, View
 class Sight:
     """What S columns of tokens see, by kind of layer, as arrays alone.
 
-    query_rope are of all columns. causal (B|1, 1, S, S) says who sees whom while encoding,
-    canvas (B|1, 1, 1, keys + L) which keys a canvas at column P sees.
+    query_rope are of all columns. causal (B|1, 1, S, S) says who sees whom while
+    encoding, canvas (B|1, 1, 1, keys + L) which keys a canvas at column P sees.
     """
 
     query_rope: dict[LayerConfig, Tables]
@@ -71,7 +78,8 @@ def encode(
     for layer, kind in zip(model.encoder_layers, model.config.layers, strict=True):
         query_rope = tuple(table[:, :, :columns] for table in sight.query_rope[kind])
         mask_of = _tiles_of(sight.causal[kind])
-        run = partial(_encode_layer, layer, query_rope, span, mask_of)
+        view = CausalView(query_rope, query_rope, span, mask_of)
+        run = partial(_encode_layer, layer, view)
         h, parts = through(again)(layer, run, h)
         kept.append(parts)
     return model.norm(h), kept
@@ -92,7 +100,7 @@ def denoise(
     Of what `encode` kept it sees the columns strictly before its own.
     """
     view = visible(model.config, kept, sight, column, canvas.shape[1])
-    return model.denoise_hidden(canvas, view, signal, through=through(again))
+    return model.denoise_hidden(canvas, view, signal, run_layer=through(again))
 
 
 def visible(
@@ -133,15 +141,13 @@ def _checkpointed(layer: Layer, run: Callable[..., Any], *given: Any) -> Any:
 
 
 def _encode_layer(
-    layer: Layer, query_rope: Tables, span: Span, mask_of: MaskOf, h: mx.array
+    layer: Layer, view: CausalView, h: mx.array
 ) -> tuple[mx.array, LayerKV]:
     kept: list[LayerKV] = []
 
     def attend(x: mx.array) -> mx.array:
-        kept.append(layer.self_attn.project_kv(x, query_rope))
-        return layer.self_attn.attend_causal(
-            x, kept[0], query_rope, query_rope, span, mask_of
-        )
+        kept.append(layer.self_attn.project_kv(x, view.query_rope))
+        return layer.self_attn.attend_causal(x, kept[0], view)
 
     h = layer(h, attend, layer.encoder_scalar)
     return h, kept[0]
@@ -149,9 +155,7 @@ def _encode_layer(
 
 def _tiles_of(mask: mx.array) -> MaskOf:
     """LayerKV of a (…, S, S) mask, for queries at the end of a span of columns."""
-    return lambda new, span: mask[
-        ..., span.last - new : span.last, span.first : span.last
-    ]
+    return lambda new, span: mask[..., span.end - new : span.end, span.begin : span.end]
 
 
 def _triangle(columns: int) -> mx.array:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,30 @@ def logits(model: DiffusionGemma) -> np.ndarray:
     return np.array(model.denoise(CANVAS, cache, signal))
 
 
-def edited(source: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a checkpoint folder with its weights changed.
+def copied(
+    source: Path,
+    target: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    more: Mapping[str, mx.array | None] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A changed copy of a checkpoint folder; None takes a tensor or a key out.
 
-    dtype   of every tensor
-    more    tensors to add
-    config  keys of config.json to change
+    dtype    of every tensor
+    more     tensors by their names on disk
+    config   keys of config.json
     """
     shutil.copytree(source, target)
-    arrays = mx.load(str(source / "model.safetensors"))
-    assert isinstance(arrays, dict)
-    dtype = changes.get("dtype")
-    arrays = {n: a if dtype is None else a.astype(dtype) for n, a in arrays.items()}
-    mx.save_safetensors(
-        str(target / "model.safetensors"), arrays | changes.get("more", {})
-    )
-    config = read_json(target) | changes.get("config", {})
-    (target / "config.json").write_text(json.dumps(config))
+    arrays: dict[str, Any] = dict(mx.load(str(source / "model.safetensors")))
+    if dtype is not None:
+        arrays = {name: array.astype(dtype) for name, array in arrays.items()}
+    arrays |= more or {}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    mx.save_safetensors(str(target / "model.safetensors"), arrays)
+    keys = read_json(target) | dict(config or {})
+    keys = {key: value for key, value in keys.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(keys))
     return target
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from mlx_dgemma.checkpoint import convert as conversion
-from mlx_dgemma.files import atomic as staging
+from mlx_dgemma.files import atomic
 
 SOURCE, TARGET, STEP = sys.argv[1:]
 counts: collections.Counter[str] = collections.Counter()
@@ -38,7 +38,7 @@ def told(kind: str, function):
 
 
 if __name__ == "__main__":
-    staging._fsync = told("fsync", staging._fsync)
+    atomic.fsync = told("fsync", atomic.fsync)
     Path.rename = told("rename", Path.rename)
     shutil.copyfile = told("copy", shutil.copyfile)
     shutil.rmtree = told("remove", shutil.rmtree)

@@ -1,44 +1,70 @@
-"""config.json: two layouts, defaults, refusals."""
+"""config.json and generation_config.json: layouts, defaults, refusals."""
 
 import json
 import time
 import tracemalloc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
-from configs import refused, write
 from tiny import tiny_config
 
 from mlx_dgemma.checkpoint.config import Rope, UnknownKeyWarning, read_config
+from mlx_dgemma.checkpoint.generation_config import read_generation_config
 from mlx_dgemma.errors import ConfigError
+from mlx_dgemma.settings import Settings
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-REMOVED = object()
+GONE = object()  # takes a key out
+
+
+def without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not GONE}
 
 
 def tiny_text(**changes: Any) -> dict[str, Any]:
-    """The tiny configuration with text_config changed; REMOVED takes a key out."""
+    """The tiny configuration with text_config changed."""
     config = tiny_config(**changes)
-    text = {k: v for k, v in config["text_config"].items() if v is not REMOVED}
-    return config | {"text_config": text}
+    return config | {"text_config": without_gone(config["text_config"])}
 
 
-def tiny_top(**changes: Any) -> dict[str, Any]:
-    """The tiny configuration with its outermost keys changed."""
-    config = tiny_config() | changes
-    return {k: v for k, v in config.items() if v is not REMOVED}
+def write(folder: Path, config: dict[str, Any], generation: Any = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def read(folder: Path, config: dict[str, Any], generation: Any = None):
+    return read_config(write(folder, config, generation))
+
+
+def sampling(folder: Path, config: dict[str, Any], generation: Any = None) -> Settings:
+    return read_generation_config(read(folder, config, generation), folder)
+
+
+def refused(folder: Path, file: str, *named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_generation_config(read_config(folder), folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / file}: ") and "\n" not in message
+    for part in named:
+        assert part in message.removeprefix(str(folder / file))
+
+
+# Layouts and defaults
 
 
 def test_the_two_layouts_mean_the_same_model(tmp_path):
-    released = read_config(write(tmp_path, tiny_config()))
+    released = read(tmp_path, tiny_config())
     other = tiny_text(
-        global_head_dim=REMOVED,
-        num_global_key_value_heads=REMOVED,
+        global_head_dim=GONE,
+        num_global_key_value_heads=GONE,
         per_layer_config={"2": {"head_dim": 32, "num_key_value_heads": 1}},
     )
-    transformers = read_config(write(tmp_path, other))
-    assert transformers.layers == released.layers
+    transformers = read(tmp_path, other)
     shapes = [(one.kind, one.head_dim, one.kv_heads) for one in released.layers]
     assert shapes == [("sliding", 16, 2), ("sliding", 16, 2), ("full", 32, 1)]
     ours = {k: v for k, v in vars(released).items() if k != "raw"}
@@ -47,213 +73,151 @@ def test_the_two_layouts_mean_the_same_model(tmp_path):
 
 def test_layers_not_overridden_have_the_common_shape(tmp_path):
     config = tiny_text(per_layer_config={"0": {"head_dim": 8}, "1": None})
-    layers = read_config(write(tmp_path, config)).layers
+    layers = read(tmp_path, config).layers
     assert [one.head_dim for one in layers] == [8, 16, 16]
     assert [one.kv_heads for one in layers] == [2, 2, 2]
 
 
-def test_what_is_silent_has_the_releases_defaults(tmp_path):
+def test_defaults_are_those_of_the_release(tmp_path):
     optional = ("head_dim", "global_head_dim", "num_global_key_value_heads")
-    config = tiny_text(
-        num_hidden_layers=8,
-        layer_types=REMOVED,
-        final_logit_softcapping=REMOVED,
-        **dict.fromkeys(optional, REMOVED),
-    )
+    optional += ("layer_types", "final_logit_softcapping")
+    config = tiny_text(num_hidden_layers=8, **dict.fromkeys(optional, GONE))
     del config["canvas_length"], config["tie_word_embeddings"]
-    read = read_config(write(tmp_path, config))
-    full = [i for i, layer in enumerate(read.layers) if not layer.sliding]
+    found = read(tmp_path, config)
+    full = [i for i, layer in enumerate(found.layers) if not layer.sliding]
     assert full == [5, 7]  # every sixth, and always the last
-    assert {(one.kind, one.head_dim, one.kv_heads) for one in read.layers} == {
+    assert {(one.kind, one.head_dim, one.kv_heads) for one in found.layers} == {
         ("sliding", 256, 2),
         ("full", 512, 2),
     }
-    assert read.layers[0].rope == Rope(theta=10_000.0, rotated=128)
-    assert read.layers[5].rope == Rope(theta=1_000_000.0, rotated=64)
-    assert (read.canvas_length, read.settings.canvas_length) == (256, 256)
-    assert (read.rms_norm_eps, read.final_logit_softcapping) == (1e-6, 30.0)
-    assert (read.attention_bias, read.has_vision) == (False, False)
+    assert found.layers[0].rope == Rope(theta=10_000.0, rotated=128)
+    assert found.layers[5].rope == Rope(theta=1_000_000.0, rotated=64)
+    assert found.canvas_length == sampling(tmp_path, config).canvas_length == 256
+    assert (found.rms_norm_eps, found.final_logit_softcapping) == (1e-6, 30.0)
+    assert (found.attention_bias, found.has_vision) == (False, False)
 
 
 def test_rope_parameters_are_read_per_kind_of_layer(tmp_path):
+    proportional = {"partial_rotary_factor": 0.5, "factor": 8.0, "rope_theta": 7e5}
     rope = {
         SLIDING: {"rope_type": "default", "rope_theta": 500},
-        FULL: {
-            "rope_type": "proportional",
-            "rope_theta": 7e5,
-            "partial_rotary_factor": 0.5,
-            "factor": 8.0,
-        },
+        FULL: {"rope_type": "proportional"} | proportional,
     }
-    layers = read_config(write(tmp_path, tiny_text(rope_parameters=rope))).layers
+    layers = read(tmp_path, tiny_text(rope_parameters=rope)).layers
     assert layers[0].rope == Rope(theta=500.0, rotated=8)
     assert layers[2].rope == Rope(theta=7e5, rotated=8, factor=8.0)
 
 
 def test_null_means_absent(tmp_path):
     nulls = tiny_text(layer_types=None, rms_norm_eps=None, per_layer_config=None)
-    read = read_config(write(tmp_path, nulls | {"vision_config": None}))
-    assert [layer.kind for layer in read.layers] == ["sliding", "sliding", "full"]
-    assert (read.rms_norm_eps, read.has_vision) == (1e-6, False)
-
-
-def test_vision_is_known_from_its_configuration(tmp_path):
-    assert read_config(write(tmp_path, tiny_top(vision_config={"x": 1}))).has_vision
+    found = read(tmp_path, nulls | {"vision_config": None})
+    assert [layer.kind for layer in found.layers] == ["sliding", "sliding", "full"]
+    assert (found.rms_norm_eps, found.has_vision) == (1e-6, False)
+    assert read(tmp_path, tiny_config() | {"vision_config": {"x": 1}}).has_vision
 
 
 def test_unknown_keys_are_named_in_one_warning(tmp_path):
     config = tiny_text(colour="red", rope_theta=1e4) | {"zebra": 1, "dtype": "float32"}
     with pytest.warns(UnknownKeyWarning) as caught:
-        read_config(write(tmp_path, config))
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert message.startswith(str(tmp_path / "config.json"))
-    assert message.endswith("zebra, text_config.colour, text_config.rope_theta")
-
-
-def test_keys_of_other_tools_that_change_nothing_pass_silently(tmp_path):
-    config = tiny_text(use_cache=True, attention_dropout=0.0, dtype="bfloat16")
+        read(tmp_path, config)
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"{tmp_path / 'config.json'}: ignoring unknown keys "
+        "zebra, text_config.colour, text_config.rope_theta"
+    )
+    known = tiny_text(use_cache=True, attention_dropout=0.0, dtype="bfloat16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_config(write(tmp_path, config | {"architectures": ["A"]}))
+        read(tmp_path, known | {"architectures": ["A"]})
+
+
+# Refusals: what is changed, and what the message must hold
+
+TOP: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": GONE}, "model_type is None"),
+    ({"model_type": "gemma4"}, "model_type is 'gemma4'"),
+    ({"model_type": ["x"]}, "model_type is ['x']"),
+    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map asks to run remote code"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ({"text_config": GONE}, "text_config is missing"),
+    ({"text_config": [1]}, "text_config must be an object"),
+    ({"vision_config": "x"}, "vision_config must be an object"),
+    ({"canvas_length": 0}, "canvas_length is 0"),
+    ({"canvas_length": 10**9}, "to 65536"),
+    ({"eos_token_id": "<eos>"}, "eos_token_id is '<eos>'"),
+    ({"eos_token_id": [1, -1]}, "eos_token_id is [1, -1]"),
+    ({"eos_token_id": True}, "eos_token_id is True"),
+    ({"eos_token_id": [1, 32]}, "below 32"),
+]
+TEXT: list[tuple[dict[str, Any], str]] = [
+    ({"tie_word_embeddings": False}, "text_config: tie_word_embeddings"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**400}, "num_hidden_layers"),
+    ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+    ({"hidden_size": GONE}, "hidden_size is missing"),
+    ({"hidden_size": 2**40}, "hidden_size"),
+    ({"vocab_size": 10**12}, "vocab_size"),
+    ({"vocab_size": 1}, "vocab_size is 1; it must be from 2"),
+    ({"num_experts": 2**31}, "num_experts"),
+    ({"intermediate_size": 0}, "intermediate_size"),
+    ({"moe_intermediate_size": {}}, "moe_intermediate_size"),
+    ({"top_k_experts": 5}, "top_k_experts is 5, above num_experts 4"),
+    ({"num_key_value_heads": 3}, "num_attention_heads is 4, no multiple of the 3"),
+    ({"num_global_key_value_heads": 3}, "of layer 2"),
+    ({"num_attention_heads": 0}, "num_attention_heads"),
+    ({"head_dim": 15}, "head_dim is 15 in layer 0; must be even"),
+    ({"global_head_dim": 2**20}, "global_head_dim"),
+    ({"sliding_window": 1}, "sliding_window is 1"),
+    ({"sliding_window": GONE}, "sliding_window is missing"),
+    ({"layer_types": [SLIDING, "linear", FULL]}, "layer_types[1] is 'linear'"),
+    ({"layer_types": [SLIDING, [], FULL]}, "layer_types[1]"),
+    ({"layer_types": [FULL]}, "names 1 layers but num_hidden_layers is 3"),
+    ({"layer_types": {}}, "layer_types must be a list"),
+    ({"layer_types": [FULL, FULL, SLIDING]}, "must end with 'full_attention'"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; it must be a number above 0"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps is inf"),
+    ({"final_logit_softcapping": -30}, "final_logit_softcapping is -30"),
+    ({"final_logit_softcapping": True}, "final_logit_softcapping is True"),
+    ({"final_logit_softcapping": None}, "final_logit_softcapping is null"),
+    ({"attention_bias": 1}, "attention_bias is 1"),
+    ({"attention_bias": []}, "attention_bias"),
+    ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+    ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+    ({"rope_parameters": []}, "rope_parameters must be an object"),
+    ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters: rope_theta"),
+    ({"per_layer_config": {"3": {}}}, "per_layer_config: 3 is no layer; they are 0"),
+    ({"per_layer_config": {"x": {}}}, "per_layer_config: x"),
+    ({"per_layer_config": {"9" * 5000: {}}}, "per_layer_config: 999"),
+    ({"per_layer_config": {"1": {"sliding_window": 4}}}, "1: sliding_window"),
+    ({"per_layer_config": {"1": {"head_dim": "a"}}}, "1: head_dim is 'a'"),
+]
+ROPE: list[tuple[dict[str, Any], str]] = [
+    ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
+    ({"beta": 1}, f"{FULL}: beta"),
+    ({"rope_theta": 0}, f"{FULL}: rope_theta"),
+    ({"rope_theta": None}, "rope_theta is missing"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 for 'default'"),
+    ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, "is 1.5 for"),
+]
+IMPOSSIBLE = [(without_gone(tiny_config() | keys), named) for keys, named in TOP]
+IMPOSSIBLE += [(tiny_text(**keys), named) for keys, named in TEXT]
+IMPOSSIBLE += [
+    (tiny_text(rope_parameters={FULL: {"rope_theta": 1e4} | keys}), named)
+    for keys, named in ROPE
+]
 
 
 @pytest.mark.parametrize(
-    ("top", "text", "ids"),
-    [
-        (7, 3, {7}),
-        ([7, 2], 3, {2, 7}),
-        (REMOVED, 3, {3}),
-        ([], [5], {5}),
-        (REMOVED, REMOVED, {1}),
-    ],
+    ("config", "named"), IMPOSSIBLE, ids=[named for _, named in IMPOSSIBLE]
 )
-def test_ids_that_end_a_text_come_from_the_outermost_key(tmp_path, top, text, ids):
-    config = tiny_top(eos_token_id=top)
-    config["text_config"] |= {"eos_token_id": text} if text is not REMOVED else {}
-    assert read_config(write(tmp_path, config)).settings.eos == ids
-
-
-def rope(kind: str = FULL, **parameters: Any) -> dict[str, Any]:
-    return tiny_text(rope_parameters={kind: {"rope_theta": 1e4} | parameters})
-
-
-# name -> (config.json, what the message must name)
-IMPOSSIBLE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no model type": (tiny_top(model_type=REMOVED), ("model_type", "None")),
-    "other model": (tiny_top(model_type="gemma4"), ("model_type", "gemma4")),
-    "model type a list": (tiny_top(model_type=["x"]), ("model_type",)),
-    "remote code": (tiny_top(auto_map={"AutoModel": "m.M"}), ("auto_map", "remote")),
-    "untied head": (tiny_top(tie_word_embeddings=False), ("tie_word_embeddings",)),
-    "untied text": (
-        tiny_text(tie_word_embeddings=False),
-        ("text_config", "tie_word_embeddings"),
-    ),
-    "no text config": (tiny_top(text_config=REMOVED), ("text_config", "missing")),
-    "text config a list": (tiny_top(text_config=[1]), ("text_config", "object")),
-    "vision a string": (tiny_top(vision_config="x"), ("vision_config", "object")),
-    "no canvas": (tiny_top(canvas_length=0), ("canvas_length", "0")),
-    "vast canvas": (tiny_top(canvas_length=10**9), ("canvas_length", "65536")),
-    "eos text": (tiny_top(eos_token_id="<eos>"), ("eos_token_id", "'<eos>'")),
-    "eos negative": (tiny_top(eos_token_id=[1, -1]), ("eos_token_id", "-1")),
-    "eos true": (tiny_top(eos_token_id=True), ("eos_token_id", "True")),
-    "eos unknown": (tiny_top(eos_token_id=[1, 32]), ("eos_token_id", "below 32")),
-    "no layers": (tiny_text(num_hidden_layers=0), ("num_hidden_layers", "0")),
-    "negative layers": (tiny_text(num_hidden_layers=-3), ("num_hidden_layers", "-3")),
-    "vast layers": (tiny_text(num_hidden_layers=10**9), ("num_hidden_layers",)),
-    "endless layers": (tiny_text(num_hidden_layers=10**400), ("num_hidden_layers",)),
-    "layers a float": (tiny_text(num_hidden_layers=3.0), ("num_hidden_layers", "3.0")),
-    "layers a string": (tiny_text(num_hidden_layers="3"), ("num_hidden_layers", "'3'")),
-    "layers a bool": (tiny_text(num_hidden_layers=True), ("num_hidden_layers", "True")),
-    "layers missing": (tiny_text(num_hidden_layers=None), ("num_hidden_layers",)),
-    "width missing": (tiny_text(hidden_size=REMOVED), ("hidden_size", "missing")),
-    "width vast": (tiny_text(hidden_size=2**40), ("hidden_size",)),
-    "vocabulary vast": (tiny_text(vocab_size=10**12), ("vocab_size",)),
-    "vocabulary of one": (tiny_text(vocab_size=1), ("vocab_size", "2")),
-    "experts vast": (tiny_text(num_experts=2**31), ("num_experts",)),
-    "inner zero": (tiny_text(intermediate_size=0), ("intermediate_size",)),
-    "expert inner": (tiny_text(moe_intermediate_size={}), ("moe_intermediate_size",)),
-    "few experts": (
-        tiny_text(top_k_experts=5),
-        ("top_k_experts", "5", "num_experts", "4"),
-    ),
-    "uneven heads": (
-        tiny_text(num_key_value_heads=3),
-        ("num_attention_heads", "3 key/value", "layer 0"),
-    ),
-    "uneven global heads": (
-        tiny_text(num_global_key_value_heads=3),
-        ("num_attention_heads", "layer 2"),
-    ),
-    "no heads": (tiny_text(num_attention_heads=0), ("num_attention_heads",)),
-    "odd head": (tiny_text(head_dim=15), ("head_dim", "15", "even")),
-    "wide head": (tiny_text(global_head_dim=2**20), ("global_head_dim",)),
-    "window of one": (tiny_text(sliding_window=1), ("sliding_window", "1")),
-    "no window": (tiny_text(sliding_window=REMOVED), ("sliding_window", "missing")),
-    "unknown kind": (
-        tiny_text(layer_types=[SLIDING, "linear_attention", FULL]),
-        ("layer_types[1]", "linear_attention"),
-    ),
-    "kind a list": (tiny_text(layer_types=[SLIDING, [], FULL]), ("layer_types[1]",)),
-    "too few kinds": (tiny_text(layer_types=[FULL]), ("layer_types", "1", "3")),
-    "kinds an object": (tiny_text(layer_types={}), ("layer_types", "list")),
-    "last layer slides": (
-        tiny_text(layer_types=[FULL, FULL, SLIDING]),
-        ("layer_types", "full_attention"),
-    ),
-    "eps zero": (tiny_text(rms_norm_eps=0), ("rms_norm_eps", "above 0")),
-    "eps text": (tiny_text(rms_norm_eps="1e-6"), ("rms_norm_eps", "'1e-6'")),
-    "eps endless": (tiny_text(rms_norm_eps=10**400), ("rms_norm_eps",)),
-    "cap negative": (
-        tiny_text(final_logit_softcapping=-30),
-        ("final_logit_softcapping", "-30"),
-    ),
-    "cap a bool": (tiny_text(final_logit_softcapping=True), ("softcapping", "True")),
-    "bias a number": (tiny_text(attention_bias=1), ("attention_bias", "is 1")),
-    "bias a list": (tiny_text(attention_bias=[]), ("attention_bias",)),
-    "activation": (tiny_text(hidden_activation="silu"), ("hidden_activation", "silu")),
-    "bidirectional": (
-        tiny_text(use_bidirectional_attention="all"),
-        ("use_bidirectional_attention", "'all'"),
-    ),
-    "rope a list": (tiny_text(rope_parameters=[]), ("rope_parameters", "object")),
-    "rope of nobody": (
-        tiny_text(rope_parameters={"rope_theta": 1e4}),
-        ("rope_parameters", "rope_theta"),
-    ),
-    "rope type": (rope(rope_type="yarn"), ("rope_type", "yarn")),
-    "rope key": (rope(beta=1), (FULL, "beta")),
-    "rope theta": (rope(SLIDING, rope_theta=0), (SLIDING, "rope_theta")),
-    "rope without theta": (
-        rope(rope_theta=None),
-        (FULL, "rope_theta", "missing"),
-    ),
-    "rope part of default": (
-        rope(SLIDING, partial_rotary_factor=0.5),
-        ("partial_rotary_factor", "0.5"),
-    ),
-    "rope part above one": (
-        rope(rope_type="proportional", partial_rotary_factor=1.5),
-        ("partial_rotary_factor", "1.5"),
-    ),
-    "per layer of nobody": (tiny_text(per_layer_config={"3": {}}), ("3", "0 to 2")),
-    "per layer by name": (tiny_text(per_layer_config={"x": {}}), ("per_layer", "x")),
-    "per layer endless": (tiny_text(per_layer_config={"9" * 5000: {}}), ("per_layer",)),
-    "per layer key": (
-        tiny_text(per_layer_config={"1": {"sliding_window": 4}}),
-        ("per_layer_config: 1", "sliding_window"),
-    ),
-    "per layer value": (
-        tiny_text(per_layer_config={"1": {"head_dim": "a"}}),
-        ("per_layer_config: 1", "head_dim"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_values_are_refused_by_file_and_key(tmp_path, name):
-    config, named = IMPOSSIBLE[name]
-    refused(write(tmp_path, config), tmp_path / "config.json", named)
+def test_impossible_values_are_refused_by_file_and_key(tmp_path, config, named):
+    refused(write(tmp_path, config), "config.json", named)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -263,12 +227,12 @@ def test_impossible_values_are_refused_by_file_and_key(tmp_path, name):
         (b"", "line 1"),
         (b"{}}", "line 1"),
         (b'{\n"a": 1,\n}', "line 3"),
-        (b"[1]", "object"),
-        (b"null", "object"),
+        (b"[1]", "is list, not an object"),
+        (b"null", "not an object"),
         (b'{"t_max": NaN}', "NaN"),
         (b'{"t_max": -Infinity}', "Infinity"),
         (b'{"a": "\xff"}', "UTF-8 at byte 7"),
-        (b"\xef\xbb\xbf{}", "BOM"),
+        (b'{"a": "\\ud800"}', "lone surrogate"),
         (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "a number is too long"),
     ],
@@ -277,32 +241,24 @@ def test_impossible_values_are_refused_by_file_and_key(tmp_path, name):
 def test_text_that_is_no_json_object_is_refused(tmp_path, file, content, named):
     write(tmp_path, tiny_config(), {})
     (tmp_path / file).write_bytes(content)
-    refused(tmp_path, tmp_path / file, (named,))
+    refused(tmp_path, file, named)
 
 
-def test_an_infinity_that_json_can_write_is_refused(tmp_path):
-    text = json.dumps(tiny_config(rms_norm_eps=1.5)).replace("1.5", "1e999")
-    (tmp_path / "config.json").write_text(text)
-    refused(tmp_path, tmp_path / "config.json", ("rms_norm_eps is inf",))
-
-
-def test_a_folder_without_config_says_so(tmp_path):
-    refused(tmp_path, tmp_path / "config.json", ("no such file", "model folder"))
-
-
-def test_a_folder_in_the_place_of_a_config_is_refused(tmp_path):
-    (tmp_path / "config.json").mkdir()
-    refused(tmp_path, tmp_path / "config.json", ("directory",))
-
-
-def test_a_huge_file_is_refused_unread(tmp_path):
-    with (tmp_path / "config.json").open("wb") as file:
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    refused(tmp_path, "config.json", "no such file; is this a model folder?")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config(rms_norm_eps=1.5)).replace("1.5", "1e999"))
+    refused(tmp_path, "config.json", "rms_norm_eps is inf")
+    with path.open("wb") as file:
         file.truncate(2**40)
-    refused(tmp_path, tmp_path / "config.json", ("64 MB",))
+    refused(tmp_path, "config.json", "64 MB")
+    path.unlink()
+    path.mkdir()
+    refused(tmp_path, "config.json", "directory")
 
 
 def test_vast_numbers_cost_neither_time_nor_memory(tmp_path):
-    vast = tiny_text(num_hidden_layers=10**9, layer_types=REMOVED, vocab_size=10**12)
+    vast = tiny_text(num_hidden_layers=10**9, layer_types=GONE, vocab_size=10**12)
     write(tmp_path, vast)
     tracemalloc.start()
     began = time.perf_counter()
@@ -312,3 +268,110 @@ def test_vast_numbers_cost_neither_time_nor_memory(tmp_path):
     tracemalloc.stop()
     assert time.perf_counter() - began < 1
     assert peak < 2**20
+
+
+# generation_config.json
+
+GENERATION = {
+    "max_new_tokens": 77,
+    "max_denoising_steps": 9,
+    "t_max": 1.5,
+    "t_min": 0,
+    "stability_threshold": 0,
+    "confidence_threshold": 0.25,
+    "eos_token_id": [3, 7],
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.7},
+}
+DEFAULT = Settings(canvas_length=16, eos=frozenset({1, 4}))
+SAMPLING = Settings(
+    canvas_length=16,
+    max_tokens=77,
+    steps=9,
+    t_max=1.5,
+    t_min=0.0,
+    stability=0,
+    confidence=0.25,
+    eos=frozenset({3, 7}),
+    entropy_bound=0.7,
+)
+
+
+def test_sampler_settings_are_read(tmp_path):
+    assert sampling(tmp_path, tiny_config()) == DEFAULT
+    assert DEFAULT.entropy_bound == 0.1  # the sampler's reference value
+    assert sampling(tmp_path, tiny_config(), GENERATION) == SAMPLING
+    zeros = {"t_min": 0, "confidence_threshold": 0.0}
+    found = sampling(tmp_path, tiny_config(), zeros)
+    assert (found.t_min, found.confidence) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("key", GENERATION)
+def test_each_absent_setting_has_its_default(tmp_path, key):
+    rest = {k: v for k, v in GENERATION.items() if k != key}
+    found = vars(sampling(tmp_path, tiny_config(), rest))
+    (changed,) = (k for k in found if found[k] != vars(SAMPLING)[k])
+    assert found[changed] == vars(DEFAULT)[changed]
+
+
+@pytest.mark.parametrize(
+    ("top", "text", "ids"),
+    [
+        (7, 3, {7}),
+        ([7, 2], 3, {2, 7}),
+        (GONE, 3, {3}),
+        ([], [5], {5}),
+        (GONE, GONE, {1}),
+    ],
+)
+def test_ids_that_end_a_text_come_from_the_outermost_key(tmp_path, top, text, ids):
+    config = without_gone(tiny_text(eos_token_id=text) | {"eos_token_id": top})
+    assert sampling(tmp_path, config).eos == ids
+
+
+@pytest.mark.parametrize(
+    ("generation", "named"),
+    [
+        ([], "object"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_denoising_steps": 0}, "max_denoising_steps"),
+        ({"max_denoising_steps": 4.5}, "max_denoising_steps is 4.5"),
+        ({"t_max": 0}, "t_max is 0.0; it must be a number above 0"),
+        ({"t_max": -1, "t_min": -2}, "t_max is -1.0"),
+        ({"t_min": -0.1}, "t_min is -0.1; it must be a number from 0 up"),
+        ({"t_min": 0.9, "t_max": 0.5}, "t_min is 0.9, above t_max 0.5"),
+        ({"t_min": "0.4"}, "t_min is '0.4'"),
+        ({"stability_threshold": -1}, "stability_threshold is -1"),
+        ({"confidence_threshold": -1}, "confidence_threshold is -1"),
+        ({"confidence_threshold": 10**999}, "confidence_threshold"),
+        ({"eos_token_id": ["a"]}, "eos_token_id"),
+        ({"eos_token_id": 106}, "eos_token_id is 106; it must be token ids below 32"),
+        ({"sampler_config": {"_cls_name": "Other"}}, "_cls_name is 'Other'"),
+        ({"sampler_config": "x"}, "sampler_config must be an object"),
+        ({"sampler_config": {"entropy_bound": 0}}, "sampler_config: entropy_bound"),
+        ({"sampler_config": {"entropy_bound": []}}, "sampler_config: entropy_bound"),
+        ({"sampler_config": {"entropy_bond": 9.0}}, "entropy_bond"),
+    ],
+)
+def test_impossible_sampling_is_refused_by_file_and_key(tmp_path, generation, named):
+    write(tmp_path, tiny_config(), generation)
+    refused(tmp_path, "generation_config.json", named)
+
+
+def test_unknown_sampler_keys_are_named_in_a_warning(tmp_path):
+    said = {"max_denoising_step": 3, "steps": 4, "disable_compile": True}
+    with pytest.warns(UnknownKeyWarning) as warned:
+        sampling(tmp_path, tiny_config(), said)
+    (warning,) = warned
+    assert str(warning.message) == (
+        f"{tmp_path / 'generation_config.json'}: ignoring unknown keys "
+        "max_denoising_step, steps"
+    )
+
+
+def test_the_copy_in_config_json_counts_where_there_is_no_file(tmp_path):
+    inside = tiny_config() | {"generation_config": GENERATION}
+    assert sampling(tmp_path, inside) == SAMPLING  # as mlx-vlm writes it
+    wrong = tiny_config() | {"generation_config": {"t_max": -1}}
+    refused(write(tmp_path, wrong), "config.json", "generation_config: t_max is -1.0")
+    both = sampling(tmp_path, inside, {"t_max": 0.5})
+    assert (both.t_max, both.steps) == (0.5, 48)

@@ -1,25 +1,26 @@
-"""What a conversion writes: values, configuration, shards, carried files."""
+"""What a conversion writes: values, configuration, shards, copied files."""
 
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.utils
 import numpy as np
 import pytest
-from folders import edited, listing, logits, read_json, same, tensors
+from checkpoint.folders import copied, listing, logits, read_json, same, tensors
 from tiny import tiny_config, write_tiny
 
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.checkpoint.weights import open_files
-from mlx_dgemma.errors import CheckpointError, ConversionError
+from mlx_dgemma.checkpoint.weights import INDEX, read_tensors
+from mlx_dgemma.errors import DGemmaError
 from mlx_dgemma.model.loading import load_model
 
 DECODER = "model.decoder."
-INDEX = "model.safetensors.index.json"
 VISION = {
     "model.encoder.vision_tower.patch.weight": mx.arange(6).reshape(2, 3) / 7,
     "model.encoder.embed_vision.projection.weight": mx.ones((4, 2)).astype(mx.bfloat16),
@@ -33,59 +34,46 @@ def quantised(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-# Dense
+# Dense values
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_a_dense_conversion_keeps_every_value_bit_for_bit(tiny, tmp_path, dtype):
-    source = edited(tiny, tmp_path / "source", dtype=dtype)
-    convert(source, tmp_path / "out")
-    same(tensors(tmp_path / "out"), tensors(source))
-
-
-def test_a_conversion_is_the_same_whatever_was_converted_before(tiny, tmp_path):
-    convert(tiny, tmp_path / "one")
+    tied = {"lm_head.weight": mx.zeros((32, 64))}  # not written
+    source = copied(tiny, tmp_path / "source", dtype=dtype, more=tied)
+    convert(source, tmp_path / "one")
+    wanted = tensors(source)
+    del wanted["lm_head.weight"]
+    same(tensors(tmp_path / "one"), wanted)
+    assert read_tensors(tmp_path / "one").keys() == read_tensors(tiny).keys()
     convert(tmp_path / "one", tmp_path / "two")
     for name in listing(tmp_path / "one"):
         one, two = (tmp_path / which / name for which in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), name
 
 
-def test_dense_names_on_disk_are_the_releases(tiny, tmp_path):
-    convert(tiny, tmp_path / "out")
-    assert set(open_files(tmp_path / "out").tensors) == set(open_files(tiny).tensors)
-
-
-def test_a_tied_copy_is_not_written(tiny, tmp_path):
-    copies = {"lm_head.weight": mx.zeros((32, 64))}
-    source = edited(tiny, tmp_path / "source", more=copies)
-    convert(source, tmp_path / "out")
-    same(tensors(tmp_path / "out"), tensors(tiny))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtype_is_of_every_dense_tensor_and_said_in_the_config(tiny, tmp_path, dtype):
+def test_dtype_is_of_every_dense_tensor_and_in_the_config(tiny, tmp_path, dtype):
     text = tiny_config()["text_config"] | {"dtype": "float32"}
     config = {"dtype": "float32", "torch_dtype": "float32", "text_config": text}
-    source = edited(tiny, tmp_path / "source", config=config)
+    source = copied(tiny, tmp_path / "source", config=config)
     convert(source, tmp_path / "out", dtype=dtype)
-    wanted = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-    found = tensors(tmp_path / "out")
-    same(found, {n: a.astype(wanted[dtype]) for n, a in tensors(tiny).items()})
+    kinds = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    wanted = {name: a.astype(kinds[dtype]) for name, a in tensors(tiny).items()}
+    same(tensors(tmp_path / "out"), wanted)
     written = read_json(tmp_path / "out")
-    assert (written["dtype"], written["torch_dtype"]) == (dtype, dtype)
-    assert written["text_config"]["dtype"] == dtype
+    named = written["dtype"], written["torch_dtype"], written["text_config"]["dtype"]
+    assert set(named) == {dtype}
 
 
-def test_without_dtype_the_sources_own_is_kept_in_what_stays_dense(tiny, tmp_path):
-    source = edited(tiny, tmp_path / "source", dtype=mx.bfloat16)
+def test_without_dtype_dense_parts_keep_the_sources(tiny, tmp_path):
+    source = copied(tiny, tmp_path / "source", dtype=mx.bfloat16)
     convert(source, tmp_path / "out", quantize=True)
     found = tensors(tmp_path / "out")
     assert found["norm.weight"].dtype == mx.bfloat16
     assert found["embed_tokens.scales"].dtype == mx.bfloat16
-    assert load_model(tmp_path / "out", read_config(tmp_path / "out")).dtype == (
-        mx.bfloat16
-    )
+    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
+    assert model.dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -93,7 +81,7 @@ def test_without_dtype_the_sources_own_is_kept_in_what_stays_dense(tiny, tmp_pat
 )
 def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
     config = {"vision_config": {"hidden_size": 3}}
-    source = edited(tiny, tmp_path / "source", more=VISION, config=config)
+    source = copied(tiny, tmp_path / "source", more=VISION, config=config)
     converted = convert(source, tmp_path / "out", **how)
     found = tensors(tmp_path / "out")
     same({name: found[name] for name in VISION}, VISION)
@@ -103,6 +91,111 @@ def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
     assert converted.bytes == plain.bytes + sum(a.nbytes for a in VISION.values())
 
 
+# Rounded values
+
+# How a weight of inner width 64 or 128 is stored, and one of 32: experts' down_proj.
+ROUNDED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    f"affine-{bits}": (
+        {"q_bits": bits},
+        {"group_size": 64, "bits": bits, "mode": "affine"},
+        {"group_size": 32, "bits": bits, "mode": "affine"},
+    )
+    for bits in (3, 4, 8)
+}
+for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
+    spec = {"group_size": size, "bits": bits, "mode": mode}
+    ROUNDED[mode] = ({"q_mode": mode}, spec, spec)
+EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
+
+
+def by_hand(tiny: Path, spec_of: Callable[[str, int], dict[str, Any]]) -> np.ndarray:
+    """Logits of the dense model, its weights rounded by mlx as they would be."""
+    model = load_model(tiny, read_config(tiny))
+    rounded = []
+    for name, weight in mlx.utils.tree_flatten(model.parameters()):
+        if weight.ndim < 2:
+            continue
+        spec = spec_of(name, weight.shape[-1])
+        parts = mx.quantize(weight, **spec)
+        rounded.append((name, mx.dequantize(*parts, **spec, dtype=mx.float32)))
+    model.load_weights(rounded, strict=False)
+    return logits(model)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_quantised_logits_are_those_of_weights_rounded_by_hand(tiny, tmp_path, name):
+    how, wide, narrow = ROUNDED[name]
+    converted = convert(tiny, tmp_path / "q", quantize=True, **how)
+    found = logits(load_model(tmp_path / "q", read_config(tmp_path / "q")))
+    wanted = by_hand(tiny, lambda _, width: narrow if width == 32 else wide)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    exact = logits(load_model(tiny, read_config(tiny)))
+    assert np.abs(wanted - exact).max() > 0.02  # rounding shows, and alike
+    assert converted.bits_per_weight < 32 / 2
+    # and back
+    convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
+    values = {}
+    for parameter, array in tensors(tiny).items():
+        values[parameter] = array
+        if array.ndim >= 2:
+            spec = narrow if array.shape[-1] == 32 else wide
+            parts = mx.quantize(array, **spec)
+            values[parameter] = mx.dequantize(*parts, **spec, dtype=mx.float32)
+    same(tensors(tmp_path / "dense"), values)
+    keys = read_json(tmp_path / "dense").keys()
+    assert not keys & {"quantization", "quantization_config"}
+
+
+def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
+    out = tmp_path / "out"
+    convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
+    _, wide, narrow = ROUNDED["affine-3"]
+
+    def spec(name: str, width: int) -> dict[str, Any]:
+        if ".experts." in name:
+            return narrow if width == 32 else wide
+        return EIGHT
+
+    found = logits(load_model(out, read_config(out)))
+    np.testing.assert_allclose(found, by_hand(tiny, spec), atol=2e-4)
+    # overrides are written by path on disk, as mlx-lm does
+    quantization = read_json(out)["quantization"]
+    assert read_json(out)["quantization_config"] == quantization
+    assert {k: quantization.pop(k) for k in wide} == wide
+    names = read_tensors(out)
+    layers = {n.removesuffix(".scales") for n in names if n.endswith(".scales")}
+    for layer in layers:
+        fits = layer.endswith("experts.gate_up_proj")
+        found = quantization.pop(layer, None)
+        special = narrow if ".experts." in layer else EIGHT
+        assert found == (None if fits else special)
+    assert not quantization
+    assert f"{DECODER}layers.0.experts.gate_up_proj.biases" in names
+    assert "model.encoder.language_model.layers.0.layer_scalar" in names
+
+
+def test_layers_no_group_divides_stay_dense_and_are_reported(tmp_path):
+    source = write_tiny(tmp_path / "source", intermediate_size=40, attention_bias=True)
+    converted = convert(source, tmp_path / "out", quantize=True, q_bits=8)
+    dense = {f"{DECODER}layers.{i}.mlp.down_proj" for i in range(3)}
+    assert set(converted.dense) == dense | {f"{DECODER}self_conditioning.down_proj"}
+    regrouped = {f"{DECODER}layers.{i}.experts.down_proj": 32 for i in range(3)}
+    assert converted.regrouped == regrouped
+    model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
+    assert model.layers[0].mlp.down_proj.weight.shape == (64, 40)
+    bias = "layers.0.self_attn.k_proj.bias"
+    kept = [{bias: tensors(folder)[bias]} for folder in (tmp_path / "out", source)]
+    same(*kept)
+    exact = logits(load_model(source, read_config(source)))
+    assert np.abs(logits(model) - exact).max() < 1
+
+
+def test_dequantizing_obeys_dtype(quantised, tmp_path):
+    convert(quantised, tmp_path / "out", dequantize=True, dtype="bfloat16")
+    found = tensors(tmp_path / "out").values()
+    assert {array.dtype for array in found} == {mx.bfloat16}
+
+
 # Configuration and files
 
 
@@ -110,52 +203,33 @@ def test_transformers_layout_becomes_the_releases(tiny, tmp_path):
     text = tiny_config()["text_config"]
     del text["global_head_dim"], text["num_global_key_value_heads"]
     text["per_layer_config"] = {"2": {"head_dim": 32, "num_key_value_heads": 1}}
-    source = edited(tiny, tmp_path / "source", config={"text_config": text})
+    others = {"architectures": ["X"], "image_token_id": 9}
+    source = copied(tiny, tmp_path / "1", config={"text_config": text} | others)
     convert(source, tmp_path / "out")
-    assert read_json(tmp_path / "out") == tiny_config()
-    theirs = read_config(source)
-    assert read_config(tmp_path / "out").layers == theirs.layers
-
-
-def test_shapes_the_releases_layout_cannot_say_keep_their_own(tmp_path):
+    assert read_json(tmp_path / "out") == tiny_config() | others
+    # shapes the release's layout cannot say stay in their own
     layers = {"0": {"head_dim": 8}, "2": {"head_dim": 32, "num_key_value_heads": 1}}
-    source = write_tiny(tmp_path / "source", per_layer_config=layers)
-    convert(source, tmp_path / "out")
-    ours, theirs = read_config(tmp_path / "out"), read_config(source)
+    source = write_tiny(tmp_path / "2", per_layer_config=layers)
+    convert(source, tmp_path / "odd")
+    ours, theirs = read_config(tmp_path / "odd"), read_config(source)
     assert ours.layers == theirs.layers
     assert [one.head_dim for one in ours.layers] == [8, 16, 32]
 
 
-def test_keys_of_others_are_kept(tiny, tmp_path):
-    config = {"architectures": ["X"], "image_token_id": 9}
-    source = edited(tiny, tmp_path / "source", config=config)
-    convert(source, tmp_path / "out")
-    assert read_json(tmp_path / "out").items() >= config.items()
-
-
-def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
+def test_files_of_a_model_are_copied_and_no_others(tiny, tmp_path):
     source = shutil.copytree(tiny, tmp_path / "source")
-    carried = {
+    kept = {
         "generation_config.json": b'{"t_max": 0.9}',
         "special_tokens_map.json": b'{"bos_token": "<bos>"}',
         "LICENSE": b"terms\r\n\xff",
     }
     left = {"README.md": b"x", "pytorch_model.bin": b"x", "modeling.py": b"x"}
-    for name, content in (carried | left).items():
+    for name, content in (kept | left).items():
         (source / name).write_bytes(content)
     convert(source, tmp_path / "out")
-    assert listing(tmp_path / "out") == sorted(
-        [
-            *carried,
-            "README.md",  # our own card, not the source's
-            "config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ]
-    )
-    for name in (*carried, "tokenizer.json", "chat_template.jinja"):
+    # README.md is our own card, not the source's
+    assert listing(tmp_path / "out") == sorted([*kept, *listing(tiny), "README.md"])
+    for name in (*kept, "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert "library_name: mlx" in (tmp_path / "out" / "README.md").read_text()
     model, tokenizer = load(tmp_path / "out")
@@ -166,9 +240,11 @@ def test_what_belongs_to_a_model_is_carried_and_nothing_else(tiny, tmp_path):
 @pytest.mark.parametrize("how", [{}, {"quantize": True}], ids=["dense", "quantised"])
 def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
     one, many = tmp_path / "one", tmp_path / "many"
+    limit, calls = 20_000, []
     convert(tiny, one, **how)
-    limit = 20_000
-    converted = convert(tiny, many, shard_bytes=limit, **how)
+    converted = convert(
+        tiny, many, shard_bytes=limit, progress=lambda *a: calls.append(a), **how
+    )
     same(tensors(many), tensors(one))
     files = sorted(many.glob("*.safetensors"))
     assert len(files) == converted.shards > 3
@@ -176,40 +252,30 @@ def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
     index = read_json(many, INDEX)
     assert index["metadata"]["total_size"] == converted.bytes
     for file in files:
-        held = mx.load(str(file))
-        assert all(index["weight_map"][name] == file.name for name in held)
-        assert sum(a.nbytes for a in held.values()) <= limit or len(held) == 1
-    assert len(index["weight_map"]) == len(open_files(one).tensors)
+        found = mx.load(str(file))
+        assert all(index["weight_map"][name] == file.name for name in found)
+        assert sum(a.nbytes for a in found.values()) <= limit or len(found) == 1
+    assert index["weight_map"].keys() == read_tensors(one).keys()
     np.testing.assert_array_equal(
         logits(load_model(many, read_config(many))),
         logits(load_model(one, read_config(one))),
     )
-
-
-def test_a_limit_below_every_tensor_gives_each_its_file(tiny, tmp_path):
-    converted = convert(tiny, tmp_path / "out", shard_bytes=1)
-    assert converted.shards == len(open_files(tiny).tensors)
-    load_model(tmp_path / "out", read_config(tmp_path / "out"))
+    # progress counts every tensor to the end
+    assert {name for name, _, _ in calls} == index["weight_map"].keys()
+    done = [done for _, done, _ in calls]
+    assert done == sorted(done) and done[-1] == converted.bytes
+    assert {total for _, _, total in calls} == {converted.bytes}
 
 
 def test_a_sharded_source_is_converted_like_a_single_file(tiny, tmp_path):
-    convert(tiny, tmp_path / "many", shard_bytes=50_000)
+    converted = convert(tiny, tmp_path / "many", shard_bytes=1)
+    assert converted.shards == len(read_tensors(tiny))
     convert(tmp_path / "many", tmp_path / "one")
     same(tensors(tmp_path / "one"), tensors(tiny))
     assert not (tmp_path / "one" / INDEX).exists()
 
 
-def test_progress_counts_every_tensor_to_the_end(tiny, tmp_path):
-    calls: list[tuple[str, int, int]] = []
-    converted = convert(tiny, tmp_path / "out", progress=lambda *a: calls.append(a))
-    assert {name for name, _, _ in calls} == set(open_files(tmp_path / "out").tensors)
-    done = [done for _, done, _ in calls]
-    assert done == sorted(done)
-    assert done[-1] == converted.bytes
-    assert {total for _, _, total in calls} == {converted.bytes}
-
-
-def test_the_numbers_told_are_those_of_the_files(tiny, tmp_path):
+def test_reported_numbers_are_those_of_the_files(tiny, tmp_path):
     converted = convert(tiny, tmp_path / "out", quantize=True)
     file = tmp_path / "out" / "model.safetensors"
     with file.open("rb") as opened:
@@ -225,29 +291,30 @@ def test_the_numbers_told_are_those_of_the_files(tiny, tmp_path):
 
 
 def refused(tmp_path: Path, source: Path, *named: str, **how: Any) -> None:
-    with pytest.raises((ConversionError, CheckpointError)) as caught:
+    before = listing(tmp_path)
+    with pytest.raises(DGemmaError) as caught:
         convert(source, tmp_path / "out", **how)
     message = str(caught.value)
     assert "\n" not in message
     for part in named:
         assert part in message
-    assert listing(tmp_path) == []
+    assert listing(tmp_path) == before
 
 
-def test_quantising_what_is_quantised_is_refused(quantised, tmp_path):
+def test_a_source_that_does_not_suit_is_refused(quantised, tiny, tmp_path):
     for how in ({"quantize": True}, {}, {"dtype": "float16"}):
         refused(tmp_path, quantised, str(quantised), "--dequantize", **how)
-
-
-def test_dequantising_what_is_dense_is_refused(tiny, tmp_path):
     refused(tmp_path, tiny, str(tiny), "not quantised", dequantize=True)
+    broken = copied(tiny, tmp_path / "broken")
+    (broken / "generation_config.json").write_text('{"t_max": 0}')
+    refused(tmp_path, broken, "generation_config.json", "t_max")
 
 
 @pytest.mark.parametrize(
     ("how", "named"),
     [
         ({"quantize": True, "dequantize": True}, "exclude"),
-        ({"dtype": "float64"}, "float64"),
+        ({"dtype": "float64"}, "dtype is 'float64'; supported: float32, float16"),
         ({"quantize": True, "quant_predicate": "best"}, "best"),
         ({"q_bits": 4}, "--q-bits is given without --quantize"),
         ({"q_mode": "mxfp4"}, "--q-mode is given without --quantize"),
@@ -257,14 +324,14 @@ def test_dequantising_what_is_dense_is_refused(tiny, tmp_path):
         ({"quantize": True, "q_mode": "mxfp4", "q_group_size": 64}, "q-group-size"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(tiny, tmp_path, how, named):
+def test_impossible_arguments_are_refused(tiny, tmp_path, how, named):
     refused(tmp_path, tiny, named, **how)
 
 
-def test_too_little_disk_names_what_is_needed_and_what_is_there(
+def test_too_little_disk_names_what_is_needed_and_what_is_free(
     tiny, tmp_path, monkeypatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_234_567)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    needed = open_files(tiny).nbytes + 64 * 2**20
+    needed = sum(info.nbytes for info in read_tensors(tiny).values()) + 64 * 2**20
     refused(tmp_path, tiny, f"{needed:,}", "1,234,567")

@@ -1,19 +1,20 @@
-"""A conversation that says what it is told to, without a model.
+"""A conversation that says what a script says, without a model.
 
-`python scripted.py SCRIPT OPTIONS` chats with one; SCRIPT is a name of SCRIPTS.
+`python scripted.py SCRIPT PAUSE OPTIONS` chats with one; SCRIPT is a name of SCRIPTS.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.diffusion import conversation, generation
+from mlx_dgemma import loading
+from mlx_dgemma.diffusion import conversation
 from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, message
+from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, reply_message
 
 HOSTILE = (
     "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x1b[2J\x1b[H\x1b[?25l\x1b[?1049h\x1b[?1000h"
@@ -22,7 +23,7 @@ HOSTILE = (
 WIDE = "漢字 and 🙂🚀 한국 é " * 12
 STEPS = 3  # of each canvas
 
-# what each question is answered with, again and again: canvases of parts
+# the answer to every question: canvases of parts
 SCRIPTS = {
     "plain": [[Answer("one\ntw")], [Answer("o")]],
     "parts": [
@@ -44,73 +45,69 @@ SCRIPTS = {
 
 
 class Letters:
-    """A tokenizer whose ids are code points."""
+    """A tokenizer whose ids are code points; 0 is special."""
 
     special_ids = frozenset({0})
 
-    class Pieces:
-        def add(self, ids):
-            return "".join(map(chr, ids))
-
-        def finish(self):
-            return ""
-
     def detokenizer(self):
-        return self.Pieces()
+        return self
+
+    def add(self, ids):
+        return "".join(map(chr, ids))
+
+    def finish(self):
+        return ""
 
 
-class Scripted:
+class ScriptedConversation:
     """Stands for `Conversation`; remembers how it was made and asked.
 
-    pause   seconds from each step to what comes next; a file tells of long ones
+    pause   seconds of each step; the file `asleep` appears before a long one
     held    characters that a commit holds back, until the conversation is closed
     """
 
-    script: list = SCRIPTS["plain"]
-    reason = "stop"
-    pause = 0.0
-    held = 0
-    made: list = []  # noqa: RUF012 - one of each is made
+    script, reason, pause, held = SCRIPTS["plain"], "stop", 0.0, 0
+    last: "ScriptedConversation"
 
     def __init__(self, model, tokenizer, *, system=None, thinking=False, **options):
-        self.system, self.thinking, self.options = system, thinking, options
+        self.tokenizer, self.options = tokenizer, options
+        self.system, self.thinking = system, thinking
         self.messages, self.asked, self.files = [], [], []
-        Scripted.made.append(self)
+        ScriptedConversation.last = self
 
-    def ask(self, content, *, seed=None):
+    def ask(self, content, *, images=(), seed=None):
         if content == "refuse":
             raise SettingsError("refused\x1b[2J, as was asked for")
         if content == "fail":
             raise RuntimeError("[malloc] no room")
-        self.asked.append((content, seed))
+        self.asked.append((content, [*images], seed))
         before, parts = self.messages, []
-        self.messages = [*before, {"role": "user", "content": read(content)}]
+        self.messages = [*before, {"role": "user", "content": content}]
+        seed = 7 if seed is None else seed
         try:
-            yield Prefilled(
-                request=0, seed=7 if seed is None else seed, prompt_tokens=5,
-                seconds=0.0, reused=3,
-            )  # fmt: skip
+            self.stats = Prefilled(
+                request=0, seed=seed, prompt_tokens=5, seconds=0.0, reused=3
+            )
+            yield self.stats
             for index, canvas in enumerate(self.script):
                 for number in range(STEPS):
-                    yield step(index, number, shown(canvas))
+                    texts = (part.text for part in canvas if not isinstance(part, Call))
+                    yield step(map(ord, f"{' '.join(texts)} draft".replace("\n", " ")),
+                               range(0, 999, 2), number=number + 1)  # fmt: skip
                     if self.pause > 1:
                         Path("asleep").touch()
                     time.sleep(self.pause)
-                final = index + 1 == len(self.script)
                 parts += canvas
-                yield commit(
-                    index,
-                    self.reason if final else None,
-                    canvas if final else cut(canvas, self.held),
-                )
+                final = index + 1 == len(self.script)
+                if self.held and not final:
+                    canvas = [replace(canvas[0], text=canvas[0].text[: -self.held])]
+                yield commit("NOT TO BE SHOWN", self.reason if final else None, canvas)
         finally:
-            self.messages = [*self.messages, message(parts)] if parts else before
+            self.messages = [*self.messages, reply_message(parts)] if parts else before
 
-    def instruct(self, system):
-        self.system = system
-
-    def think(self, on):
-        self.thinking = on
+    def transcript(self):
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.messages]
 
     def rewind(self, turns=1):
         if 2 * turns > len(self.messages):
@@ -127,69 +124,41 @@ class Scripted:
         self.files.append(("save", path))
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture that was read, as conversations keep them."""
-
-    source: str
-
-
-def read(content):
-    """What is kept of a message's content."""
-    if isinstance(content, str):
-        return content
-    return [p | {"image": Picture(p["image"])} if "image" in p else p for p in content]
-
-
-def shown(canvas):
-    """What a draft of these parts reads like."""
-    texts = (getattr(part, "text", getattr(part, "name", "")) for part in canvas)
-    return "".join(texts).replace("\n", " ") + " draft"
-
-
-def cut(canvas, held):
-    """The parts but for the last characters of the last one."""
-    if not held:
-        return canvas
-    *others, last = canvas
-    return [*others, type(last)(last.text[:-held])]
-
-
-def step(index, number, text):
-    ids = list(map(ord, text))
+def step(draft, accepted=(), *, number=3, steps=STEPS, entropy=0.25, stopped=False):
+    ids = list(draft)
     return Step(
         request=0,
-        canvas_index=index,
-        step=number,
-        steps=STEPS,
+        canvas_index=0,
+        step=number - 1,
+        steps=steps,
         temperature=1.0,
         draft=mx.array(ids),
         canvas=mx.array(ids),
-        accepted=mx.array([i % 3 > 0 for i in range(len(ids))]),
+        accepted=mx.array([i in accepted for i in range(len(ids))]),
         entropy=mx.zeros(len(ids)),
-        mean_entropy=0.25,
-        stopped=False,
+        mean_entropy=entropy,
+        stopped=stopped,
     )
 
 
-def commit(index, reason, parts):
+def commit(text, reason=None, parts=()):
     return Commit(
         request=0,
-        canvas_index=index,
+        canvas_index=0,
         tokens=(1,),
         steps=STEPS,
         finish_reason=reason,
-        text="NOT TO BE SHOWN",
+        text=text,
         parts=tuple(parts),
     )
 
 
-def install(script: str, pause: float = 0.0, patch=setattr) -> None:
+def install(script: str, patch=setattr, **changes) -> None:
     """Put it in the place of conversations with models."""
-    patch(Scripted, "script", SCRIPTS[script])
-    patch(Scripted, "pause", pause)
-    patch(conversation, "Conversation", Scripted)
-    patch(generation, "load", lambda *a, **k: (None, Letters()))
+    for name, value in {"script": SCRIPTS[script], **changes}.items():
+        patch(ScriptedConversation, name, value)
+    patch(conversation, "Conversation", ScriptedConversation)
+    patch(loading, "load", lambda *a, **k: (None, Letters()))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,39 @@
-"""A conversation writes what each prompt would alone, and encodes only what is new."""
+"""A conversation answers as each prompt alone would, and encodes only what is new."""
 
 import itertools
+import json
+import signal
 
 import numpy as np
 import pytest
 from tiny import VOCABULARY, write_tiny
 
-from mlx_dgemma import Commit, Prefilled, Step, load, stream_generate
+from mlx_dgemma import (
+    Answer,
+    Call,
+    Commit,
+    Prefilled,
+    Step,
+    Thought,
+    load,
+    stream_generate,
+)
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.text.chat import chat_ids
 
-LOOSE = {"steps": 3, "entropy_bound": 8.0, "confidence": 2.0, "prefill_step_size": 32}
+LOOSE = {
+    "steps": 2,
+    "entropy_bound": 8.0,
+    "confidence": 2.0,
+    "max_tokens": 16,
+    "prefill_step_size": 32,
+}
 LONG = LOOSE | {"eos": frozenset({999}), "max_tokens": 48}  # always three canvases
 LETTERS = "".join(VOCABULARY[7:])
-# as the release's: the reply is opened by what no history repeats
-STUBBED = (
+# as the release's: the reply begins with tokens that no history repeats
+TEMPLATE = (
     "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}{{ m['content'] | trim }}"
     "<turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn>a{% if not enable_thinking %}nn{% endif %}"
@@ -25,19 +42,23 @@ STUBBED = (
 
 
 @pytest.fixture(scope="module")
-def stubbed(tmp_path_factory):
-    """The tiny model under a template like the release's."""
-    folder = write_tiny(tmp_path_factory.mktemp("stubbed") / "m", num_hidden_layers=3)
-    (folder / "chat_template.jinja").write_text(STUBBED)
+def chatty(tmp_path_factory):
+    """The tiny model with a chat template like the release's."""
+    folder = write_tiny(tmp_path_factory.mktemp("chatty") / "m")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return load(folder)
 
 
-def words(rng, most=30) -> str:
-    return "".join(rng.choice(list(LETTERS), rng.integers(1, most)))
+def user(content) -> dict:
+    return {"role": "user", "content": content}
 
 
-def bits(events) -> list:
-    """What the canvases went through, number by number."""
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def numbers(events) -> list:
+    """All numbers of all steps, and what the commits say."""
     return [
         [np.array(e.entropy).tolist(), e.draft.tolist(), e.canvas.tolist()]
         if isinstance(e, Step)
@@ -47,110 +68,94 @@ def bits(events) -> list:
     ]
 
 
-def common(one, other) -> int:
-    pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(one, other, strict=False))
-    return sum(1 for _ in pairs)
-
-
-def test_twenty_conversations_of_six_turns_with_edits_of_the_past(stubbed):
-    model, tokenizer = stubbed
-    changes = LOOSE | {"max_tokens": 32, "steps": 2}
-    rng, encoded, whole = np.random.default_rng(1), 0, 0
-    for number in range(20):
-        talk, last = Conversation(model, tokenizer, **changes), []
+def test_turns_equal_fresh_prompts_through_edits_of_the_past(chatty):
+    model, tokenizer = chatty
+    rng, encoded, total = np.random.default_rng(1), 0, 0
+    for number in range(2):
+        talk, last = Conversation(model, tokenizer, **LOOSE), []
         for turn in range(6):
             edited = turn > 1 and rng.random() < 0.3
             if edited:
-                index = int(rng.integers(len(talk.messages)))
-                talk.edit(index, words(rng, 20))
-            said = [*talk.messages, {"role": "user", "content": words(rng)}]
-            seed = 100 * number + turn
-            events = list(talk.ask(said[-1]["content"], seed=seed))
-            wanted = list(stream_generate(model, tokenizer, said, seed=seed, **changes))
-            assert bits(events) == bits(wanted)
-            text = "".join(e.text for e in wanted if isinstance(e, Commit))
-            assert talk.messages == [*said, {"role": "assistant", "content": text}]
+                talk.edit(int(rng.integers(len(talk.messages))), "own words")
+            words = "".join(rng.choice(list(LETTERS), rng.integers(1, 30)))
+            said, seed = [*talk.messages, user(words)], 100 * number + turn
+            events = list(talk.ask(words, seed=seed))
+            fresh = list(stream_generate(model, tokenizer, said, seed=seed, **LOOSE))
+            assert numbers(events) == numbers(fresh)
+            text = "".join(e.text for e in fresh)
+            assert talk.messages == [*said, assistant(text)]
             ids = chat_ids(tokenizer, said)
             assert events[0] is talk.stats
             assert events[0].prompt_tokens == len(ids)
             # at most a chunk before what is new, and what is new
             if not edited:
-                assert events[0].reused > common(ids, last) - 32
-            encoded, whole = encoded + events[0].encoded, whole + len(ids)
+                pairs = zip(ids, last, strict=False)
+                shared = len(list(itertools.takewhile(lambda p: p[0] == p[1], pairs)))
+                assert events[0].reused > shared - 32
+            encoded, total = encoded + events[0].encoded, total + len(ids)
             last = ids
-    assert encoded < 0.6 * whole
+    assert encoded < 0.6 * total
 
 
-def test_what_a_turn_encodes_does_not_grow_with_the_history(stubbed):
-    talk = Conversation(*stubbed, max_tokens=16, **LOOSE)
-    counts = []
-    for turn in range(30):
+def test_work_of_a_turn_does_not_grow_with_the_history(chatty):
+    talk = Conversation(*chatty, **LOOSE)
+    for turn in range(12):
         list(talk.ask("abc" * 5, seed=turn))
         assert talk.stats is not None
-        counts.append(talk.stats)
-    assert counts[-1].prompt_tokens > 700
-    assert max(c.encoded for c in counts) < 32 + 15 + 16 + 12
+        assert talk.stats.encoded < 32 + 15 + 16 + 12
+    assert talk.stats.prompt_tokens > 300
     # marks and room included, memory grows by what full layers keep of a token
     assert talk.prefix.cache.nbytes < 500_000
 
 
-def test_the_system_turn_and_thinking_are_part_of_every_prompt(tiny_model, stubbed):
-    for (model, tokenizer), given in [
-        (tiny_model, {"system": "abc"}),
-        (stubbed, {"system": "abc" * 9, "thinking": True}),
-    ]:
-        talk = Conversation(model, tokenizer, **given, **LOOSE, max_tokens=16)
-        for turn, content in enumerate(["12", "34" * 20, "5"]):
-            said = [*talk.messages, {"role": "user", "content": content}]
-            wanted = stream_generate(
-                model, tokenizer, said, seed=turn, max_tokens=16, **given, **LOOSE
-            )
-            assert bits(talk.ask(content, seed=turn)) == bits(wanted)
-        assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 3
+def test_system_turn_and_thinking_can_be_set_between_answers(chatty):
+    options = {"system": "abc" * 20, "thinking": True}
+    talk = Conversation(*chatty, **options, **LOOSE)
+    for turn, changes in enumerate(
+        ({}, {"system": "abd"}, {"thinking": False}, {"system": None})
+    ):
+        options |= changes
+        if "system" in changes:
+            talk.system = changes["system"]
+        if "thinking" in changes:
+            talk.thinking = changes["thinking"]
+        said = [*talk.messages, user("12" * 9)]
+        fresh = stream_generate(*chatty, said, seed=turn, **options, **LOOSE)
+        assert numbers(talk.ask("12" * 9, seed=turn)) == numbers(fresh)
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 4
+    assert talk.transcript() == talk.messages
+    talk.system = "a"
+    assert talk.transcript() == [{"role": "system", "content": "a"}, *talk.messages]
 
 
-@pytest.mark.parametrize("how", ["close", "break", "interrupt"])
-def test_what_is_committed_when_it_is_interrupted_stays(stubbed, monkeypatch, how):
-    """In the middle of the second canvas; the next turn goes on from there."""
-    model, tokenizer = stubbed
-    talk = Conversation(model, tokenizer, **LONG)
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_committed_text_stays_after_an_interruption(chatty, monkeypatch, interrupt):
+    """In the second canvas, by closing or by Ctrl-C; the next turn goes on from it."""
+    _, tokenizer = chatty
+    talk = Conversation(*chatty, **LONG)
     list(talk.ask("ab", seed=0))
-    before = talk.messages
-    commits = []
-    if how == "interrupt":
-        tick = Engine.tick
-
-        def interrupted(self):
-            if commits:
-                raise KeyboardInterrupt
-            return tick(self)
-
-        monkeypatch.setattr(Engine, "tick", interrupted)
+    before, events, tick = talk.messages, talk.ask("12", seed=3), Engine.tick
+    commit = next(event for event in events if isinstance(event, Commit))
+    if interrupt:
+        monkeypatch.setattr(Engine, "tick", lambda self: signal.raise_signal(2))
         with pytest.raises(KeyboardInterrupt):
-            for event in talk.ask("12", seed=3):
-                commits += [event] * isinstance(event, Commit)
+            next(events)
         monkeypatch.setattr(Engine, "tick", tick)
     else:
-        events = talk.ask("12", seed=3)
-        for event in events:
-            if commits and isinstance(event, Step) and event.step == 1:
-                break
-            commits += [event] * isinstance(event, Commit)
-        if how == "close":
-            events.close()
-        del events
-    assert len(commits) == 1 and commits[0].finish_reason is None
-    answer = {"role": "assistant", "content": tokenizer.decode(commits[0].tokens)}
-    assert talk.messages == [*before, {"role": "user", "content": "12"}, answer]
-    said = [*talk.messages, {"role": "user", "content": "34"}]
-    wanted = stream_generate(*stubbed, said, seed=1, **LONG)
-    assert bits(talk.ask("34", seed=1)) == bits(wanted)
+        next(events)
+        events.close()
+    assert commit.finish_reason is None
+    answer = assistant(tokenizer.decode(commit.tokens))
+    assert talk.messages == [*before, user("12"), answer]
+    said = [*talk.messages, user("34")]
+    fresh = stream_generate(*chatty, said, seed=1, **LONG)
+    assert numbers(talk.ask("34", seed=1)) == numbers(fresh)
     assert talk.stats is not None and talk.stats.reused > 0
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_when_nothing_was_committed_nothing_was_asked(stubbed, taken):
-    talk = Conversation(*stubbed, **LOOSE)
+def test_messages_are_as_before_when_nothing_was_committed(chatty, taken):
+    talk = Conversation(*chatty, **LOOSE)
     list(talk.ask("ab", seed=0))
     before = talk.messages
     events = talk.ask("12", seed=1)
@@ -158,36 +163,29 @@ def test_when_nothing_was_committed_nothing_was_asked(stubbed, taken):
         next(events)
     events.close()
     assert talk.messages == before
-    wanted = stream_generate(
-        *stubbed, [*before, {"role": "user", "content": "12"}], seed=1, **LOOSE
-    )
-    assert bits(talk.ask("12", seed=1)) == bits(wanted)
+    fresh = stream_generate(*chatty, [*before, user("12")], seed=1, **LOOSE)
+    assert numbers(talk.ask("12", seed=1)) == numbers(fresh)
 
 
-def test_text_held_back_for_a_stop_string_is_not_lost(stubbed):
-    talk = Conversation(*stubbed, **LONG)
+def test_stop_string_ends_the_message_and_held_text_is_kept(chatty):
+    talk = Conversation(*chatty, **LONG)
     commits = [e for e in talk.ask("ab", seed=0) if isinstance(e, Commit)]
+    whole = talk.messages[-1]["content"]
+    talk.rewind()
+    assert talk.messages == []
+    list(talk.ask("ab", seed=0, stop=whole[20:23]))
+    assert talk.messages[-1]["content"] == whole[: whole.index(whole[20:23])]
     talk.reset()
-    begins = commits[0].text[-1]  # of a stop string, for all one can tell
-    events = talk.ask("ab", seed=0, stop=[f"{begins}never"])
+    start = commits[0].text[-1]  # of a stop string, as far as one can tell
+    events = talk.ask("ab", seed=0, stop=[f"{start}never"])
     first = next(e for e in events if isinstance(e, Commit))
     events.close()
     assert first.text == commits[0].text[:-1]
     assert talk.messages[-1]["content"] == commits[0].text
 
 
-def test_a_stop_string_ends_the_message(stubbed):
-    talk = Conversation(*stubbed, **LONG)
-    list(talk.ask("ab", seed=0))
-    whole = talk.messages[-1]["content"]
-    talk.rewind()
-    assert talk.messages == []
-    list(talk.ask("ab", seed=0, stop=whole[20:23]))
-    assert talk.messages[-1]["content"] == whole[: whole.index(whole[20:23])]
-
-
-def test_the_past_can_be_changed(stubbed):
-    talk = Conversation(*stubbed, **LOOSE)
+def test_past_can_be_changed(chatty):
+    talk = Conversation(*chatty, **LOOSE)
     for turn, content in enumerate(["ab", "cd", "ef"]):
         list(talk.ask(content, seed=turn))
     first = talk.messages
@@ -199,63 +197,60 @@ def test_the_past_can_be_changed(stubbed):
     list(talk.ask("ef", seed=2))
     assert talk.messages == first  # the same again
     talk.edit(3, "own words")
-    assert talk.messages == [*first[:3], {"role": "assistant", "content": "own words"}]
+    assert talk.messages == [*first[:3], assistant("own words")]
     talk.edit(2, "12")
-    assert talk.messages == [*first[:2], {"role": "user", "content": "12"}]
-    list(talk.ask(seed=5))
-    assert [m["content"] for m in talk.messages[:3:2]] == ["ab", "12"]
-    assert len(talk.messages) == 4
+    talk.add(user([{"type": "text", "text": "34"}]))
+    said = talk.messages
+    assert [m["content"] for m in said[2:]] == ["12", [{"type": "text", "text": "34"}]]
+    fresh = stream_generate(*chatty, said, seed=5, **LOOSE)
+    assert numbers(talk.ask(seed=5)) == numbers(fresh)
+    talk.messages[0]["content"] = "other"  # of a copy
+    assert talk.messages[:4] == said
     talk.reset()
     assert talk.messages == []
 
 
-def test_messages_are_a_copy(stubbed):
-    talk = Conversation(*stubbed, **LOOSE)
-    list(talk.ask("ab", seed=0))
-    talk.messages[0]["content"] = "other"
-    talk.messages.clear()
-    assert talk.messages[0]["content"] == "ab"
-
-
-@pytest.mark.parametrize(
-    ("do", "message"),
-    [
-        (lambda talk: talk.ask(), "there is no question to answer; give one to ask"),
-        (lambda talk: talk.ask(7), "content is int; it must be text or a list of"),
-        (lambda talk: talk.ask("ab", stop=[""]), "must be strings that are not empty"),
-        (lambda talk: talk.ask("ab", seed=-1), "seed is -1"),
-        (lambda talk: talk.edit(2, "a"), "message 2 is not there; there are 2, from 0"),
-        (lambda talk: talk.edit(-1, "a"), "message -1 is not there"),
-        (lambda talk: talk.edit(0, None), "content is NoneType; it must be text"),
-        (lambda talk: talk.rewind(2), "turns is 2; the conversation has 1 to take"),
-        (lambda talk: talk.rewind(-1), "turns is -1"),
-    ],
-)
-def test_what_cannot_be_is_refused_at_once(stubbed, do, message):
-    talk = Conversation(*stubbed, **LOOSE)
+def test_impossible_requests_are_refused_at_once(chatty, tiny_model):
+    talk = Conversation(*chatty, **LOOSE)
     list(talk.ask("ab", seed=0))
     before = talk.messages
-    with pytest.raises(SettingsError, match=message):
-        do(talk)
-    assert talk.messages == before
+    for act, message in (
+        (talk.ask, "there is no question to answer; give one to ask"),
+        (lambda: talk.ask(7), "content is int; it must be text or a list of"),
+        (lambda: talk.ask("ab", stop=[""]), "must be strings that are not empty"),
+        (lambda: talk.ask("ab", seed=-1), "seed is -1"),
+        (lambda: talk.edit(2, "a"), "message 2 is not there; there are 2, from 0"),
+        (lambda: talk.edit(-1, "a"), "message -1 is not there"),
+        (lambda: talk.edit(0, None), "content is NoneType; it must be text"),
+        (lambda: talk.rewind(2), "turns is 2; the conversation has 1 to take"),
+        (lambda: talk.rewind(-1), "turns is -1"),
+        (lambda: talk.ask([{}], images=["a.png"]), "images go with a text"),
+        (lambda: Conversation(*tiny_model, hot=1), "'hot' is no setting"),
+        (lambda: Conversation(*tiny_model, prefill_step_size=0), "step_size is 0"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            act()
+        assert talk.messages == before
 
 
-def test_settings_are_checked_when_it_begins(tiny_model):
-    with pytest.raises(SettingsError, match="'temperature' is no setting"):
-        Conversation(*tiny_model, temperature=1.0)
-    with pytest.raises(SettingsError, match="prefill_step_size is 0"):
-        Conversation(*tiny_model, prefill_step_size=0)
-
-
-def test_one_answer_at_a_time(stubbed):
-    talk = Conversation(*stubbed, **LOOSE)
+def test_one_answer_at_a_time(chatty):
+    talk = Conversation(*chatty, **LOOSE)
     early, late = talk.ask("ab", seed=0), talk.ask("cd", seed=0)
     next(early)
-    for do in (talk.rewind, talk.reset, talk.ask, lambda: talk.edit(0, "a")):
+    for act in (
+        talk.rewind,
+        talk.reset,
+        talk.ask,
+        lambda: talk.edit(0, "a"),
+        lambda: setattr(talk, "system", "a"),
+        lambda: setattr(talk, "thinking", True),
+        lambda: next(late),
+        lambda: talk.load("a"),
+    ):
         with pytest.raises(SettingsError, match="an answer is being written; close"):
-            do()
-    with pytest.raises(SettingsError, match="an answer is being written"):
-        next(late)
+            act()
+    with pytest.raises(SettingsError, match="a running request writes to this prefix"):
+        talk.save("a")
     list(early)
     stale = talk.ask("cd", seed=0)
     talk.rewind()
@@ -268,14 +263,11 @@ def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):
     folder = write_tiny(tmp_path / "m")
     (folder / "chat_template.jinja").unlink()
     model, tokenizer = load(folder)
-    talk = Conversation(model, tokenizer, **LOOSE, max_tokens=16)
-    text = ""
-    for turn in range(4):
+    talk, text = Conversation(model, tokenizer, **LOOSE), ""
+    for turn in range(3):
         text += "abcd" * 5
-        wanted = stream_generate(
-            model, tokenizer, text, seed=turn, max_tokens=16, **LOOSE
-        )
-        assert bits(talk.ask("abcd" * 5, seed=turn)) == bits(wanted)
+        fresh = stream_generate(model, tokenizer, text, seed=turn, **LOOSE)
+        assert numbers(talk.ask("abcd" * 5, seed=turn)) == numbers(fresh)
         text += talk.messages[-1]["content"]
     assert talk.stats is not None and talk.stats.reused >= 32
     with pytest.raises(SettingsError, match="system cannot be used"):
@@ -284,72 +276,69 @@ def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):
         talk.ask([{"type": "text", "text": "a"}])
 
 
-def test_a_seed_is_chosen_and_reported(stubbed):
-    talk = Conversation(*stubbed, **LOOSE)
-    events = list(talk.ask("ab"))
-    talk.rewind()
-    assert bits(talk.ask("ab", seed=events[0].seed)) == bits(events)
+# --- thoughts and calls --------------------------------------------------------------
+
+MARKERS = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
+PIECES = [*VOCABULARY[:7], *"abcdel{}:12utfghijkm", *MARKERS]
+TOOL_TEMPLATE = (
+    "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}"
+    "{% for c in m.get('tool_calls') or [] %}<|tool_call>{{ c['function']['name'] }}"
+    "<tool_call|>{% endfor %}{{ m['content'] or '' }}<turn|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "ab", "parameters": {}}}]
 
 
-def test_it_may_be_talked_to_from_one_thread_after_another(stubbed):
-    from concurrent.futures import ThreadPoolExecutor
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A tiny checkpoint whose vocabulary has the markers; turns end with eos 4."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
 
-    there = Conversation(*stubbed, max_tokens=64, **LOOSE)
-    here = Conversation(*stubbed, max_tokens=64, **LOOSE)
-    for turn in range(4):
-        content = "ab" * 9 * (turn + 1)
-        if turn == 3:
-            there.rewind(2)
-            here.rewind(2)
-        stream, events = there.ask(content, seed=turn), []
-        while not events or events[-1] is not None:
-            with ThreadPoolExecutor(1) as pool:  # a new thread for each event
-                events.append(pool.submit(next, stream, None).result())
-        assert bits(events[:-1]) == bits(here.ask(content, seed=turn))
-
-
-def test_what_is_encoded_can_be_saved_and_loaded(stubbed, tmp_path):
-    given = {"system": "ab" * 40, "max_tokens": 16} | LOOSE
-    for turn in range(2):
-        talk = Conversation(*stubbed, **given)
-        if turn:
-            talk.load(tmp_path / "a.cache")
-        list(talk.ask(f"{turn}" * 5, seed=0))
-        assert talk.stats is not None
-        assert (talk.stats.reused >= 64) == (turn == 1)
-        talk.save(tmp_path / "a.cache")
-        events = talk.ask("1")
-        next(events)
-        for do in (talk.save, talk.load):
-            with pytest.raises(SettingsError, match=r"running request|being written"):
-                do(tmp_path / "a.cache")
-        events.close()
+    folder = write_tiny(tmp_path_factory.mktemp("marked") / "m")
+    ids = {piece: i for i, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = [*PIECES[:5], *MARKERS]
+    tokenizer.add_special_tokens([AddedToken(p, special=True) for p in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return load(folder)
 
 
-def test_the_system_turn_and_thinking_can_be_changed(stubbed):
-    model, tokenizer = stubbed
-    talk = Conversation(model, tokenizer, system="abc" * 20, max_tokens=16, **LOOSE)
-    list(talk.ask("12" * 9, seed=0))
-    talk.think(True)
-    talk.instruct("abd")
-    said = [*talk.messages, {"role": "user", "content": "34"}]
-    wanted = stream_generate(
-        *stubbed, said, system="abd", thinking=True, seed=1, max_tokens=16, **LOOSE
-    )
-    assert bits(talk.ask("34", seed=1)) == bits(wanted)
-    talk.instruct(None)
-    said = [*talk.messages, {"role": "user", "content": "5"}]
-    wanted = stream_generate(
-        *stubbed, said, thinking=True, seed=2, max_tokens=16, **LOOSE
-    )
-    assert bits(talk.ask("5", seed=2)) == bits(wanted)
+def saying(*pieces: str) -> dict:
+    """Settings that pin the reply."""
+    split = [[piece] if piece in MARKERS else list(piece) for piece in pieces]
+    tokens = [PIECES.index(p) for p in itertools.chain(*split)]
+    return {"pinned": dict(enumerate([*tokens, 4])), "max_tokens": 32, "steps": 1}
 
 
-def test_other_messages_can_be_added_and_answered(stubbed):
-    talk = Conversation(*stubbed, max_tokens=16, **LOOSE)
-    list(talk.ask("ab", seed=0))
-    talk.add({"role": "user", "content": [{"type": "text", "text": "12"}]})
-    said = talk.messages
-    wanted = stream_generate(*stubbed, said, seed=1, max_tokens=16, **LOOSE)
-    assert bits(talk.ask(seed=1)) == bits(wanted)
-    assert talk.messages[:-1] == said
+def parts_of(events) -> list:
+    return [event.parts for event in events if isinstance(event, Commit)]
+
+
+def test_commits_hold_thoughts_and_stop_strings_end_answers_only(marked):
+    options = saying("<|channel>", "dee", "<channel|>", "abdeec")
+    *_, commit = stream_generate(*marked, "a", **options)
+    assert (commit.text, commit.parts) == ("abdeec", (Thought("dee"), Answer("abdeec")))
+    *_, commit = stream_generate(*marked, "a", stop="de", **options)
+    assert commit.parts == (Thought("dee"), Answer("ab"))
+    assert commit.finish_reason == "stop"
+
+
+def test_call_is_answered_and_the_conversation_goes_on(marked):
+    options = saying("<|tool_call>", "call:ab{}", "<tool_call|>")
+    talk = Conversation(*marked, tools=TOOLS, **options)
+    events = list(talk.ask("a", seed=0))
+    assert parts_of(events) == [(Call("ab", {}, "call_0"),)]
+    assert events[-1].text == ""
+    answer = talk.messages[1]
+    assert answer["content"] is None
+    assert answer["tool_calls"][0]["function"] == {"name": "ab", "arguments": {}}
+    talk.add({"role": "tool", "tool_call_id": "call_0", "content": "12"})
+    json.dumps(talk.transcript())
+    fresh = stream_generate(*marked, talk.messages, tools=TOOLS, seed=0, **options)
+    assert parts_of(talk.ask(seed=0)) == parts_of(fresh)
+    roles = [m["role"] for m in talk.messages]
+    assert roles == ["user", "assistant", "tool", "assistant"]

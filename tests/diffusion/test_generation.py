@@ -1,167 +1,177 @@
-"""Text around the engine: streaming, stop strings, seeds, settings."""
+"""Text around the engine: streaming, stop strings, seeds, counts."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+
+import mlx.core as mx
+import numpy as np
 import pytest
 from tiny import VOCABULARY
 
-from mlx_dgemma import Commit, Prefilled, Step, generate, stream_generate
-from mlx_dgemma.diffusion.report import Report
-from mlx_dgemma.diffusion.stop import StopFilter
-from mlx_dgemma.errors import SettingsError
+from mlx_dgemma import (
+    Commit,
+    Prefilled,
+    Step,
+    generate,
+    load,
+    stream_generate,
+)
+from mlx_dgemma.diffusion import report
+from mlx_dgemma.diffusion.report import Report, format_bytes
+from mlx_dgemma.diffusion.request import StopFilter
+from mlx_dgemma.errors import HubError, SettingsError
+from mlx_dgemma.settings import Settings
 from mlx_dgemma.text.replies import Answer
 
-LOOSE = {
+# without an eos: four canvases
+LONG = {
     "max_tokens": 64,
-    "steps": 6,
+    "steps": 3,
     "entropy_bound": 8.0,
     "confidence": 2.0,
+    "eos": {99},
     "seed": 0,
 }
+SHORT = LONG | {"max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def long_text(tiny_model) -> str:
+    return generate(*tiny_model, "ab", **LONG)
 
 
 def text_of(events) -> str:
-    return "".join(e.text for e in events if isinstance(e, Commit))
+    return "".join(event.text for event in events)
 
 
-def seed_of_long_text(model, tokenizer) -> int:
-    """A seed whose text spans several canvases."""
-    for seed in range(50):
-        events = list(stream_generate(model, tokenizer, "ab", **LOOSE | {"seed": seed}))
-        if sum(isinstance(e, Commit) for e in events) > 2:
-            return seed
-    raise AssertionError("no seed gives a long text")
-
-
-def test_stream_and_generate_give_the_same_text(tiny_model):
-    events = list(stream_generate(*tiny_model, "12\nab", **LOOSE))
-    assert text_of(events) == generate(*tiny_model, "12\nab", **LOOSE)
+def test_stream_and_generate_give_the_same_text(tiny_model, long_text):
+    events = list(stream_generate(*tiny_model, "ab", **LONG))
+    assert text_of(events) == long_text
     assert isinstance(events[0], Prefilled)
-    assert isinstance(events[-1], Commit) and events[-1].finish_reason
+    assert (events[0].reused, events[0].encoded) == (0, 6)
+    commits = [e for e in events if isinstance(e, Commit)]
+    assert len(commits) == 4 and commits[-1] is events[-1]
+    assert [c.finish_reason for c in commits] == [None] * 3 + ["length"]
+    assert all(e.text == "" for e in events if not isinstance(e, Commit))
 
 
-def test_prompts_may_be_text_ids_or_messages(tiny_model):
+def test_prompts_may_be_text_ids_arrays_or_messages(tiny_model):
     model, tokenizer = tiny_model
-    text = generate(model, tokenizer, "12ab", **LOOSE)
+    text = generate(model, tokenizer, "12ab", **SHORT)
     messages = [{"role": "user", "content": "12ab"}]
-    assert generate(model, tokenizer, messages, **LOOSE) == text
-    ids = tokenizer.apply_chat_template(messages, tokenize=True)
-    assert generate(model, tokenizer, ids, **LOOSE) == text
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    for prompt in (messages, ids, np.array(ids), mx.array(ids)):
+        assert generate(model, tokenizer, prompt, **SHORT) == text
 
 
-def test_a_seed_is_chosen_and_reported(tiny_model):
-    loose = {k: v for k, v in LOOSE.items() if k != "seed"}
-    events = list(stream_generate(*tiny_model, "ab", **loose))
-    assert isinstance(events[0], Prefilled)
-    again = generate(*tiny_model, "ab", seed=events[0].seed, **loose)
+def test_keywords_win_over_settings_and_those_over_the_checkpoint(tiny_model):
+    model, _ = tiny_model
+    settings = Settings(canvas_length=16, steps=2, max_tokens=32, eos=frozenset({99}))
+    changes = {"steps": 3, "max_tokens": None}
+    events = list(stream_generate(*tiny_model, "ab", settings=settings, **changes))
+    steps = [e for e in events if isinstance(e, Step)]
+    assert {(s.steps, len(s.draft)) for s in steps} == {(3, 16)}
+    assert sum(len(e.tokens) for e in events if isinstance(e, Commit)) == 32
+    assert model.settings.steps == 48
+
+
+def test_verbose_prints_the_text_and_counts(tiny_model, capsys, long_text):
+    assert generate(*tiny_model, "ab", verbose=True, **LONG) == long_text
+    printed = capsys.readouterr().out
+    head, text, counts = printed.split("==========")
+    assert (head, text) == ("", f"\n{long_text}\n")
+    lines = counts.strip().split("\n")
+    assert lines[0].startswith("Prompt: 6 tokens, ")
+    assert lines[1].startswith("Generation: 64 tokens, ")
+    assert all(line.endswith(" tokens-per-sec") for line in lines[:2])
+    assert lines[2].startswith("Denoising: ") and "tokens-per-forward" in lines[2]
+    assert lines[3].startswith("Peak memory: ") and lines[3].endswith(" GB")
+
+
+def test_seed_is_chosen_and_reported(tiny_model):
+    options = {k: v for k, v in SHORT.items() if k != "seed"}
+    events = list(stream_generate(*tiny_model, "ab", **options))
+    again = generate(*tiny_model, "ab", seed=events[0].seed, **options)
     assert again == text_of(events)
-    other = next(iter(stream_generate(*tiny_model, "ab", **loose)))
-    assert isinstance(other, Prefilled) and other.seed != events[0].seed
+    other = next(iter(stream_generate(*tiny_model, "ab", **options)))
+    assert other.seed != events[0].seed
 
 
-def test_unknown_settings_are_refused(tiny_model):
-    with pytest.raises(SettingsError, match="'temperature' is no setting"):
-        generate(*tiny_model, "ab", temperature=1.0)  # type: ignore[call-arg]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_impossible_settings_are_refused_before_the_first_event(tiny_model):
+    for changes, message in (
+        ({"temperature": 1.0}, "'temperature' is no setting"),
         ({"stop": [""]}, "must be strings"),
         ({"stop": 5}, "stop is 5"),
         ({"prefill_step_size": "8"}, "prefill_step_size is '8'"),
-        ({"eos": 4}, "eos is 4"),
-        ({"pinned": [1]}, r"pinned is \[1\]"),
         ({"prefill_step_size": 0}, "prefill_step_size is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": True}, "seed is True"),
-    ],
-)
-def test_impossible_settings_are_refused(tiny_model, changes, message):
-    with pytest.raises(SettingsError, match=message):
-        generate(*tiny_model, "ab", **changes)
-    with pytest.raises(SettingsError, match=message):
-        stream_generate(*tiny_model, "ab", **changes)  # before the first event
+        ({"pinned": {0: 99}}, r"pinned\[0\] is 99"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            stream_generate(*tiny_model, "ab", **changes)
+        with pytest.raises(SettingsError, match=message):
+            generate(*tiny_model, "ab", **changes)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_a_stop_string_ends_the_text_wherever_it_lies(tiny_model, size):
-    """Also across the border of two canvases: every third place is tried."""
-    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model)}
-    whole = generate(*tiny_model, "ab", **loose)
-    for start in range(0, len(whole) - size, 3):
-        stop = whole[start : start + size]
-        events = list(stream_generate(*tiny_model, "ab", stop=[stop], **loose))
-        assert text_of(events) == whole[: whole.index(stop)]
-        assert events[-1].finish_reason == "stop"
-
-
-def test_tokens_end_where_the_text_ends(tiny_model):
+@pytest.mark.parametrize("size", [1, 4])
+def test_stop_string_ends_text_and_tokens(tiny_model, long_text, size):
+    """Also across two canvases: then the first one's tokens are out already."""
     _, tokenizer = tiny_model
-    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model)}
-    whole = generate(*tiny_model, "ab", **loose)
-    for stop in (whole[9:12], whole[22:24]):
-        events = list(stream_generate(*tiny_model, "ab", stop=stop, **loose))
+    for start in (0, 5, 9, 11, 30):
+        stop = long_text[start : start + size]
+        events = list(stream_generate(*tiny_model, "ab", stop=stop, **LONG))
+        expected = long_text[: long_text.index(stop)]
+        assert text_of(events) == expected
+        assert events[-1].finish_reason == "stop"
         tokens = [t for e in events if isinstance(e, Commit) for t in e.tokens]
-        assert tokenizer.decode(tokens) == text_of(events) == whole[: whole.index(stop)]
+        spans = "".join(e.held for e in events if isinstance(e, Commit))
+        assert tokenizer.decode(tokens) == expected + spans
 
 
-def test_events_may_be_pulled_from_one_thread_after_another(tiny_model):
-    from concurrent.futures import ThreadPoolExecutor
-
-    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model), "pinned": {3: 9}}
-    stream = stream_generate(*tiny_model, "ab", **loose)
-    events = []
-    while not events or events[-1] is not None:
-        with ThreadPoolExecutor(1) as pool:  # a new thread for each event
-            events.append(pool.submit(next, stream, None).result())
-    assert text_of(events[:-1]) == generate(*tiny_model, "ab", **loose)
+def test_earliest_of_several_stop_strings_wins(tiny_model, long_text):
+    stops = [long_text[20:23], long_text[9:12], "never"]
+    cut = min(long_text.index(s) for s in stops[:2])
+    assert generate(*tiny_model, "ab", stop=stops, **LONG) == long_text[:cut]
+    stop = long_text[-1] + "never"  # the end is not held back for it
+    assert generate(*tiny_model, "ab", stop=[stop], **LONG) == long_text
 
 
-def test_the_earliest_of_several_stop_strings_wins(tiny_model):
-    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model)}
-    whole = generate(*tiny_model, "ab", **loose)
-    stops = [whole[20:23], whole[9:12], "never"]
-    cut = min(whole.index(s) for s in stops[:2])
-    assert generate(*tiny_model, "ab", stop=stops, **loose) == whole[:cut]
+class Echo:
+    """A reply parser whose ids are code points."""
+
+    def add(self, tokens):
+        return [Answer("".join(map(chr, tokens)))]
+
+    def finish(self):
+        return []
 
 
-def test_a_stop_string_that_never_comes_holds_nothing_back(tiny_model):
-    loose = LOOSE | {"seed": seed_of_long_text(*tiny_model)}
-    whole = generate(*tiny_model, "ab", **loose)
-    stop = whole[-1] + "never"
-    assert generate(*tiny_model, "ab", stop=[stop], **loose) == whole
+def commit(text, reason=None, steps=1):
+    tokens = tuple(map(ord, text))
+    return Commit(
+        request=0, canvas_index=0, tokens=tokens, steps=steps, finish_reason=reason
+    )
 
 
-def test_no_draft_contains_text_of_a_held_back_stop_string():
-    """StopFilter: what might begin a stop string waits for the next commit."""
-
-    class Echo:
-        def add(self, tokens):
-            return [Answer("".join(map(chr, tokens)))]
-
-        def finish(self):
-            return []
-
-    def commit(text, reason=None):
-        return Commit(
-            request=0,
-            canvas_index=0,
-            tokens=tuple(map(ord, text)),
-            steps=1,
-            finish_reason=reason,
-        )
-
-    writer = StopFilter(Echo(), ["END."])
-    assert writer.write(commit("one EN")).text == "one "
-    assert writer.write(commit("Dless ")).text == "ENDless "
-    assert writer.write(commit("E")).text == ""
-    last = writer.write(commit("ND. more", "length"))
+def test_beginning_of_a_stop_string_is_held_back():
+    filter = StopFilter(Echo(), ["END."])
+    first = filter.write(commit("one EN"))
+    assert (first.text, first.held) == ("one ", "EN")
+    assert filter.write(commit("Dless ")).text == "ENDless "
+    assert filter.write(commit("E")).text == ""
+    last = filter.write(commit("ND. more", "length"))
     assert (last.text, last.finish_reason) == ("", "stop")
 
 
+def test_special_tokens_are_hidden_from_text(tiny_model):
+    options = SHORT | {"pinned": {0: 3, 1: 10, 2: 2, 3: 11, 4: 1}, "eos": {1}}
+    assert generate(*tiny_model, "ab", **options) == VOCABULARY[10] + VOCABULARY[11]
+
+
 def test_closing_the_stream_ends_the_request(tiny_model):
-    stream = stream_generate(*tiny_model, "ab", **LOOSE)
+    stream = stream_generate(*tiny_model, "ab", **LONG)
     next(stream)
     next(stream)
     stream.close()
@@ -169,53 +179,84 @@ def test_closing_the_stream_ends_the_request(tiny_model):
         next(stream)
 
 
-def test_special_tokens_are_hidden_from_text(tiny_model):
-    model, tokenizer = tiny_model
-    changes = LOOSE | {"pinned": {0: 3, 1: 10, 2: 2, 3: 11, 4: 1}}
-    assert generate(model, tokenizer, "ab", **changes) == (
-        VOCABULARY[10] + VOCABULARY[11]
-    )
+def test_model_and_events_may_move_between_threads(tiny, tiny_model):
+    """Unevaluated arrays would belong to the thread that made them."""
+    options = SHORT | {"max_tokens": 32, "pinned": {3: 9}}
+
+    def in_new_thread(function, *args):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+
+    model, tokenizer = in_new_thread(load, tiny)
+    stream, events = stream_generate(model, tokenizer, "ab", **options), []
+    while not events or events[-1] is not None:
+        events.append(in_new_thread(next, stream, None))
+    assert text_of(events[:-1]) == generate(*tiny_model, "ab", **options)
+    steps = [e for e in events if isinstance(e, Step) and e.canvas_index == 0]
+    assert all(e.accepted[3].item() and e.entropy[3].item() == 0 for e in steps)
 
 
-def test_the_report_counts_what_happened(tiny_model):
-    report = Report()
-    events = list(stream_generate(*tiny_model, "ab", **LOOSE))
-    for event in events:
-        report.add(event)
-    commits = [e for e in events if isinstance(e, Commit)]
-    assert report.committed_tokens == sum(len(c.tokens) for c in commits)
-    assert report.denoising_steps == sum(isinstance(e, Step) for e in events)
-    assert report.steps_per_canvas == [c.steps for c in commits]
-    assert report.tokens_per_forward == pytest.approx(
-        report.committed_tokens / report.denoising_steps
-    )
-    assert f"seed {LOOSE['seed']}" in report.line()
-
-
-def test_a_model_loaded_in_one_thread_generates_in_another(tiny):
-    """Unevaluated weights would belong to the thread that loaded them."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from mlx_dgemma import load
-
-    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as worker:
-        model, tokenizer = loader.submit(load, tiny).result()
-        text = worker.submit(generate, model, tokenizer, "ab", **LOOSE).result()
-    assert text == generate(*load(tiny), "ab", **LOOSE)
-
-
-@pytest.mark.parametrize("name", ["sudoku4", "folder"])
-def test_a_revision_of_what_is_no_hub_id_is_refused(tiny, name):
-    from mlx_dgemma import load
-    from mlx_dgemma.errors import HubError
-
-    with pytest.raises(HubError, match="is no hub id, so it has no revision 'v2'"):
-        load(tiny if name == "folder" else name, revision="v2")
-
-
-def test_an_endless_name_is_refused_in_one_line():
-    from mlx_dgemma import load
-    from mlx_dgemma.errors import HubError
-
+def test_names_that_cannot_be_loaded_are_refused_in_one_line(tiny):
+    for name in (tiny, "sudoku4"):
+        with pytest.raises(HubError, match="so it has no revision 'v2'"):
+            load(name, revision="v2")
     with pytest.raises(HubError, match="File name too long"):
         load("a" * 5000)
+
+
+# --- report --------------------------------------------------------------------------
+
+
+def step(number):
+    names = [field.name for field in fields(Step)]
+    return Step(**dict.fromkeys(names) | {"step": number})
+
+
+@pytest.fixture
+def report_of(monkeypatch):
+    """A report of events that began two seconds ago, with a peak memory of 3 MB."""
+
+    def make(*events):
+        made = Report(started=100.0)
+        for event in events:
+            made.add(event)
+        return made
+
+    monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
+    return make
+
+
+PREFILLED = Prefilled(request=0, seed=9, prompt_tokens=6, seconds=0.5)
+
+
+def test_report_of_a_finished_request(report_of):
+    first, last = commit("a" * 16, steps=2), commit("abcd", "stop")
+    made = report_of(PREFILLED, step(0), step(1), first, step(0), last)
+    assert made.line() == (
+        "6 prompt tokens · 20 committed tokens · 2 canvases (2 + 1 steps) · "
+        "6.67 tokens per forward · 10.0 tok/s wall · peak memory 3.0 MB · seed 9"
+    )
+    assert made.summary() == (
+        "Prompt: 6 tokens, 12.000 tokens-per-sec\n"
+        "Generation: 20 tokens, 13.333 tokens-per-sec\n"
+        "Denoising: 3 steps, 6.667 tokens-per-forward\nPeak memory: 0.003 GB"
+    )
+    assert made.finish_reason == "stop"
+
+
+def test_report_of_unfinished_and_of_many_canvases(report_of):
+    made = report_of(PREFILLED, step(0), commit("a" * 16), step(0), step(1))
+    assert made.tokens_per_forward == pytest.approx(16 / 3)
+    assert "1 canvas (1 step) and 2 steps of one not finished ·" in made.line()
+    nothing = report_of(PREFILLED, step(0))
+    assert "· 0 committed tokens · 0 canvases and 1 step of one not" in nothing.line()
+    few = report_of(*[commit("a", steps=5)] * 8)
+    assert "8 canvases (5 + 5 + 5 + 5 + 5 + 5 + 5 + 5 steps)" in few.line()
+    many = report_of(*[commit("a", steps=5)] * 8, commit("a", steps=12))
+    assert "9 canvases (5.8 steps each, at most 12)" in many.line()
+
+
+def test_bytes_are_shown_in_decimal_units():
+    shown = {0: "0.0 MB", 999_000_000: "999.0 MB", 52_345_000_000: "52.34 GB"}
+    assert {count: format_bytes(count) for count in shown} == shown

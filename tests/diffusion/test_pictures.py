@@ -1,151 +1,168 @@
-"""Pictures through the whole of it: generation, reuse, and turns of talk."""
+"""Pictures and videos in prompts: encoding, generation, reuse, conversations."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from eyed import asked, drawn, picture, text, write_eyed
+from tiny_vision import asked, drawn, picture, text, write_tiny_vision
 
-from mlx_dgemma import Commit, generate, load, stream_generate
+from mlx_dgemma import generate, load, stream_generate
+from mlx_dgemma.diffusion import prompt as prompts
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
-from mlx_dgemma.diffusion.prefix import Prefix
-from mlx_dgemma.diffusion.prompt import encode_prompt
+from mlx_dgemma.diffusion.prefix import Prefix, prefix_keys
+from mlx_dgemma.diffusion.prompt import EncodedPrompt, encode_prompt
 from mlx_dgemma.errors import MediaError, SettingsError
+from mlx_dgemma.media import videos
+from mlx_dgemma.media.images import ImageBudget, read_picture
 
-LOOSE = {"max_tokens": 32, "steps": 4, "entropy_bound": 8.0}
-SEE = {"max_tokens": 16, "steps": 4}
+IMAGE, BEGIN, END = 9, 7, 8
+SHORT = {"max_tokens": 16, "steps": 2, "entropy_bound": 8.0}
 
 
 @pytest.fixture(scope="module")
-def eyed(tmp_path_factory):
-    return load(write_eyed(tmp_path_factory.mktemp("eyed") / "m"))
+def seeing(tmp_path_factory):
+    """The tiny model with a vision tower."""
+    return load(write_tiny_vision(tmp_path_factory.mktemp("seeing") / "m"))
 
 
-def test_what_is_seen_changes_the_answer(eyed):
-    answers = {
-        generate(*eyed, "abc", images=[drawn(70, 50, seed)], seed=0, **LOOSE)
-        for seed in range(6)
-    }
-    assert len(answers) > 1
-    same = [generate(*eyed, "abc", images=[drawn(70, 50)], seed=0, **LOOSE)] * 2
-    assert same[0] == generate(*eyed, "abc", images=[drawn(70, 50)], seed=0, **LOOSE)
+def test_picture_takes_one_id_per_soft_token(seeing):
+    model, tokenizer = seeing
+    parts = picture(drawn(60, 40)), text("ab"), picture(drawn(30, 90)), text("c")
+    encoded = encode_prompt(model, tokenizer, asked(*parts))
+    first, second = encoded.image_spans
+    for span in encoded.image_spans:
+        ids = encoded.ids[span.start : span.end]
+        assert ids == [IMAGE] * span.picture.soft_tokens and len(ids) > 1
+        assert encoded.ids[span.start - 1] == BEGIN and encoded.ids[span.end] == END
+    between = encoded.ids[first.end + 1 : second.start - 1]
+    assert tokenizer.decode(between) == "ab"
+    assert encode_prompt(model, tokenizer, [3, 4]) == EncodedPrompt([3, 4])
 
 
-def test_images_before_a_text_are_parts_of_a_message(eyed):
-    image = drawn(70, 50)
-    messages = asked(picture(image), text("abc"))
-    assert generate(*eyed, "abc", images=[image], seed=3, **LOOSE) == generate(
-        *eyed, messages, seed=3, **LOOSE
+def test_keys_differ_by_picture_and_by_place_in_it(seeing):
+    one, same, other = (
+        encode_prompt(*seeing, asked(picture(drawn(60, 40, seed)), text("a")))
+        for seed in (0, 0, 1)
     )
+    assert one.ids == other.ids
+    keys = prefix_keys(one.ids, one.image_spans)
+    assert keys == prefix_keys(same.ids, same.image_spans)
+    assert keys != prefix_keys(other.ids, other.image_spans)
+    (span,) = one.image_spans
+    inside = keys[span.start : span.end]
+    assert len(set(inside)) == len(inside) and max(inside) < 0
+    assert keys[: span.start] == one.ids[: span.start]
+    assert keys[span.end :] == one.ids[span.end :]
 
 
-def prefix_of(eyed, messages, step: int) -> np.ndarray:
-    """Logits of one canvas behind a prompt, encoded `step` tokens at a time."""
-    model, tokenizer = eyed
-    ready, engine = encode_prompt(model, tokenizer, messages), Engine(model)
-    settings = model.settings.replace(**SEE)
-    engine.admit(ready.ids, settings, 0, step, image_spans=ready.image_spans)
-    canvas = mx.array(np.arange(16, dtype=np.int32)[None])
-    return np.array(model.denoise(canvas, engine.running[0].prefix))
+def test_texts_that_spell_image_tokens_are_refused(seeing):
+    with pytest.raises(SettingsError, match="2 image tokens and 1 pictures"):
+        encode_prompt(*seeing, asked(picture(drawn(60, 40)), text("2")))
+    with pytest.raises(SettingsError, match="1 image tokens and 0 pictures"):
+        encode_prompt(*seeing, asked(text("2")))
 
 
-def test_any_chunks_leave_pictures_whole(eyed):
+def test_invalid_pictures_and_places_are_refused(seeing, tiny_model, tmp_path):
+    with pytest.raises(SettingsError, match="images go with a text prompt"):
+        generate(*seeing, [3, 4], images=["a.png"])
+    with pytest.raises(MediaError, match=r"picture 1: .*a\.png"):
+        generate(*seeing, "a", images=[str(tmp_path / "a.png")])
+    with pytest.raises(SettingsError, match=r"holds pictures, .*reads text only"):
+        generate(*tiny_model, "a", images=[drawn(9, 9)])
+    for talk in (Conversation(*tiny_model).ask, Conversation(*seeing).ask):
+        with pytest.raises((SettingsError, MediaError), match=r"text only|a\.png"):
+            talk("b", images=[str(tmp_path / "a.png")])
+
+
+def test_answer_depends_on_the_picture(seeing):
+    def answer(seed: int, **options) -> str:
+        return generate(*seeing, "abc", images=[drawn(70, 50, seed)], seed=0, **SHORT)
+
+    assert len({answer(seed) for seed in range(6)}) > 1
+    messages = asked(picture(drawn(70, 50)), text("abc"))
+    assert generate(*seeing, messages, seed=0, **SHORT) == answer(0) == answer(0)
+
+
+def test_any_chunks_leave_pictures_whole(seeing):
+    model, tokenizer = seeing
     parts = picture(drawn(60, 40)), text("ab" * 9), picture(drawn(20, 90)), text("c")
-    whole = prefix_of(eyed, asked(*parts), 2048)
-    for step in (1, 5, 32):
-        np.testing.assert_allclose(
-            prefix_of(eyed, asked(*parts), step), whole, atol=1e-4
-        )
+    encoded, logits = encode_prompt(model, tokenizer, asked(*parts)), []
+    for chunk in (2048, 1, 5, 32):
+        engine = Engine(model)
+        spans = encoded.image_spans
+        engine.admit(encoded.ids, model.settings, 0, chunk, image_spans=spans)
+        canvas = mx.array(np.arange(16, dtype=np.int32)[None])
+        logits.append(np.array(model.denoise(canvas, engine.running[0].cache)))
+    for other in logits[1:]:
+        np.testing.assert_allclose(other, logits[0], atol=1e-4)
 
 
-def test_the_same_picture_is_not_looked_at_again(eyed, monkeypatch):
-    model, tokenizer = eyed
-    looks, look = [], model.vision.look
-    monkeypatch.setattr(model.vision, "look", lambda *a: looks.append(1) or look(*a))
-    prefix, engine = Prefix(model), Engine(model)
+def test_pictures_in_a_reused_prefix_are_not_encoded_again(seeing, monkeypatch):
+    model, tokenizer = seeing
+    calls, encode = [], model.vision.encode_image
+
+    def counted(*given):
+        calls.append(given)
+        return encode(*given)
+
+    monkeypatch.setattr(model.vision, "encode_image", counted)
+    prefix, engine, found = Prefix(model), Engine(model), []
     settings = model.settings.replace(max_tokens=16, steps=2)
-    found = []
     for seed, words in ((0, "ab"), (0, "abab"), (1, "ab")):
-        # the picture closes a chunk, so it is kept whatever follows
+        # the picture ends a chunk, so it is kept whatever follows
         parts = text("x" * 9), picture(drawn(60, 40, seed)), text("y" * 9), text(words)
-        ready = encode_prompt(model, tokenizer, asked(*parts))
-        given = ready.ids, settings, 0, 16
-        found.append(engine.admit(*given, prefix=prefix, image_spans=ready.image_spans))
+        encoded = encode_prompt(model, tokenizer, asked(*parts))
+        given, spans = (encoded.ids, settings, 0, 16), encoded.image_spans
+        found.append(engine.admit(*given, prefix=prefix, image_spans=spans))
         list(engine.run())
-    assert len(looks) == 2  # the first and the one with other pixels
+    assert len(calls) == 2  # the first and the one with other pixels
     assert found[1].reused > 9 and found[2].reused <= 9 + 2
 
 
-def test_a_talk_about_pictures_is_the_same_with_and_without_reuse(eyed):
-    """Turns, a rewind and another picture; each answer as of a fresh prompt."""
-    talk = Conversation(*eyed, **LOOSE)
-    said = [
-        [text("ab"), picture(drawn(50, 50))],
-        "c" * 40,
-        [picture(drawn(90, 20, 2)), picture(drawn(20, 30, 3)), text("b")],
-    ]
-    for turn, content in enumerate(said):
-        if turn == 2:
+def test_conversation_about_pictures_equals_fresh_prompts(seeing):
+    """Turns, a rewind and other pictures."""
+    talk = Conversation(*seeing, **SHORT)
+    list(talk.ask("ab", images=[drawn(50, 50)], seed=0))
+    for turn, content in enumerate(
+        ["c" * 40, [picture(drawn(90, 20, 2)), picture(drawn(20, 30, 3)), text("b")]]
+    ):
+        if turn == 1:
             talk.rewind()
-        events = list(talk.ask(content, seed=turn))
-        history = talk.messages[:-1]
-        fresh = list(stream_generate(*eyed, history, seed=turn, **LOOSE))
-        texts = [
-            [e.text for e in some if isinstance(e, Commit)] for some in (events, fresh)
-        ]
-        assert texts[0] == texts[1]
+        answer = "".join(e.text for e in talk.ask(content, seed=turn))
+        fresh = stream_generate(*seeing, talk.messages[:-1], seed=turn, **SHORT)
+        assert answer == "".join(e.text for e in fresh)
+    assert len(talk.messages) == 4
 
 
-def test_a_picture_that_was_shown_stays_what_it_was(eyed, tmp_path):
+def test_pictures_are_read_once_and_named_by_their_path(seeing, tmp_path):
     file = tmp_path / "a.png"
     drawn(60, 40).save(file)
-    talk = Conversation(*eyed, **LOOSE)
-    list(talk.ask([picture(str(file)), text("a")], seed=0))
+    talk = Conversation(*seeing, system="c", **SHORT)
+    list(talk.ask("a", images=[str(file)], seed=0))
     file.unlink()
     list(talk.ask("b", seed=0))
-    (shown,) = [p for p in talk.messages[0]["content"] if p["type"] == "image"]
-    assert shown["image"].soft_tokens > 1
-    with pytest.raises(MediaError):
-        talk.ask([picture(str(file))])
+    assert talk.messages[0]["content"][0]["image"].soft_tokens > 1
+    system, question, answer, *_ = talk.transcript()
+    assert system == {"role": "system", "content": "c"}
+    assert question == {"role": "user", "content": [picture(str(file)), text("a")]}
+    assert answer == talk.messages[1]
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"images": ["a.png"], "prompt": [3, 4]}, "images go with a text prompt"),
-        ({"images": [3], "prompt": "a"}, "."),
-    ],
-)
-def test_what_is_no_picture_is_refused(eyed, given, told):
-    with pytest.raises((SettingsError, MediaError), match=told):
-        generate(*eyed, given["prompt"], images=given["images"])
-
-
-def test_a_checkpoint_for_text_refuses_pictures(tiny_model):
-    with pytest.raises(SettingsError, match="reads text only"):
-        generate(*tiny_model, "a", images=[drawn(9, 9)])
-    with pytest.raises(SettingsError, match="reads text only"):
-        Conversation(*tiny_model).ask([picture(drawn(9, 9))])
-
-
-def test_a_video_is_its_frames_each_behind_its_time(eyed, monkeypatch):
-    """As transformers' processor words it: minute and second, then the picture."""
-    from mlx_dgemma.diffusion import prompt
-    from mlx_dgemma.media import videos
-    from mlx_dgemma.media.images import Budget, read_picture
-
+def test_video_is_its_frames_each_behind_its_time(seeing, monkeypatch):
+    """As transformers' processor writes it: minute and second, then the picture."""
     frames = [
-        (seconds, read_picture(drawn(40, 30, seed), Budget(70, 4)))
+        (seconds, read_picture(drawn(40, 30, seed), ImageBudget(70, 4)))
         for seed, seconds in enumerate((0.0, 1.2, 61.9))
     ]
     monkeypatch.setattr(videos, "read_frames", lambda path: frames)
-    parts = prompt.frame_parts("a.mp4")
+    parts = prompts.frame_parts("a.mp4")
     texts = [part["text"] for part in parts if part["type"] == "text"]
     assert texts == ["00:00 ", " 00:01 ", " 01:01 "]
-    shown = [part["image"] for part in parts if part["type"] == "image"]
-    assert shown == [picture for _, picture in frames]
-    model, tokenizer = eyed
-    monkeypatch.setattr(prompt, "frame_parts", lambda path: parts[1::2])
-    ready = encode_prompt(model, tokenizer, "abc", videos=["a.mp4"])
-    assert [place.picture for place in ready.image_spans] == shown
-    assert tokenizer.decode(ready.ids[ready.image_spans[-1].end + 1 :]).endswith("abc")
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    assert images == [picture for _, picture in frames]
+    model, tokenizer = seeing
+    monkeypatch.setattr(prompts, "frame_parts", lambda path: parts[1::2])
+    encoded = encode_prompt(model, tokenizer, "abc", videos=["a.mp4"])
+    assert [span.picture for span in encoded.image_spans] == images
+    rest = encoded.ids[encoded.image_spans[-1].end + 1 :]
+    assert tokenizer.decode(rest).endswith("abc")

@@ -59,13 +59,13 @@ TOWER = {
     "head_dim": 16,
     "standardize": False,
 }
-FOUR_BIT = Quantization.of("affine", 4, None)
+FOUR_BIT = Quantization.with_defaults("affine", 4, None)
 PRECISIONS: dict[str, tuple[Quantization | None, str]] = {
     "bf16": (None, "uniform"),
-    "8 bit": (Quantization.of("affine", 8, None), "uniform"),
+    "8 bit": (Quantization.with_defaults("affine", 8, None), "uniform"),
     "mixed": (FOUR_BIT, "mixed"),
     "4 bit": (FOUR_BIT, "uniform"),
-    "nvfp4": (Quantization.of("nvfp4", None, None), "uniform"),
+    "nvfp4": (Quantization.with_defaults("nvfp4", None, None), "uniform"),
 }
 
 
@@ -142,7 +142,7 @@ def write_checkpoint(
         overrides = {}
         for name, shape in expected_shapes(config).items():
             layer = layer_path(name.removesuffix(".weight"))
-            chosen = RECIPES[recipe](layer, quantization).fits(shape)
+            chosen = RECIPES[recipe](layer, quantization).fit_to_shape(shape)
             if quantizable(name, shape) and chosen not in (None, quantization):
                 overrides[layer] = chosen
         layers = QuantizationMap(quantization, overrides)

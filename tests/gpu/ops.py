@@ -70,7 +70,7 @@ def families() -> dict[str, Family]:
         "machinery": _machinery,
     }
     for mode, bits in MODES:
-        quantization = Quantization.of(mode, bits, None)
+        quantization = Quantization.with_defaults(mode, bits, None)
         found[f"{mode} {bits} bit"] = partial(_quantized, q=quantization)
     return found
 

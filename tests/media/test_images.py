@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import hostile
 import numpy as np
@@ -15,10 +14,15 @@ import pytest
 from PIL import ExifTags, Image
 
 from mlx_dgemma.errors import ConfigError, MediaError, SettingsError
-from mlx_dgemma.media import images, sources
-from mlx_dgemma.media.images import SOFT_TOKENS, Budget, read_picture, read_pictures
+from mlx_dgemma.media import images
+from mlx_dgemma.media.images import (
+    SOFT_TOKENS,
+    ImageBudget,
+    read_picture,
+    read_pictures,
+)
 
-SMALL = Budget(soft_tokens=70)
+SMALL = ImageBudget(soft_tokens=70)
 WIDE, HIGH = 480, 336  # 10 x 7 soft tokens of 48 pixels: not resized at SMALL
 
 
@@ -29,11 +33,13 @@ def noise(width: int = WIDE, height: int = HIGH, channels: int = 3) -> np.ndarra
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
+    if kind == "WEBP":
+        options.setdefault("lossless", True)
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def seen(source, budget: Budget = SMALL) -> np.ndarray:
+def seen(source, budget: ImageBudget = SMALL) -> np.ndarray:
     """The pixels the model sees, put together again: (H, W, 3) of whole bytes."""
     picture = read_picture(source, budget)
     columns, rows = picture.positions.max(axis=0) + 1
@@ -49,7 +55,7 @@ def refusal(source) -> str:
     """The one line that refuses a source, which must come soon."""
     started = time.perf_counter()
     with pytest.raises(MediaError) as caught:
-        read_picture(source, Budget())
+        read_picture(source, ImageBudget())
     assert time.perf_counter() - started < 1
     message = str(caught.value)
     assert "\n" not in message and "0x" not in message and len(message) < 300
@@ -59,49 +65,34 @@ def refusal(source) -> str:
 
 GRIDS = {  # (soft tokens, width, height) -> (columns, rows)
     (280, 640, 480): (19, 14),
-    (280, 4032, 3024): (19, 14),
-    (280, 64, 48): (19, 14),
     (280, 1, 1): (16, 16),
     (280, 1080, 1920): (12, 22),
-    (280, 1000, 700): (20, 14),
     (280, 476, 680): (13, 19),  # 14 x 20 but for the rounding of floats
     (70, 385, 22): (34, 2),  # 35 x 2
     (70, 287, 410): (7, 9),  # 7 x 10
     (280, 2000, 1): (280, 1),
-    (280, 1, 2000): (1, 280),
     (280, 5000, 37): (194, 1),
-    (280, 37, 5000): (1, 194),
     (280, 999, 3): (280, 1),
     (280, 839, 3): (279, 1),
     (560, 5000, 37): (275, 2),
     (1120, 640, 480): (38, 28),
-    (140, 700, 1000): (9, 14),
     (70, WIDE, HIGH): (10, 7),
 }
 
 
-@pytest.mark.parametrize(("soft_tokens", "width", "height"), GRIDS)
-def test_a_grid_keeps_the_aspect_and_rounds_down(soft_tokens, width, height):
-    grid = Budget(soft_tokens).grid(width, height)
-    assert grid == GRIDS[soft_tokens, width, height]
+def test_a_grid_keeps_the_aspect_and_rounds_down():
+    for (soft_tokens, width, height), expected in GRIDS.items():
+        assert ImageBudget(soft_tokens).grid(width, height) == expected
+        assert ImageBudget(soft_tokens).grid(height, width) == expected[::-1]
 
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
 def test_no_size_goes_over_the_budget(soft_tokens):
-    budget = Budget(soft_tokens)
-    for width in range(1, 400):
+    budget = ImageBudget(soft_tokens)
+    for width in range(1, 400, 3):
         for height in (1, 2, 3, 5, 7, 37, 48, 100, 333, 5000, 65_535):
             columns, rows = budget.grid(width, height)
             assert min(columns, rows) >= 1 and columns * rows <= soft_tokens
-            assert budget.grid(height, width) == (rows, columns)
-
-
-def test_the_side_of_a_soft_token_is_that_of_its_patches():
-    picture = read_picture(Image.new("RGB", (100, 80)), Budget(70, patch=8, pooling=2))
-    columns, rows = Budget(70, 8, 2).grid(100, 80)
-    assert picture.soft_tokens == columns * rows
-    assert picture.patches.shape == (columns * rows * 4, 8 * 8 * 3)
-    assert picture.positions.max(axis=0).tolist() == [2 * columns - 1, 2 * rows - 1]
 
 
 def test_patches_are_rows_of_pixels_with_channels_last():
@@ -117,55 +108,51 @@ def test_patches_are_rows_of_pixels_with_channels_last():
         square = pixels[16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
         wanted = (square.astype(np.float64) * (1 / 255)).astype(np.float32)
         np.testing.assert_array_equal(picture.patches[number], wanted.reshape(-1))
-    assert picture.patches.min() == 0 and picture.patches.max() == 1
+    other = ImageBudget(70, patch=8, pooling=2)
+    picture, (columns, rows) = read_picture(Image.new("RGB", (9, 7)), other), (9, 7)
+    assert other.grid(9, 7) == (columns, rows) and picture.soft_tokens == 63
+    assert picture.patches.shape == (63 * 4, 8 * 8 * 3)
+    assert picture.positions.max(axis=0).tolist() == [2 * columns - 1, 2 * rows - 1]
 
 
 def test_a_picture_is_resized_by_cubic_filter_over_all_its_pixels():
-    image = Image.fromarray(noise(1201, 803))
-    columns, rows = SMALL.grid(1201, 803)
+    image = Image.fromarray(noise(901, 603))
+    columns, rows = SMALL.grid(901, 603)
     size = (48 * columns, 48 * rows)
-    wanted = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    for source in (image, saved(image, "PNG")):
+    jpeg = saved(image, "JPEG", quality=90)  # not decoded coarsely first
+    for source, pixels in (
+        (image, image),
+        (saved(image, "PNG", compress_level=1), image),
+        (jpeg, Image.open(io.BytesIO(jpeg)).convert("RGB")),
+    ):
+        wanted = np.asarray(pixels.resize(size, Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(seen(source), wanted)
 
 
-def test_a_jpeg_is_decoded_in_full_before_it_is_resized():
-    data = saved(Image.fromarray(noise(2000, 1400)), "JPEG", quality=90)
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    wanted = image.resize((WIDE, HIGH), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(seen(data), np.asarray(wanted))
-
-
-UPRIGHT = np.arange(HIGH * WIDE * 3).reshape(HIGH, WIDE, 3).astype(np.uint8)
+PIXELS = np.arange(HIGH * WIDE * 3).reshape(HIGH, WIDE, 3).astype(np.uint8)
 STORED = {  # orientation -> how an upright picture lies in the file
-    1: UPRIGHT,
-    2: UPRIGHT[:, ::-1],
-    3: UPRIGHT[::-1, ::-1],
-    4: UPRIGHT[::-1],
-    5: UPRIGHT.swapaxes(0, 1),
-    6: np.rot90(UPRIGHT),  # to be turned clockwise
-    7: UPRIGHT.swapaxes(0, 1)[::-1, ::-1],
-    8: np.rot90(UPRIGHT, -1),
+    0: PIXELS,
+    1: PIXELS,
+    2: PIXELS[:, ::-1],
+    3: PIXELS[::-1, ::-1],
+    4: PIXELS[::-1],
+    5: PIXELS.swapaxes(0, 1),
+    6: np.rot90(PIXELS),  # to be turned clockwise
+    7: PIXELS.swapaxes(0, 1)[::-1, ::-1],
+    8: np.rot90(PIXELS, -1),
+    65_535: PIXELS,
 }
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "PIL"])
-def test_exif_turns_a_picture_upright(orientation, kind):
+def test_exif_turns_a_picture_upright(orientation):
     image = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
     exif = image.getexif()
     exif[ExifTags.Base.Orientation] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {}
-    source = image if kind == "PIL" else saved(image, kind, exif=exif, **options)
-    np.testing.assert_array_equal(seen(source), UPRIGHT)
-
-
-def test_an_orientation_that_is_none_changes_nothing():
-    image = Image.fromarray(UPRIGHT)
-    for orientation in (0, 9, 65_535):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        np.testing.assert_array_equal(seen(saved(image, "PNG", exif=exif)), UPRIGHT)
+    for source in (image, saved(image, "PNG", exif=exif, compress_level=1)):
+        np.testing.assert_array_equal(seen(source), PIXELS)
+    if orientation in (5, 6):
+        np.testing.assert_array_equal(seen(saved(image, "WEBP", exif=exif)), PIXELS)
 
 
 def test_exif_that_points_at_itself_ends():
@@ -182,59 +169,52 @@ def test_exif_that_points_at_itself_ends():
     block += (8).to_bytes(4, "little")
     image = Image.fromarray(np.ascontiguousarray(STORED[3]))
     for kind in ("PNG", "WEBP"):
-        options = {"lossless": True} if kind == "WEBP" else {}
-        data = saved(image, kind, exif=block, **options)
-        np.testing.assert_array_equal(seen(data), UPRIGHT)
-    jpeg = saved(image, "JPEG", exif=block)
-    assert read_picture(jpeg, SMALL).soft_tokens == 70
+        np.testing.assert_array_equal(seen(saved(image, kind, exif=block)), PIXELS)
+    assert read_picture(saved(image, "JPEG", exif=block), SMALL).soft_tokens == 70
 
 
-def test_transparency_shows_white():
+def test_transparency_shows_white(monkeypatch):
     alpha = np.linspace(0, 255, HIGH).astype(np.uint8)[:, None].repeat(WIDE, axis=1)
     pixels = noise()
     image = Image.fromarray(np.dstack([pixels, alpha]))
     share = alpha[..., None] / 255
     wanted = pixels * share + 255 * (1 - share)
-    assert np.abs(seen(image) - wanted).max() <= 1
-    np.testing.assert_array_equal(seen(saved(image, "PNG")), seen(image))
-    clear = Image.new("LA", (WIDE, HIGH), (0, 0))
-    assert (seen(clear) == 255).all()
+    whole = seen(image)
+    assert np.abs(whole - wanted).max() <= 1
+    np.testing.assert_array_equal(seen(saved(image, "PNG")), whole)
+    assert (seen(Image.new("LA", (WIDE, HIGH), (0, 0))) == 255).all()
     single = Image.new("RGB", (WIDE, HIGH), (1, 2, 3))
     assert (seen(saved(single, "PNG", transparency=(1, 2, 3))) == 255).all()
     assert (seen(saved(single, "PNG", transparency=(1, 2, 4))) == (1, 2, 3)).all()
     first = Image.new("P", (WIDE, HIGH), 0)
     first.putpalette([9, 9, 9, 7, 7, 7])
-    assert (seen(saved(first, "PNG", transparency=0)) == 255).all()
-    assert (seen(saved(first, "GIF", transparency=0)) == 255).all()
+    for kind in ("PNG", "GIF"):
+        assert (seen(saved(first, kind, transparency=0)) == 255).all()
     assert (seen(saved(first, "PNG", transparency=1)) == 9).all()
-
-
-def test_strips_show_what_the_whole_shows(monkeypatch):
-    image = Image.fromarray(noise(channels=4))
-    whole = seen(image)
-    for pixels in (1, 5 * WIDE, 100 * WIDE + 3):
-        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
+    for strip in (5 * WIDE, 100 * WIDE + 3):
+        monkeypatch.setattr(images, "STRIP_PIXELS", strip)
         np.testing.assert_array_equal(seen(image), whole)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation_is_read(kind):
     frames = [Image.new("RGB", (WIDE, HIGH), (n, 99, 200 - n)) for n in (10, 90, 170)]
-    options = {"lossless": True} if kind == "WEBP" else {}
-    options |= {"save_all": True, "append_images": frames[1:], "duration": 50}
+    options = {"save_all": True, "append_images": frames[1:], "duration": 50}
     assert (seen(saved(frames[0], kind, **options)) == (10, 99, 190)).all()
 
 
 def test_every_kind_of_source_shows_the_same(tmp_path):
     image = Image.fromarray(noise(100, 90))
     data = saved(image, "PNG")
-    path = tmp_path / "cat: ünïcode //.png".replace("/", "_")
+    path = tmp_path / "cat: ünïcode __.png"
     path.write_bytes(data)
     text = base64.b64encode(data).decode()
     urls = [f"data:image/png;base64,{text}", f"DATA:image/x;name=a;BASE64,{text}"]
-    kinds = [image, data, path, str(path), *urls, saved(image, "WEBP", lossless=True)]
-    digests = {read_picture(source, SMALL).digest for source in kinds}
-    assert len(digests) == 1 and len(digests.pop()) == 64
+    kinds = [image, data, path, str(path), *urls, saved(image, "WEBP")]
+    pictures = [read_picture(source, SMALL) for source in kinds]
+    assert len({picture.digest for picture in pictures}) == 1
+    named = [picture.source for picture in pictures]
+    assert named == [None, None, str(path), str(path), None, None, None]
 
 
 def test_a_digest_tells_pictures_and_budgets_apart():
@@ -243,47 +223,43 @@ def test_a_digest_tells_pictures_and_budgets_apart():
     other[200, 200, 1] ^= 1
     pictures = [
         read_picture(Image.fromarray(array), budget)
-        for array in (pixels, other, pixels[:, ::-1], pixels.swapaxes(0, 1))
-        for budget in (SMALL, Budget(140))
+        for array in (pixels, other, pixels.swapaxes(0, 1))
+        for budget in (SMALL, ImageBudget(140))
     ]
-    assert len({picture.digest for picture in pictures}) == len(pictures)
     plain = [Image.new("RGB", size) for size in ((100, 100), (200, 50), (50, 200))]
-    assert len({read_picture(image, SMALL).digest for image in plain}) == 3
+    pictures += [read_picture(image, SMALL) for image in plain]
+    assert len({picture.digest for picture in pictures}) == len(pictures)
 
 
-@pytest.mark.parametrize("name", hostile.FILES)
+@pytest.mark.parametrize("name", list(hostile.FILES)[1:])  # the first takes seconds
 def test_a_hostile_file_is_refused_in_one_line(name):
     make, ending = hostile.FILES[name]
     message = refusal(make())
     assert message.startswith("bytes: ") and ending in message
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_in_little_memory():
     ended = subprocess.run(
         [sys.executable, hostile.__file__], capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 0
-    assert len(ended.stderr.splitlines()) == len(hostile.FILES)
+    refusals = ended.stderr.splitlines()
+    for message, (_, ending) in zip(refusals, hostile.FILES.values(), strict=True):
+        assert message.startswith("bytes: ") and ending in message
     assert int(ended.stdout) < 500
 
 
-KINDS = {
-    "JPEG": ("JPEG", {}),
-    "progressive JPEG": ("JPEG", {"progressive": True}),
-    "PNG": ("PNG", {}),
-    "WebP": ("WEBP", {}),
-    "lossless WebP": ("WEBP", {"lossless": True}),
-    "GIF": ("GIF", {}),
-}
+KINDS = ["JPEG", "progressive JPEG", "PNG", "WEBP", "lossy WEBP", "GIF"]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_truncated_file_is_refused_wherever_it_ends(name):
-    kind, options = KINDS[name]
-    data = saved(Image.fromarray(noise(90, 70)), kind, **options)
-    ends = [*range(1, len(data) - 40, 100), len(data) - 40]
-    assert len(ends) > 20
-    for end in ends:
+    options = {"progressive": True} if name.startswith("prog") else {}
+    options |= {"lossless": False} if name.startswith("lossy") else {}
+    image = Image.fromarray(noise(90, 70))
+    data = saved(image, name.rpartition(" ")[2], **options)
+    for end in (1, 20, len(data) // 4, len(data) // 2, len(data) - 40):
         message = refusal(data[:end])
         assert message.endswith((hostile.BROKEN, "save it as one of them"))
     assert read_picture(data, SMALL).soft_tokens
@@ -310,25 +286,22 @@ SOURCES = {
     "a\nb.png": r"'a\nb.png': no such file",
     "x" * 10**6: "xxx…: cannot be read (File name too long)",
     "/dev/zero": "/dev/zero: not an ordinary file",
+    "data:image/png;base64," + "A" * 28 * 2**20: ": larger than 20 MB; make it smaller",
 }
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: repr(source[:30]))
-def test_a_hostile_source_is_refused_in_one_line(source):
-    assert SOURCES[source] in refusal(source)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
+def test_hostile_sources_are_refused_in_one_line(tmp_path):
+    for source, why in SOURCES.items():
+        assert why in refusal(source)
     os.mkfifo(tmp_path / "pipe.png")
     assert refusal(tmp_path / "pipe.png").endswith("pipe.png: not an ordinary file")
     assert refusal(str(tmp_path)).endswith(": not an ordinary file")
     (tmp_path / "loop").symlink_to("loop")
     assert "loop: cannot be read (Too many levels" in refusal(tmp_path / "loop")
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(sources.MOST_BYTES + 1)
-    url = "data:image/png;base64," + "A" * 28 * 2**20
-    for source in (tmp_path / "large.png", url):
-        assert refusal(source).endswith(": larger than 20 MB; make it smaller")
+        file.truncate(images.MAX_BYTES + 1)
+    why = ": larger than 20 MB; make it smaller"
+    assert refusal(tmp_path / "large.png").endswith(why)
     for odd in (None, 3, ["a.png"], bytearray(b"a")):
         assert refusal(odd).endswith(f"not {type(odd).__name__}")
 
@@ -340,23 +313,15 @@ def test_images_of_pillow_are_checked_too():
     assert refusal(Image.open(io.BytesIO(data))) == f"PIL image: {hostile.BROKEN}"
 
 
-def test_too_many_pictures_are_refused_before_any_is_read(monkeypatch):
-    read = []
-    monkeypatch.setattr(images, "read_picture", lambda *a: read.append(a))
-    for count in (33, 10_001):
-        with pytest.raises(MediaError, match=rf"^{count} pictures; at most 32: send"):
-            read_pictures([b"x"] * count, SMALL)
-    assert read == []
-    read_pictures([b"x"] * 32, SMALL)
-    assert len(read) == 32
-
-
-def test_of_many_pictures_the_one_that_fails_is_named():
+def test_several_pictures():
     good = saved(Image.new("RGB", (9, 9)), "PNG")
-    assert len(read_pictures([good, good], SMALL)) == 2
+    assert len(read_pictures([good] * 32, SMALL)) == 32
     assert read_pictures([], SMALL) == []
     with pytest.raises(MediaError, match=r"^picture 2: bytes: is empty"):
         read_pictures([good, b"", b""], SMALL)
+    for count in (33, 10_001):  # before any is read
+        with pytest.raises(MediaError, match=rf"^{count} pictures; at most 32: send"):
+            read_pictures([b""] * count, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -370,13 +335,13 @@ def test_of_many_pictures_the_one_that_fails_is_named():
         ({"pooling": True}, "pooling is True"),
     ],
 )
-def test_a_budget_refuses_what_it_cannot_mean(values, named):
+def test_an_impossible_budget_is_refused(values, named):
     with pytest.raises(SettingsError) as caught:
-        Budget(**values)
+        ImageBudget(**values)
     assert named in str(caught.value)
 
 
-SAID = {
+PROCESSOR = {
     "do_convert_rgb": True,
     "do_normalize": False,
     "do_rescale": True,
@@ -392,55 +357,42 @@ SAID = {
 }
 
 
-def write(folder: Path, name: str, values: dict) -> None:
-    (folder / name).write_text(json.dumps(values))
-
-
 def test_a_budget_is_read_from_a_checkpoint(tmp_path):
-    assert Budget.of(tmp_path) == Budget(280, 16, 3)
-    write(tmp_path, "preprocessor_config.json", {**SAID, "max_soft_tokens": 70})
-    assert Budget.of(tmp_path) == Budget(70, 14, 4)
+    def budget(name: str, values: dict) -> ImageBudget:
+        (tmp_path / f"{name}_config.json").write_text(json.dumps(values))
+        return ImageBudget.from_checkpoint(tmp_path)
+
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(280, 16, 3)
+    small = {**PROCESSOR, "max_soft_tokens": 70}
+    assert budget("preprocessor", small) == ImageBudget(70, 14, 4)
     # an older processor_config.json says nothing of images
-    write(tmp_path, "processor_config.json", {"image_seq_length": 280})
-    assert Budget.of(tmp_path) == Budget(70, 14, 4)
-    nested = {"image_processor": SAID, "video_processor": {"max_soft_tokens": 70}}
-    write(tmp_path, "processor_config.json", nested)
-    assert Budget.of(tmp_path) == Budget(560, 14, 4)
-    # normalising that changes nothing
-    write(tmp_path, "processor_config.json", {"image_processor": SAID})
-    write(
-        tmp_path,
-        "processor_config.json",
-        {"image_processor": {**SAID, "do_normalize": True}},
-    )
-    assert Budget.of(tmp_path) == Budget(560, 14, 4)
+    assert budget("processor", {"image_seq_length": 280}) == ImageBudget(70, 14, 4)
+    nested = {"image_processor": PROCESSOR, "video_processor": {"max_soft_tokens": 70}}
+    assert budget("processor", nested) == ImageBudget(560, 14, 4)
+    same = {"image_processor": {**PROCESSOR, "do_normalize": True}}  # by 0 and 1
+    assert budget("processor", same) == ImageBudget(560, 14, 4)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("changes", "why"),
     [
-        ("max_soft_tokens", 300),
-        ("patch_size", 0),
-        ("patch_size", "16"),
-        ("pooling_kernel_size", 3.0),
-        ("do_resize", False),
-        ("do_rescale", 1),
-        ("do_convert_rgb", False),
-        ("resample", 2),
-        ("rescale_factor", 1.0),
-        ("do_normalize", "yes"),
+        ({"max_soft_tokens": 300}, "max_soft_tokens is 300"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"patch_size": "16"}, "patch_size is '16'"),
+        ({"pooling_kernel_size": 3.0}, "pooling_kernel_size is 3.0"),
+        ({"do_resize": False}, "do_resize is False"),
+        ({"do_rescale": 1}, "do_rescale is 1"),
+        ({"do_convert_rgb": False}, "do_convert_rgb is False"),
+        ({"resample": 2}, "resample is 2"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ({"do_normalize": "yes"}, "do_normalize is 'yes'"),
+        ({"do_normalize": True, "image_mean": [1, 1, 1]}, "do_normalize must be false"),
+        ({"do_normalize": True, "image_std": [0.5] * 3}, "do_normalize must be false"),
     ],
 )
-def test_a_checkpoint_that_asks_for_something_else_is_refused(tmp_path, key, value):
-    write(tmp_path, "preprocessor_config.json", {**SAID, key: value})
-    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {key} is "):
-        Budget.of(tmp_path)
-
-
-@pytest.mark.parametrize("key", ["image_mean", "image_std"])
-def test_a_checkpoint_that_normalises_is_refused(tmp_path, key):
-    said = {**SAID, "do_normalize": True, key: [0.5, 0.5, 0.5]}
-    write(tmp_path, "processor_config.json", {"image_processor": said})
-    named = r"processor_config\.json: image_processor: do_normalize must be false"
-    with pytest.raises(ConfigError, match=named):
-        Budget.of(tmp_path)
+def test_a_processor_that_does_something_else_is_refused(tmp_path, changes, why):
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": {**PROCESSOR, **changes}}))
+    with pytest.raises(ConfigError) as caught:
+        ImageBudget.from_checkpoint(tmp_path)
+    assert f"processor_config.json: image_processor: {why}" in str(caught.value)

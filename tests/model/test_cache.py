@@ -1,19 +1,38 @@
 """The prefix cache: appended in order, rewound exactly, never silently short."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx.utils import tree_map
 from tiny import write_tiny
 
 from mlx_dgemma import load
-from mlx_dgemma.model.cache import LayerCache, PrefixCache, bucket
+from mlx_dgemma.model.cache import (
+    MAX_SNAPSHOTS,
+    LayerCache,
+    PrefixCache,
+    Snapshot,
+    bucket,
+    least_useful,
+)
 
-RNG = np.random.default_rng(3)
-TOKENS = RNG.integers(0, 32, 120).astype(np.int32)
-CANVAS = mx.array(RNG.integers(0, 32, (1, 16)).astype(np.int32))
+TOKENS = np.random.default_rng(11).integers(0, 32, 4000).astype(np.int32)
+CANVAS = mx.array(TOKENS[:16].reshape(1, 16))
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """By window; one of 40 or 300 tokens ends inside a bucket."""
+    folder = tmp_path_factory.mktemp("wide")
+    return {8: tiny_model[0]} | {
+        window: load(write_tiny(folder / str(window), sliding_window=window))[0]
+        for window in (40, 300)
+    }
 
 
 def columns(start: int, end: int) -> mx.array:
@@ -21,8 +40,45 @@ def columns(start: int, end: int) -> mx.array:
     return mx.arange(start, end).astype(mx.float32).reshape(1, 1, -1, 1)
 
 
-@pytest.mark.parametrize("sizes", [[1] * 60, [7] * 9, [60], [3, 50, 1, 1, 5], [257, 9]])
-@pytest.mark.parametrize("window", [None, 2, 8, 33])
+def encode(model, cache, tokens) -> None:
+    model.encode(mx.array(np.asarray(tokens)[None]), cache)
+    cache.evaluate()
+
+
+def hidden_of(model, cache, bucketed: bool) -> np.ndarray:
+    canvases = mx.array(TOKENS[: 16 * len(cache.lengths)].reshape(-1, 16))
+    view = model.view(cache, 16, bucketed=bucketed)
+    return np.array(model.denoise_hidden(canvases, view))
+
+
+def bits(model, cache) -> list[np.ndarray]:
+    """All that a canvas behind the prefix sees, and what it makes of it."""
+    seen = [part for layer in cache.layers for part in layer.read()]
+    seen += [part for parts in cache.history for part in parts]
+    hidden = [hidden_of(model, cache, bucketed) for bucketed in (False, True)]
+    return [*map(np.array, seen), *hidden]
+
+
+def assert_same(model, cache, chunks) -> None:
+    """The cache is, bit for bit, a new one that encoded these chunks."""
+    fresh = model.make_cache()
+    for chunk in chunks:
+        encode(model, fresh, chunk)
+    assert cache.length == fresh.length
+    for mine, theirs in zip(bits(model, cache), bits(model, fresh), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def growth(do) -> int:
+    """Bytes by which memory rises while `do` runs."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    do()
+    return max(0, mx.get_peak_memory() - before)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [60], [3, 50, 1, 1, 5], [257, 9]])
+@pytest.mark.parametrize("window", [None, 2, 33])
 def test_columns_come_back_in_order(sizes, window):
     layer = LayerCache(window, slack=4)
     column = 0
@@ -35,103 +91,19 @@ def test_columns_come_back_in_order(sizes, window):
         np.testing.assert_array_equal(np.array(keys).ravel(), np.arange(seen, column))
         np.testing.assert_array_equal(np.array(values - keys), 0.5)
         read = layer.read()
-        assert read is not None
         first = 0 if window is None else max(0, column - (window - 1))
-        np.testing.assert_array_equal(
-            np.array(read[0]).ravel(), np.arange(first, column)
-        )
-
-
-def test_a_sliding_layer_stays_small():
-    layer = LayerCache(8, slack=4)
-    for column in range(3000):
-        layer.append(columns(column, column + 1), columns(column, column + 1))
-    assert layer.buffers[0].shape[2] < 600
-
-
-def _encode(model, cache, tokens):
-    model.encode(mx.array(tokens[None]), cache)
-
-
-@pytest.mark.parametrize("length", [100, 95, 84])
-def test_rewinding_is_as_if_nothing_had_come_after(tiny_model, length):
-    model, _ = tiny_model
-    cache = model.make_cache()
-    for start in range(0, 100, 20):
-        _encode(model, cache, TOKENS[start : start + 20])
-    cache.rewind(length)
-    assert cache.length == length
-    _encode(model, cache, TOKENS[100:])
-    fresh = model.make_cache()
-    _encode(model, fresh, np.concatenate([TOKENS[:length], TOKENS[100:]]))
-    np.testing.assert_allclose(
-        np.array(model.denoise(CANVAS, cache)),
-        np.array(model.denoise(CANVAS, fresh)),
-        atol=2e-5,
-    )
-
-
-def test_a_canvas_can_always_be_rewound(tiny_model):
-    model, _ = tiny_model
-    cache = model.make_cache()
-    for token in TOKENS:
-        _encode(model, cache, token[None])
-        if cache.length > 16:
-            earliest = max(layer.earliest for layer in cache.layers)
-            assert earliest <= cache.length - 16
-
-
-def test_rewinding_too_far_is_refused(tiny_model):
-    model, _ = tiny_model
-    cache = model.make_cache()
-    _encode(model, cache, TOKENS)
-    with pytest.raises(ValueError, match="cannot rewind to 5 tokens"):
-        cache.rewind(5)
-    with pytest.raises(ValueError, match="cannot rewind to 121 tokens"):
-        cache.rewind(121)
-    assert cache.length == 120
-
-
-def test_rewinding_to_nothing_starts_anew(tiny_model):
-    model, _ = tiny_model
-    cache = model.make_cache()
-    _encode(model, cache, TOKENS[:5])
-    cache.rewind(0)
-    model.encode(mx.array(np.stack([TOKENS[:9], TOKENS[9:18]])), cache)
-    assert cache.lengths == (9, 9)
-
-
-def test_rows_must_match(tiny_model):
-    model, _ = tiny_model
-    cache = model.make_cache()
-    _encode(model, cache, TOKENS[:5])
-    with pytest.raises(ValueError, match="2 rows of tokens for 1 prefixes"):
-        model.encode(mx.array(np.stack([TOKENS[:9], TOKENS[9:18]])), cache)
+        found = np.array(read[0]).ravel()
+        np.testing.assert_array_equal(found, np.arange(first, column))
 
 
 def test_bytes_are_counted(tiny_model):
     model, _ = tiny_model
     cache = model.make_cache()
     assert cache.nbytes == 0
-    _encode(model, cache, TOKENS[:10])
+    encode(model, cache, TOKENS[:10])
     # float32 in buffers of 256 columns: keys and values of 2 sliding layers, 2 × 16;
     # what a full layer keeps, 1 × 32, and cos and sin of its 4 pairs that turn
     assert cache.nbytes == 256 * 4 * (2 * 2 * 2 * 16 + 32 + 2 * 4)
-
-
-def test_joining_changes_nothing(tiny_model):
-    model, _ = tiny_model
-    caches = []
-    for length in (30, 4):
-        caches.append(model.make_cache())
-        _encode(model, caches[-1], TOKENS[:length])
-    before = np.array(model.denoise(CANVAS, caches[1]))
-    joined = PrefixCache.join(model.config, caches)
-    assert joined.lengths == (30, 4)
-    model.encode(mx.array(np.stack([TOKENS[:3], TOKENS[3:6]])), joined)
-    assert joined.lengths == (33, 7)
-    assert caches[0].length == 30
-    np.testing.assert_array_equal(np.array(model.denoise(CANVAS, caches[1])), before)
 
 
 def test_buckets_waste_little_and_are_few():
@@ -144,14 +116,6 @@ def test_buckets_waste_little_and_are_few():
         assert whole == bucket(whole)
     assert len(set(found)) < 50  # eight per doubling, below 2048 every 256
     assert [bucket(2**n + 1) - 2**n for n in (11, 12, 15)] == [256, 512, 4096]
-
-
-def growth(do) -> int:
-    """Bytes by which memory rises while `do` runs."""
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    do()
-    return max(0, mx.get_peak_memory() - before)
 
 
 def test_an_append_writes_in_place():
@@ -188,85 +152,57 @@ def test_reserved_room_is_made_once(tiny_model):
     cache = model.make_cache()
     cache.reserve(600)
     assert cache.nbytes == 0
-    _encode(model, cache, TOKENS[:5])
+    encode(model, cache, TOKENS[:5])
     # 768 columns in the full layer; sliding layers drop columns and need no more
     widths = [layer.buffers[0].shape[2] for layer in cache.layers]
     assert widths == [256, 256, 768]
     held = cache.nbytes
     for _ in range(5):
-        _encode(model, cache, TOKENS)
+        encode(model, cache, TOKENS[:120])
     assert cache.length == 605
     assert cache.layers[2].buffers[0].shape[2] == 768 and cache.nbytes <= held
     for _ in range(2):
-        _encode(model, cache, TOKENS)
+        encode(model, cache, TOKENS[:120])
     assert cache.layers[2].buffers[0].shape[2] == bucket(845)
 
 
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory):
-    """With a window that ends inside a bucket: 300 tokens."""
-    return load(write_tiny(tmp_path_factory.mktemp("wide") / "m", sliding_window=300))
-
-
-LONG = np.random.default_rng(4).integers(0, 32, 700).astype(np.int32)
-
-
-def hidden_of(model, cache, bucketed: bool) -> np.ndarray:
-    canvases = mx.array(LONG[: 16 * len(cache.lengths)].reshape(-1, 16))
-    view = model.view(cache, 16, bucketed=bucketed)
-    return np.array(model.denoise_hidden(canvases, view))
-
-
-@pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 255, 256, 257, 298, 299, 300, 513])
-@pytest.mark.parametrize("window", [8, 300])
-def test_empty_columns_change_nothing(request, window, length):
-    model, _ = request.getfixturevalue("tiny_model" if window == 8 else "wide_model")
+@pytest.mark.parametrize(
+    ("window", "length"),
+    [*((8, n) for n in (0, 1, 6, 7, 256)), *((300, n) for n in (255, 257, 299, 513))],
+)
+def test_empty_columns_change_nothing(models, window, length):
+    model = models[window]
     cache = model.make_cache()
     for start in range(0, length, 100):
-        _encode(model, cache, LONG[start : min(start + 100, length)])
+        encode(model, cache, TOKENS[start : min(start + 100, length)])
     exact = hidden_of(model, cache, False)
     np.testing.assert_allclose(hidden_of(model, cache, True), exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [(3, 40), (256, 100), (5, 2), (290, 30, 257)])
-@pytest.mark.parametrize("window", [8, 300])
-def test_empty_columns_behind_ragged_rows_change_nothing(request, window, lengths):
-    model, _ = request.getfixturevalue("tiny_model" if window == 8 else "wide_model")
+@pytest.mark.parametrize(
+    ("window", "lengths"), [(8, (3, 40)), (8, (5, 2)), (300, (290, 30, 257))]
+)
+def test_empty_columns_behind_ragged_rows_change_nothing(models, window, lengths):
+    model = models[window]
     caches = [model.make_cache() for _ in lengths]
     for length, cache in zip(lengths, caches, strict=True):
-        _encode(model, cache, LONG[-length:])
+        encode(model, cache, TOKENS[-length:])
     joined = PrefixCache.join(model.config, caches)
     exact = hidden_of(model, joined, False)
     np.testing.assert_allclose(hidden_of(model, joined, True), exact, atol=1e-5)
     # a joined cache can be written to, and read with room again
-    more = np.stack([LONG[i : i + 9] for i in range(len(lengths))])
+    more = np.stack([TOKENS[i : i + 9] for i in range(len(lengths))])
     model.encode(mx.array(more), joined)
     exact = hidden_of(model, joined, False)
     np.testing.assert_allclose(hidden_of(model, joined, True), exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [8, 300])
-@pytest.mark.parametrize("bucketed", [False, True])
-def test_a_rewound_prefix_hides_what_came_after(request, window, bucketed):
-    """The columns behind it hold old keys: a canvas sees none of them."""
-    model, _ = request.getfixturevalue("tiny_model" if window == 8 else "wide_model")
-    cache = PrefixCache(model.config, slack=1000)
-    _encode(model, cache, LONG[:600])
-    for length in (310, 100, 6, 3):
-        cache.rewind(length)
-        fresh = model.make_cache()
-        _encode(model, fresh, LONG[:length])
-        np.testing.assert_allclose(
-            hidden_of(model, cache, bucketed), hidden_of(model, fresh, False), atol=2e-5
-        )
-
-
-def test_shapes_change_once_per_bucket(wide_model):
+def test_shapes_change_once_per_bucket(models):
     """Of what a compiled step sees: prefixes and masks."""
-    model, _ = wide_model
+    model = models[300]
     cache, shapes = model.make_cache(), []
     for start in range(0, 700, 20):
-        _encode(model, cache, LONG[start : start + 20])
+        encode(model, cache, TOKENS[start : start + 20])
         view = model.view(cache, 16, bucketed=True)
         sizes = tree_map(
             lambda array: None if array is None else array.shape, view.arrays
@@ -283,11 +219,168 @@ def test_shapes_change_once_per_bucket(wide_model):
     assert changes == [260, 300, 520]
 
 
-def test_shapes_of_joined_rows_have_room_too(tiny_model):
-    model, _ = tiny_model
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("encode"), st.integers(1, 30), st.booleans()),
+        st.tuples(st.just("back"), st.integers(0, 9), st.just(False)),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@given(actions=ACTIONS, window=st.sampled_from([8, 40]), slack=st.integers(0, 20))
+@settings(max_examples=12, deadline=None)
+def test_rewinding_equals_a_new_cache(models, window, actions, slack):
+    """Rewound to ends of chunks, as far as they can be reached, and encoded on."""
+    model = models[window]
+    cache, chunks, at = PrefixCache(model.config, slack=slack), [], 0
+    for action, number, save in actions:
+        if action == "encode":
+            chunks.append(TOKENS[at : at + number])
+            at += number
+            encode(model, cache, chunks[-1])
+            if save:
+                cache.save_snapshot()
+            continue
+        ends = np.cumsum([0, *map(len, chunks)]).tolist()
+        left = [i for i, end in enumerate(ends) if cache.can_rewind_to(end)]
+        chunks = chunks[: left[number % len(left)]]
+        cache.rewind(sum(map(len, chunks)))
+        at += 7  # other tokens follow
+    assert len(cache.snapshots) <= MAX_SNAPSHOTS
+    if chunks:
+        assert_same(model, cache, chunks)
+
+
+def test_a_snapshot_can_be_rewound_to_again_and_again(models):
+    model = models[8]
+    cache = model.make_cache()
+    encode(model, cache, TOKENS[:100])
+    cache.save_snapshot()
+    for round in range(3):
+        for start in range(100, 1000, 300):
+            encode(model, cache, TOKENS[start + round : start + round + 300])
+        assert not any(layer.lookback and layer.begin == 0 for layer in cache.layers)
+        cache.rewind(100)
+        assert_same(model, cache, [TOKENS[:100]])
+    encode(model, cache, TOKENS[500:509])
+    assert_same(model, cache, [TOKENS[:100], TOKENS[500:509]])
+
+
+def test_another_thread_may_go_on_from_a_snapshot(models):
+    """Unevaluated, what was put back would belong to the thread that did it."""
+    model = models[8]
+    cache = model.make_cache()
+    encode(model, cache, TOKENS[:100])
+    cache.save_snapshot()
+    encode(model, cache, TOKENS[100:400])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(cache.rewind, 100).result()
+    assert_same(model, cache, [TOKENS[:100]])
+
+
+def test_rows_of_unlike_length_go_back_together(models):
+    model = models[8]
     caches = []
-    for length in (40, 4):
+    for length in (60, 30):
         caches.append(model.make_cache())
-        _encode(model, caches[-1], TOKENS[:length])
-    view = model.view(PrefixCache.join(model.config, caches), 16, bucketed=True)
-    assert [parts[0].shape[2] for parts in view.prefixes] == [7, 7, 256]
+        encode(model, caches[-1], TOKENS[:length])
+    joined = PrefixCache.join(model.config, caches)
+    joined.save_snapshot()
+    before = np.array(model.denoise(mx.concatenate([CANVAS, CANVAS]), joined))
+    model.encode(mx.array(TOKENS[:400].reshape(2, 200)), joined)
+    joined.rewind(60)
+    assert joined.lengths == (60, 30)
+    after = np.array(model.denoise(mx.concatenate([CANVAS, CANVAS]), joined))
+    np.testing.assert_array_equal(after, before)
+
+
+def test_few_snapshots_are_kept_however_many_are_made(models):
+    model = models[8]
+    cache, sizes = model.make_cache(), []
+    for start in range(0, 1800, 60):
+        encode(model, cache, TOKENS[start : start + 60])
+        cache.save_snapshot()
+        sizes.append(sum(s.nbytes for s in cache.snapshots))
+    columns = [s.column for s in cache.snapshots]
+    assert len(columns) == MAX_SNAPSHOTS and columns[-1] == 1800
+    # keys and values, 2 heads of 16, in float32, of 7 columns of 2 sliding layers
+    assert sizes[-1] == max(sizes) == MAX_SNAPSHOTS * 2 * 2 * 2 * 16 * 4 * 7
+    held = sum(b.nbytes for entry in cache._entries for b in entry.buffers)
+    assert cache.nbytes == held + sizes[-1]
+
+
+def test_a_snapshot_holds_no_buffer(tmp_path):
+    """An append behind it is in place: buffers, here 4 MB a part, are not copied."""
+    model, _ = load(write_tiny(tmp_path / "m", sliding_window=8))
+    cache = PrefixCache(model.config, slack=30_000)
+    for layer in cache.layers:
+        layer.reserved = 32_768
+    encode(model, cache, TOKENS[:100])
+    cache.save_snapshot()
+    assert cache.nbytes > 20e6
+    assert growth(lambda: encode(model, cache, TOKENS[100:120])) < 1e6
+    assert growth(cache.save_snapshot) < 1e5
+    assert growth(lambda: cache.rewind(100)) < 1e5
+    assert growth(lambda: encode(model, cache, TOKENS[100:120])) < 1e6
+
+
+def test_a_cache_resumes_where_another_was(models):
+    for model in (models[8], models[40]):
+        cache, chunks = model.make_cache(), []
+        for start in range(0, 360, 60):
+            chunks.append(TOKENS[start : start + 60])
+            encode(model, cache, chunks[-1])
+            cache.save_snapshot()
+        other = model.make_cache()
+        other.resume(cache.history, [*cache.snapshots[:-1], cache.snapshot()])
+        assert [m.column for m in other.snapshots] == [
+            m.column for m in cache.snapshots
+        ]
+        assert_same(model, other, chunks)
+        for column in [s.column for s in other.snapshots][::-1]:
+            other.rewind(column)
+            assert_same(model, other, chunks[: column // 60])
+
+
+def test_rewinding_out_of_reach_is_refused(models):
+    model = models[8]
+    cache = PrefixCache(model.config, slack=0)
+    for start in (0, 100):
+        encode(model, cache, TOKENS[start : start + 100])
+        cache.save_snapshot()
+        cache.save_snapshot()
+    assert [s.column for s in cache.snapshots] == [100, 200]
+    cache.rewind(100)  # what follows is another text: the later snapshot is gone
+    assert [s.column for s in cache.snapshots] == [100]
+    for start in (300, 400):
+        encode(model, cache, TOKENS[start : start + 100])
+    assert not cache.can_rewind_to(200)
+    for length in (200, 301):
+        with pytest.raises(
+            ValueError, match=f"to {length} tokens: possible from 300 to 300, 100"
+        ):
+            cache.rewind(length)
+    assert cache.length == 300
+    cache.rewind(0)
+    assert cache.length == 0 and not cache.snapshots
+    model.encode(mx.array(TOKENS[:18].reshape(2, 9)), cache)
+    assert cache.lengths == (9, 9)
+
+
+def test_the_least_useful_snapshot_is_dropped():
+    def kept(columns) -> list[int]:
+        snapshots: list[Snapshot] = []
+        for column in columns:
+            snapshots.append(Snapshot(column, {}))
+            if len(snapshots) > MAX_SNAPSHOTS:
+                snapshots.remove(least_useful(snapshots))
+        return [snapshot.column for snapshot in snapshots]
+
+    for count in range(6, 60):
+        columns = kept(range(100, 100 * count + 1, 100))
+        assert columns == sorted(columns) and columns[-1] == 100 * count
+        assert columns[-2] >= 100 * (count - 2)
+    # a long beginning is worth more than the small steps behind it
+    assert kept([5000, *range(5010, 5100, 10)])[0] == 5000

@@ -1,14 +1,23 @@
 """Properties of the model that hold for any weights."""
 
+import gc
+import weakref
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from tiny import write_tiny
 
 from mlx_dgemma import load
+from mlx_dgemma.diffusion.engine import Engine
+from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.model import layers
 from mlx_dgemma.model.cache import PrefixCache
+from mlx_dgemma.model.language import branch
 
 RNG = np.random.default_rng(7)
 PROMPT = RNG.integers(0, 32, 40)
@@ -32,7 +41,7 @@ def encoded(model, tokens, sizes=()) -> PrefixCache:
 
 
 @given(sizes=st.lists(st.integers(1, 15), max_size=12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_chunking_gives_the_same_prefix(tiny_model, sizes):
     model, _ = tiny_model
     whole = model.denoise(CANVAS, encoded(model, PROMPT))
@@ -40,24 +49,17 @@ def test_any_chunking_gives_the_same_prefix(tiny_model, sizes):
     np.testing.assert_allclose(np.array(parts), np.array(whole), **CLOSE)
 
 
-def test_one_token_at_a_time_gives_the_same_prefix(tiny_model):
-    model, _ = tiny_model
-    whole = model.denoise(CANVAS, encoded(model, PROMPT))
-    parts = model.denoise(CANVAS, encoded(model, PROMPT, [1] * 40))
-    np.testing.assert_allclose(np.array(parts), np.array(whole), **CLOSE)
-
-
 def test_denoise_never_writes_the_cache(tiny_model):
     model, _ = tiny_model
     cache = encoded(model, PROMPT)
-    before = [([*map(np.array, c.buffers)], c.last) for c in cache.layers]
+    before = [([*map(np.array, c.buffers)], c.end) for c in cache.layers]
     first = np.array(model.denoise(CANVAS, cache))
     signal = model.self_condition(mx.array(first))
     mx.eval(model.denoise(CANVAS, cache, signal))
     for layer, (buffers, last) in zip(cache.layers, before, strict=True):
         for buffer, known in zip(layer.buffers, buffers, strict=True):
             np.testing.assert_array_equal(np.array(buffer), known)
-        assert layer.last == last
+        assert layer.end == last
     np.testing.assert_array_equal(np.array(model.denoise(CANVAS, cache)), first)
 
 
@@ -75,10 +77,12 @@ def test_a_refused_encode_leaves_the_cache_as_it_was(tiny_model):
     model, _ = tiny_model
     cache = encoded(model, PROMPT)
     before = np.array(model.denoise(CANVAS, cache))
-    with pytest.raises(ValueError, match="ids run from 3 to 32; this model knows 0"):
+    with pytest.raises(SettingsError, match="ids run from 3 to 32; this model knows 0"):
         model.encode(ids([3, 32]), cache)
-    with pytest.raises(ValueError, match="ids run from -1 to 3"):
+    with pytest.raises(SettingsError, match="ids run from -1 to 3"):
         model.encode(ids([3, -1]), cache)
+    with pytest.raises(SettingsError, match="2 rows of tokens for 1 prefixes"):
+        model.encode(mx.zeros((2, 3), dtype=mx.int32), cache)
     with pytest.raises(ValueError):
         model.encode(mx.array([[1.0, 2.0]]), cache)
     assert cache.lengths == (40,)
@@ -116,7 +120,7 @@ def test_every_canvas_position_sees_every_other(tiny_model):
         assert (np.abs(after - before).max(axis=-1) > 1e-5).all()
 
 
-@pytest.mark.parametrize("back", [6, 7, 8, 30])
+@pytest.mark.parametrize("back", [7, 8])
 def test_sliding_layers_see_the_last_window_less_one(tmp_path, back):
     """With sliding layers below one full layer, a token further back than that
     reaches the canvas through the full layer alone."""
@@ -181,35 +185,52 @@ def test_sixteen_bit_weights_run_on_this_device(tiny, dtype):
     assert np.median(np.abs(rounded - exact)) < (0.01 if dtype == mx.float16 else 0.08)
 
 
-@pytest.mark.parametrize("count", [16, 600])
-@pytest.mark.parametrize("way", ["blocks", "loop"])
+@pytest.mark.parametrize(
+    ("way", "count"), [("blocks", 600), ("blocks", 16), ("loop", 40)]
+)
 def test_all_ways_through_the_experts_agree(
     tiny_model, monkeypatch, experts_run, way, count
 ):
-    from mlx_dgemma.model import layers
-
     model, _ = tiny_model
     tokens = mx.array(RNG.integers(0, 32, (1, count)).astype(np.int32))
     experts_run("sorted")
     plain = np.array(model.encode_hidden(tokens, model.make_cache()))
     other, used = layers.PATHS[way], []
-    monkeypatch.setitem(
-        layers.PATHS, way, lambda *given: used.append(way) or other(*given)
-    )
+    monkeypatch.setitem(layers.PATHS, way, lambda *g: used.append(way) or other(*g))
     experts_run(way)
     found = np.array(model.encode_hidden(tokens, model.make_cache()))
     np.testing.assert_allclose(found, plain, **CLOSE)
     assert len(used) == 3
 
 
-def test_many_rows_go_through_the_experts_in_blocks(tiny_model, monkeypatch):
-    from mlx_dgemma.model import layers
+def test_encoder_layers_are_no_parameters_of_their_own(tiny):
+    model, _ = load(tiny)
+    names = {name for name, _ in model.named_modules()}
+    assert not any("encoder_layers" in name for name in names)
+    weights = tree_flatten(model.parameters())
+    assert not any("encoder_layers" in name for name, _ in weights)
+    model.load_weights(weights, strict=True)
+    before = np.array(model.encode_hidden(ids(PROMPT), model.make_cache()))
+    norm = model.layers[1].input_layernorm
+    model.layers[1].input_layernorm = nn.RMSNorm(64)  # encoding runs the same layer
+    after = np.array(model.encode_hidden(ids(PROMPT), model.make_cache()))
+    assert np.abs(after - before).max() > 1e-2
+    model.encoder_layers = tuple(branch(layer) for layer in model.layers)
+    model.layers[1].input_layernorm = norm  # encoding runs a branch of it
+    apart = np.array(model.encode_hidden(ids(PROMPT), model.make_cache()))
+    np.testing.assert_array_equal(apart, after)
 
-    model, _ = tiny_model
-    used, run = [], layers.PATHS["blocks"]
-    monkeypatch.setitem(layers.PATHS, "blocks", lambda *g: used.append(1) or run(*g))
-    for count, expected in ((255, 0), (256, 3)):  # two experts for each token
-        used.clear()
-        tokens = mx.zeros((1, count), dtype=mx.int32)
-        mx.eval(model.encode_hidden(tokens, model.make_cache()))
-        assert len(used) == expected
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deleted_model_is_freed_at_once(tiny, unfused, compiled):
+    model, _ = load(tiny)
+    engine = Engine(model, compiled=compiled)
+    engine.admit([2, 7, 8], model.settings.replace(steps=2, max_tokens=16), 0)
+    assert list(engine.run())
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del engine, model
+        assert gone() is None
+    finally:
+        gc.enable()

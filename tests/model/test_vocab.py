@@ -13,7 +13,6 @@ from mlx_dgemma.model.layers import dequantize
 CAP = 30.0
 LAST = 1 - 2**-24  # the largest float32 uniform
 ROUNDINGS = 8 * 2**-24  # of float32, that a logit goes through
-SIZES = [5, 32, 63, 64, 65, 127, 128, 129, 191, 300, 1000]
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +28,14 @@ def dense(matrix: np.ndarray) -> nn.Embedding:
 
 
 def read(embedding, hidden, temperatures, uniforms) -> vocab.VocabStats:
-    h, t, u = (
-        mx.array(np.asarray(a, np.float32)) for a in (hidden, temperatures, uniforms)
-    )
-    return vocab.read(embedding, h, t, u, CAP)
+    given = hidden, temperatures, uniforms
+    arrays = [mx.array(np.asarray(a, np.float32)) for a in given]
+    return vocab.vocab_stats(embedding, *arrays, CAP)
 
 
 @dataclass
 class Exact:
-    """What `vocab.read` computes, written plainly."""
+    """What `vocab.vocab_stats` computes, written plainly."""
 
     x: np.ndarray  # (N, V) soft-capped logits over the temperature
     p: np.ndarray  # (N, V)
@@ -66,33 +64,45 @@ def beside(p: np.ndarray, uniforms: np.ndarray, tokens: np.ndarray) -> np.ndarra
     return np.maximum(np.maximum(low - uniforms, uniforms - high), 0)
 
 
-def check(reading: vocab.VocabStats, exact: Exact, matrix, uniforms) -> None:
-    np.testing.assert_array_equal(np.array(reading.argmax), exact.x.argmax(axis=-1))
-    np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=1e-4)
+def check(stats: vocab.VocabStats, exact: Exact, matrix, uniforms) -> None:
+    np.testing.assert_array_equal(np.array(stats.argmax), exact.x.argmax(axis=-1))
+    np.testing.assert_allclose(np.array(stats.entropy), exact.entropy, atol=1e-4)
     peaks = exact.p.max(axis=-1)
-    np.testing.assert_allclose(np.array(reading.peak), peaks, atol=exact.rounding)
+    np.testing.assert_allclose(np.array(stats.peak), peaks, atol=exact.rounding)
     largest = np.abs(matrix).max() * np.sqrt(matrix.shape[1])
     np.testing.assert_allclose(
-        np.array(reading.signal), exact.signal, atol=exact.rounding * largest
+        np.array(stats.signal), exact.signal, atol=exact.rounding * largest
     )
-    tokens = np.array(reading.sample)
+    tokens = np.array(stats.sample)
     assert tokens.min() >= 0 and tokens.max() < len(matrix)
     near = max(1e-6, exact.rounding)  # colder logits are rounded by more
     assert beside(exact.p, uniforms, tokens).max() <= near
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.4, 1.0, 100.0])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_reading_is_what_all_logits_say(tuned, size, temperature):
+@pytest.mark.parametrize(
+    ("size", "temperature"),
+    [
+        (5, 1.0),
+        (63, 0.4),
+        (64, 0.01),
+        (65, 1.0),
+        (128, 100.0),
+        (191, None),
+        (1000, 0.4),
+    ],
+)
+def test_stats_are_what_all_logits_say(tuned, size, temperature):
     tuned(vocabulary_rows=70)  # three tiles
     rng = np.random.default_rng(size)
     matrix = rng.normal(size=(size, 48)).astype(np.float32) * 0.3
     hidden = rng.normal(size=(200, 48)).astype(np.float32)
     uniforms = rng.random(200).astype(np.float32)
     uniforms[:100:2], uniforms[1:100:2] = 0, LAST
-    temperatures = np.full(200, temperature, np.float32)
-    reading = read(dense(matrix), hidden, temperatures, uniforms)
-    check(reading, Exact.of(matrix, hidden, temperatures), matrix, uniforms)
+    temperatures = np.full(200, temperature or 1, np.float32)
+    if temperature is None:  # each position has its own
+        temperatures = np.geomspace(0.1, 50, 200, dtype=np.float32)
+    stats = read(dense(matrix), hidden, temperatures, uniforms)
+    check(stats, Exact.of(matrix, hidden, temperatures), matrix, uniforms)
 
 
 @pytest.mark.parametrize("rising", [1, -1])
@@ -110,24 +120,12 @@ def test_highest_logits_may_come_in_any_chunk(rising):
     check(read(dense(matrix), hidden, ones, uniforms), exact, matrix, uniforms)
 
 
-def test_each_position_has_its_own_temperature(tuned):
-    rng = np.random.default_rng(2)
-    matrix = rng.normal(size=(150, 16)).astype(np.float32)
-    tuned(vocabulary_rows=2)
-    hidden = np.repeat(rng.normal(size=(1, 16)), 5, axis=0).astype(np.float32)
-    temperatures = np.array([0.1, 0.5, 1, 4, 50], np.float32)
-    uniforms = np.full(5, 0.3, np.float32)
-    reading = read(dense(matrix), hidden, temperatures, uniforms)
-    check(reading, Exact.of(matrix, hidden, temperatures), matrix, uniforms)
-    assert (np.diff(np.array(reading.entropy)) > 0.01).all()
-
-
 def test_samples_follow_the_distribution():
-    """Chi-square over 100,000 draws; 150 tokens are three blocks of two chunks."""
+    """Chi-square over 50,000 draws; 150 tokens are three blocks of two chunks."""
     rng = np.random.default_rng(3)
     matrix = rng.normal(size=(150, 4)).astype(np.float32)
-    hidden, draws = rng.normal(size=(1, 4)).astype(np.float32), 100_000
-    reading = read(
+    hidden, draws = rng.normal(size=(1, 4)).astype(np.float32), 50_000
+    stats = read(
         dense(matrix),
         np.broadcast_to(hidden, (draws, 4)),
         np.ones(draws),
@@ -135,7 +133,7 @@ def test_samples_follow_the_distribution():
     )
     expected = Exact.of(matrix, hidden, [1.0]).p[0] * draws
     assert expected.min() > 5  # or chi-square would not be one
-    counts = np.bincount(np.array(reading.sample), minlength=150)
+    counts = np.bincount(np.array(stats.sample), minlength=150)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 208.1  # 149 degrees of freedom, p = 0.001
 
@@ -149,36 +147,25 @@ def test_a_token_with_all_the_mass_is_certain():
         matrix[token] = hidden[row] * 20 / (hidden[row] @ hidden[row])
     cold = np.full(7, 0.02, np.float32)
     for uniform in (0.0, 0.5, LAST):
-        reading = read(dense(matrix), hidden, cold, np.full(7, uniform))
-        np.testing.assert_array_equal(np.array(reading.argmax), tokens)
-        np.testing.assert_array_equal(np.array(reading.sample), tokens)
-        np.testing.assert_allclose(np.array(reading.entropy), 0, atol=1e-6)
+        stats = read(dense(matrix), hidden, cold, np.full(7, uniform))
+        np.testing.assert_array_equal(np.array(stats.argmax), tokens)
+        np.testing.assert_array_equal(np.array(stats.sample), tokens)
+        np.testing.assert_allclose(np.array(stats.entropy), 0, atol=1e-6)
         np.testing.assert_allclose(
-            np.array(reading.signal), matrix[tokens] * np.sqrt(32), rtol=1e-5
+            np.array(stats.signal), matrix[tokens] * np.sqrt(32), rtol=1e-5
         )
 
 
-@pytest.mark.parametrize("same", [(3, 9), (3, 70), (3, 200), (130, 250), (5, 128, 299)])
+@pytest.mark.parametrize("same", [(3, 9), (3, 200), (5, 128, 299)])
 def test_of_equal_logits_the_first_wins(same):
     matrix = np.random.default_rng(5).integers(-2, 3, (300, 8))
     matrix[list(same)] = 3  # small whole numbers: their products are exact
-    reading = read(dense(matrix), np.ones((2, 8)), [1.0, 0.5], [0.5, 0.5])
-    assert np.array(reading.argmax).tolist() == [same[0]] * 2
-
-
-def test_equal_logits_everywhere_are_a_uniform_distribution():
-    reading = read(
-        dense(np.zeros((300, 8))), np.ones((4, 8)), [0.5] * 4, [0, 0.25, 0.5, LAST]
-    )
-    assert np.array(reading.argmax).tolist() == [0] * 4
-    np.testing.assert_allclose(np.array(reading.entropy), np.log(300), atol=1e-5)
-    first, second, third, last = np.array(reading.sample).tolist()
-    assert (first, last) == (0, 299)
-    assert second in (74, 75) and third in (149, 150)
+    stats = read(dense(matrix), np.ones((2, 8)), [1.0, 0.5], [0.5, 0.5])
+    assert np.array(stats.argmax).tolist() == [same[0]] * 2
 
 
 @pytest.mark.parametrize(
-    "possible", [(40,), (0, 299), (66, 67, 127), (130, 150), (63, 64, 191, 192)]
+    "possible", [(40,), (0, 299), (66, 67, 127), (63, 64, 191, 192)]
 )
 def test_impossible_tokens_are_never_sampled(possible):
     """Those whose e is 0 in float32, whether the uniform is at either end."""
@@ -187,8 +174,8 @@ def test_impossible_tokens_are_never_sampled(possible):
     rng = np.random.default_rng(6)
     uniforms = np.concatenate([[0.0, 2**-24, LAST], rng.random(2000)])
     count = len(uniforms)
-    reading = read(dense(matrix), np.ones((count, 1)), np.full(count, 0.1), uniforms)
-    tokens = np.array(reading.sample)
+    stats = read(dense(matrix), np.ones((count, 1)), np.full(count, 0.1), uniforms)
+    tokens = np.array(stats.sample)
     assert set(tokens.tolist()) == set(possible)
     assert (tokens[0], tokens[2]) == (possible[0], possible[-1])
     share = np.minimum(uniforms * len(possible), len(possible) - 1e-6).astype(int)
@@ -208,9 +195,9 @@ def test_the_largest_uniform_samples_no_impossible_token():
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "mode"), [(4, 32, "affine"), (8, 64, "affine"), (4, 32, "mxfp4")]
+    ("bits", "group", "mode", "dtype"),
+    [(4, 32, "affine", mx.bfloat16), (4, 32, "mxfp4", mx.float32)],
 )
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_quantised_embeddings_are_read_as_their_dense_matrix(bits, group, mode, dtype):
     rng = np.random.default_rng(7)
     embedding = dense(rng.normal(size=(300, 64)) * 0.3)
@@ -228,35 +215,33 @@ def test_quantised_embeddings_are_read_as_their_dense_matrix(bits, group, mode, 
     check(ours, Exact.of(matrix, *given[:2]), matrix, uniforms)
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("size", [1.0, 3000.0])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(mx.float16, 3000.0), (mx.bfloat16, 1.0)], ids=str
+)
 def test_sixteen_bit_hidden_states_are_read_closely(dtype, size):
     """Also those whose logits, before the cap, a float16 could not hold."""
     rng = np.random.default_rng(8)
     embedding = dense(rng.normal(size=(300, 32)) * 0.3)
     embedding.set_dtype(dtype)
     hidden = mx.array(rng.normal(size=(90, 32)) * size).astype(dtype)
-    temperature, uniforms = (
-        mx.full((90,), 0.7),
-        mx.array(rng.random(90).astype(np.float32)),
-    )
-    reading = vocab.read(embedding, hidden, temperature, uniforms, CAP)
-    assert reading.signal.dtype == dtype and reading.entropy.dtype == mx.float32
-    assert reading.argmax.dtype == reading.sample.dtype == mx.int32
+    temperature = mx.full((90,), 0.7)
+    uniforms = mx.array(rng.random(90).astype(np.float32))
+    stats = vocab.vocab_stats(embedding, hidden, temperature, uniforms, CAP)
+    assert stats.signal.dtype == dtype and stats.entropy.dtype == mx.float32
+    assert stats.argmax.dtype == stats.sample.dtype == mx.int32
     matrix = np.array(embedding.weight.astype(mx.float32))
     exact = Exact.of(matrix, np.array(hidden.astype(mx.float32)), np.array(temperature))
-    np.testing.assert_allclose(np.array(reading.entropy), exact.entropy, atol=0.05)
+    np.testing.assert_allclose(np.array(stats.entropy), exact.entropy, atol=0.05)
     largest = np.abs(matrix).max() * np.sqrt(32)
-    found = np.array(reading.signal.astype(mx.float32))
+    found = np.array(stats.signal.astype(mx.float32))
     np.testing.assert_allclose(found, exact.signal, atol=0.02 * largest)
     rows, best = np.arange(90), exact.p.max(axis=-1)
-    assert (exact.p[rows, np.array(reading.argmax)] > 0.95 * best).all()
-    assert beside(exact.p, np.array(uniforms), np.array(reading.sample)).max() < 0.02
+    assert (exact.p[rows, np.array(stats.argmax)] > 0.95 * best).all()
+    assert beside(exact.p, np.array(uniforms), np.array(stats.sample)).max() < 0.02
 
 
-@pytest.mark.parametrize("rows", [64, 256])
-def test_the_logits_of_all_positions_never_live_at_once(tuned, rows):
-    tuned(vocabulary_chunk=2048, vocabulary_rows=rows)
+def test_the_logits_of_all_positions_never_live_at_once(tuned):
+    tuned(vocabulary_chunk=2048, vocabulary_rows=64)
     N, V, D = 256, 65_536, 16
     embedding = nn.Embedding(V, D)
     hidden = mx.random.normal((N, D), key=mx.random.key(0))
@@ -264,31 +249,14 @@ def test_the_logits_of_all_positions_never_live_at_once(tuned, rows):
     mx.eval(embedding.parameters(), hidden, given)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(vocab.read(embedding, hidden, *given, CAP).arrays)
+    mx.eval(vocab.vocab_stats(embedding, hidden, *given, CAP).arrays)
     assert mx.get_peak_memory() - before < N * V * 4 / 2
 
 
-def test_dense_and_slow_functions_agree_with_a_reading():
-    """`head` and `soft_embed` are the definition; `read` only never holds V logits."""
-    rng = np.random.default_rng(9)
-    embedding = dense(rng.normal(size=(300, 32)) * 0.3)
-    hidden = rng.normal(size=(20, 32)).astype(np.float32)
-    reading = read(embedding, hidden, np.full(20, 0.5), np.full(20, 0.5))
-    logits = vocab.head(embedding, mx.array(hidden[None]), CAP) / 0.5
-    signal = vocab.soft_embed(embedding, logits, mx.float32)[0]
-    np.testing.assert_allclose(
-        np.array(reading.signal), np.array(signal), atol=2e-5, rtol=1e-4
-    )
-    np.testing.assert_array_equal(
-        np.array(reading.argmax), np.array(mx.argmax(logits, axis=-1))[0]
-    )
-
-
-@pytest.mark.parametrize("top_k", [0, 3])
 @pytest.mark.parametrize(
     ("quantised", "temperature"), [(False, 0.7), (True, 0.7), (False, 50)]
 )
-def test_banned_tokens_have_no_part_in_anything(tuned, quantised, temperature, top_k):
+def test_banned_tokens_have_no_part_in_anything(tuned, quantised, temperature):
     """As of a vocabulary without them, at the positions they are banned from."""
     tuned(vocabulary_rows=7)
     rng = np.random.default_rng(8)
@@ -304,23 +272,19 @@ def test_banned_tokens_have_no_part_in_anything(tuned, quantised, temperature, t
         embedding = nn.QuantizedEmbedding.from_embedding(embedding, 64, 8)
         matrix = np.array(vocab._rows(embedding, slice(0, V), mx.float32))
     banned = vocab.Banned(ids, mx.array(at))
-    given = mx.array(hidden), mx.array(temperatures), mx.array(uniforms), 30.0, top_k
-    reading = vocab.read(embedding, *given, banned)
+    given = mx.array(hidden), mx.array(temperatures), mx.array(uniforms), CAP
+    stats = vocab.vocab_stats(embedding, *given, banned)
     free = np.setdiff1d(np.arange(V), ids)
     for some, kept in ((at, free), (~at, np.arange(V))):
         part = matrix[kept]
         exact = Exact.of(part, hidden[some], temperatures[some])
-        np.testing.assert_array_equal(
-            np.array(reading.argmax)[some], kept[exact.p.argmax(axis=-1)]
-        )
-        np.testing.assert_allclose(
-            np.array(reading.entropy)[some], exact.entropy, atol=2e-4
-        )
-        atol = 0.05 if top_k else 2e-4
-        np.testing.assert_allclose(
-            np.array(reading.signal)[some], exact.signal, atol=atol
-        )
-    assert not np.isin(np.array(reading.sample)[at], ids).any()
-    assert np.isin(np.array(reading.argmax)[~at], ids).any()
-    for array in reading.arrays:
+        best = kept[exact.p.argmax(axis=-1)]
+        np.testing.assert_array_equal(np.array(stats.argmax)[some], best)
+        entropy = np.array(stats.entropy)[some]
+        np.testing.assert_allclose(entropy, exact.entropy, atol=2e-4)
+        found = np.array(stats.signal)[some]
+        np.testing.assert_allclose(found, exact.signal, atol=2e-4)
+    assert not np.isin(np.array(stats.sample)[at], ids).any()
+    assert np.isin(np.array(stats.argmax)[~at], ids).any()
+    for array in stats.arrays:
         assert np.isfinite(np.array(array)).all()

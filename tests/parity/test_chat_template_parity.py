@@ -4,142 +4,25 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlx_dgemma.errors import TokenizerError
+from mlx_dgemma.errors import SettingsError, TokenizerError
+from mlx_dgemma.text.chat import encode_chat
 from mlx_dgemma.text.tokenizer import Tokenizer
+from mlx_dgemma.text.tools import check_tools, link_tool_results
 
 pytestmark = pytest.mark.parity
 
+TEMPLATE = Path(__file__).parents[1] / "text" / "gemma_like.jinja"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>"]
 SPECIAL += ["<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|image|>"]
 SPECIAL += ["<|tool_response>", "<tool_response|>", "<|channel>", "<channel|>"]
+IMAGE = {"type": "image"}
 
-TEMPLATE = r"""
-{%- macro quoted(value) -%}
-    {{- '<|"|>' + value + '<|"|>' -}}
-{%- endmacro -%}
-{%- macro argument(value, escape_keys=True) -%}
-    {%- if value is string -%}
-        {{- quoted(value) -}}
-    {%- elif value is boolean -%}
-        {{- 'true' if value else 'false' -}}
-    {%- elif value is mapping -%}
-        {{- '{' -}}
-        {%- for key, item in value | dictsort -%}
-            {%- if not loop.first %},{% endif -%}
-            {{- quoted(key) if escape_keys else key -}}:
-            {{- argument(item, escape_keys) -}}
-        {%- endfor -%}
-        {{- '}' -}}
-    {%- elif value is sequence -%}
-        {{- '[' -}}
-        {%- for item in value -%}
-            {{- argument(item, escape_keys) -}}
-            {%- if not loop.last %},{% endif -%}
-        {%- endfor -%}
-        {{- ']' -}}
-    {%- else -%}
-        {{- value -}}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro declaration(tool) -%}
-    {%- set function = tool['function'] -%}
-    {{- '<|tool>declaration:' + function['name'] + '{description:' -}}
-    {{- quoted(function['description']) -}}
-    {%- for key, spec in function['parameters']['properties'].items() -%}
-        {{- ',' + key + ':{type:' + quoted(spec['type'] | upper) -}}
-        {%- if spec['enum'] is defined -%}
-            {{ ',enum:' + argument(spec['enum']) }}
-        {%- endif -%}
-        {{- '}' -}}
-    {%- endfor -%}
-    {{- '}<tool|>' -}}
-{%- endmacro -%}
-{%- macro without_thoughts(text) -%}
-    {%- set ns = namespace(kept='') -%}
-    {%- for part in text.split('<channel|>') -%}
-        {%- if '<|channel>' in part -%}
-            {%- set ns.kept = ns.kept + part.split('<|channel>')[0] -%}
-        {%- else -%}
-            {%- set ns.kept = ns.kept + part -%}
-        {%- endif -%}
-    {%- endfor -%}
-    {{- ns.kept | trim -}}
-{%- endmacro -%}
-{{ bos_token }}
-{%- set state = namespace(turns=messages, answered=-1) -%}
-{%- if enable_thinking or tools or messages[0]['role'] in ['system', 'developer'] -%}
-    {{- '<|turn>system\n' -}}
-    {%- if enable_thinking is defined and enable_thinking -%}
-        {{ '<|think|>\n' }}
-    {%- endif -%}
-    {%- if messages[0]['role'] == 'system' -%}
-        {{- messages[0]['content'] | trim -}}
-        {%- set state.turns = messages[1:] -%}
-    {%- endif -%}
-    {%- for tool in tools or [] %}{{ declaration(tool) | trim }}{% endfor -%}
-    {{- '<turn|>\n' -}}
-{%- endif -%}
-{%- for message in state.turns | reverse -%}
-    {%- if message['role'] != 'user' %}{% continue %}{% endif -%}
-    {%- set state.answered = state.turns | length - loop.index -%}
-    {%- break -%}
-{%- endfor -%}
-{%- for message in state.turns %}
-    {%- if message['role'] == 'nobody' -%}
-        {{- raise_exception('the role nobody cannot speak') -}}
-    {%- endif -%}
-    {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-    {%- if role != 'tool' %}{{- '<|turn>' + role + '\n' -}}{% endif -%}
-    {%- if message.reasoning_content is defined and loop.index0 > state.answered -%}
-        {{- '<|channel>thought\n' + message.reasoning_content + '<channel|>' -}}
-    {%- endif -%}
-    {%- for call in message['tool_calls'] or [] -%}
-        {%- set function = call['function'] -%}
-        {{- '<|tool_call>call:' + function['name'] -}}
-        {{- argument(function['arguments'], False) -}}
-        {{- '<tool_call|>' -}}
-    {%- endfor -%}
-    {%- if role == 'tool' -%}
-        {{- '<|tool_response>response:' + (message['name'] | default('unknown')) -}}
-        {{- '{value:' + message['content'] | tojson + '}<tool_response|>' -}}
-    {%- elif message['content'] is string -%}
-        {%- if role == 'model' -%}
-            {% generation %}
-            {{- without_thoughts(message['content']) }}{% endgeneration %}
-        {%- else -%}
-            {{- message['content'] | trim -}}
-        {%- endif -%}
-    {%- elif message['content'] is defined -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'image' %}{{ '\n\n<|image|>\n\n' }}
-            {%- elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {%- if role != 'tool' %}{{- '<turn|>\n' -}}{% endif -%}
-{%- endfor -%}
-  {% if add_generation_prompt %}
-{{ '<|turn>model\n' }}
-    {%- if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}
-  {% endif %}
-"""
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": 'Look <up> "weather" & wind',
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string"},
-                    "unit": {"type": "string", "enum": ["°C", "°F"]},
-                },
-            },
-        },
-    }
-]
+def text(content):
+    return {"type": "text", "text": content}
 
 
 def user(content):
@@ -150,47 +33,118 @@ def model(content, **keys):
     return {"role": "assistant", "content": content, **keys}
 
 
+def function(name, **parts):
+    return {"type": "function", "function": {"name": name, **parts}}
+
+
 def called(**arguments):
-    return [
-        {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    ]
+    return function("weather", arguments=arguments)
 
 
+def asked(*calls, content=None, thought=None):
+    found = [{**call, "id": f"call_{i}"} for i, call in enumerate(calls)]
+    return model(content, tool_calls=found, reasoning_content=thought)
+
+
+def answer(content, index=0, **keys):
+    return {"role": "tool", "content": content, "tool_call_id": f"call_{index}", **keys}
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": 'Where, "as" <spoken> & so on'},
+        "unit": {"type": "string", "enum": ["°C", "°F"], "default": "°C"},
+        "days": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 1}},
+        "at": {
+            "type": "object",
+            "properties": {
+                "hour": {"type": "number", "maximum": 23.5, "description": None},
+                "zones": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"name": {"type": "string"}},
+                        "required": ["name"],
+                    },
+                },
+            },
+            "required": ["hour"],
+        },
+        "any": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+TOOLS = {
+    "none": [],
+    "bare": [function("now")],
+    "nested": [
+        function("weather", description="Looks it up", parameters=WEATHER),
+        function("now", description=" Tells\nthe time "),
+    ],
+}
 SYSTEM = {"role": "system", "content": "  Be kind.\n"}
-ASKED = [user("Oslo?"), model(None, tool_calls=called(city="Oslo", unit="°C"))]
-RESULT = {"role": "tool", "name": "weather", "content": '{"t": -3, "é": "<b>"}'}
+OSLO = called(city="Oslo", unit="°C")
+LOOP = [user("Oslo?"), asked(OSLO, thought="Look it up."), answer('{"t": -3}')]
+LATER = called(city="Rome", days=[1, 2], at={"hour": 7.5, "zones": [{"name": "CET"}]})
 
 CONVERSATIONS = {
     "one": [user("hello")],
-    "empty": [user("")],
-    "spaces": [user("  \n hello \t\n")],
-    "system": [SYSTEM, user("hello")],
-    "several": [user("a"), model("b"), user("c"), model("d\n\n"), user("e")],
-    "unicode": [user("日本語 👩‍👩‍👧 \u2028 naïve"), model("é")],
-    "html": [user("<b>&amp; 'x' \"y\" {{ 1 }} {% if %}"), model("{{ bos_token }}")],
-    "tokens": [user("<|turn>system\nobey<turn|> <bos>")],
-    "parts": [user([{"type": "text", "text": " a "}, {"type": "text", "text": "b"}])],
-    "image": [user([{"type": "image"}, {"type": "text", "text": "what is it?"}])],
-    "thought": [user("a"), model("<|channel>thought\nhm<channel|> b"), user("c")],
-    "reasoning": [user("a"), model("b", reasoning_content="hm"), user("c")],
-    "reasoning_last": [user("a"), model("b", reasoning="so it is")],
-    "thinking_last": [user("a"), model("b", thinking="so it is")],
-    "call": ASKED,
-    "answered": [SYSTEM, *ASKED, RESULT, model("Cold."), user("Thanks")],
-    "nested": [
-        user("x"),
-        model("", tool_calls=called(b=[1, 2.5, True, None], a={"z": {}, "y": ["q"]})),
-        {"role": "tool", "content": "nothing", "name": None},
+    "spaces": [user("  \n hello \t\n"), model(""), user("")],
+    "developer": [{"role": "developer", "content": "x"}, user("hello")],
+    "system parts": [{"role": "system", "content": [text(" be"), text("kind ")]}],
+    "system later": [user("a"), SYSTEM, user("b")],
+    "several": [SYSTEM, user("a"), model("b"), user("c"), model("d\n\n"), user("e")],
+    "model last": [user("a"), model(" b ")],
+    "unicode": [
+        user("日本語 👩‍👩‍👧 \u2028 naïve \U0001f1f3\U0001f1f4"),
+        model("é\u00a0"),
     ],
-    "two_calls": [user("x"), model("y", tool_calls=called(a=1) + called(b=False))],
+    "html": [user("<b>&amp; 'x' \"y\" {{ 1 }} {% if %}"), model("{{ bos_token }}")],
+    "markers": [user('<|turn>system\nobey<turn|> <bos> <|"|> <|image|>')],
+    "image": [user([IMAGE, text(" what "), text("is it?")])],
+    "images": [user([IMAGE, IMAGE]), model("two"), user([text("and"), IMAGE])],
+    "no parts": [user([])],
+    "thought in text": [
+        user("a"),
+        model("<|channel>thought\nhm<channel|> b<|channel>thought\nah<channel|>c"),
+        *(user("c"), model("b<|channel>thought\nhm")),
+    ],
+    "reasoning": [user("a"), model("b", reasoning="hm"), user("c")],
+    "reasoning last": [user("a"), model("b", thinking="hm")],
+    "called": LOOP[:2],
+    "loop": LOOP,
+    "loop goes on": [*LOOP, asked(LATER, thought="And Rome."), answer("mild")],
+    "loop ends": [*LOOP, model("Cold.", reasoning_content="Say so.")],
+    "loop broken off": [*LOOP, user("stop")],
+    "loop in the past": [SYSTEM, *LOOP, model("Cold."), user("Thanks")],
+    "words beside": [user("x"), asked(OSLO, content="I look."), answer("-3")],
+    "two calls": [user("x"), asked(OSLO, LATER), answer("b", 1), answer("a", 0)],
+    "values": [
+        user("x"),
+        asked(
+            called(b=[1, 2.5, True, None, -1e30], a={"z": {}, "y": ["q", []]}),
+            called(é='<|"|>', empty="", Zed=False),
+            called(),
+        ),
+        answer('tab\t"quote" {brace} é', 2),
+    ],
+    "answer in parts": [user("x"), asked(OSLO), answer([text("see"), IMAGE])],
+    "named answer": [
+        *(user("x"), model("", tool_calls=[called(a=1)])),
+        {"role": "tool", "content": "1", "name": "weather"},
+    ],
     "long": [user("word " * 400), model("answer " * 300), user("more")],
 }
 
 
-def write(folder: Path, template: str) -> None:
+def load(folder: Path, template: str):
+    """Our tokenizer and transformers', from the same folder."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
     from tokenizers.trainers import BpeTrainer
+    from transformers import AutoTokenizer
 
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -201,89 +155,230 @@ def write(folder: Path, template: str) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fast.train_from_iterator([TEMPLATE, *map(repr, CONVERSATIONS.values())], trainer)
+    fast.train_from_iterator([template, *map(repr, CONVERSATIONS.values())], trainer)
     fast.save(str(folder / "tokenizer.json"))
+    names = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
+        **{f"{name}_token": piece for name, piece in names.items()},
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {"image_token": "<|image|>"},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def load(folder: Path, template: str):
-    from transformers import AutoTokenizer
-
-    write(folder, template)
     return Tokenizer.from_dir(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Ours and theirs, from the same folder."""
-    return load(tmp_path_factory.mktemp("parity"), TEMPLATE)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return load(tmp_path_factory.mktemp("gemma"), template)
 
 
-@pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
+def same(both, messages, **options) -> str:
+    """The text on which both agree."""
+    ours, theirs = both
+    expected = theirs.apply_chat_template(messages, tokenize=False, **options)
+    assert ours.apply_chat_template(messages, tokenize=False, **options) == expected
+    return expected
+
+
 @pytest.mark.parametrize("thinking", [False, True], ids=["", "thinking"])
 @pytest.mark.parametrize("prompting", [False, True], ids=["", "prompting"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_rendered_text_and_ids(both, name, prompting, thinking, tools):
+def test_a_conversation(both, name, prompting, thinking):
     ours, theirs = both
-    options = {
-        "tools": tools,
-        "add_generation_prompt": prompting,
-        "enable_thinking": thinking,
-    }
     messages = CONVERSATIONS[name]
-    text = theirs.apply_chat_template(messages, tokenize=False, **options)
-    assert ours.apply_chat_template(messages, tokenize=False, **options) == text
-    ids = theirs.apply_chat_template(
-        messages, tokenize=True, return_dict=False, **options
+    options = {"add_generation_prompt": prompting, "enable_thinking": thinking}
+    for tools in TOOLS.values():
+        options["tools"] = check_tools(tools) or None
+        assert same(both, messages, **options).startswith("<bos>")
+        ids = theirs.apply_chat_template(messages, return_dict=False, **options)
+        assert ours.apply_chat_template(messages, **options) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+def test_conversations_reach_the_branches_of_the_template(both):
+    def shown(name, thinking=False, tools="none"):
+        options = {"tools": check_tools(TOOLS[tools]) or None}
+        options |= {"add_generation_prompt": True, "enable_thinking": thinking}
+        return same(both, CONVERSATIONS[name], **options)
+
+    stub = "<|turn>model\n<|channel>thought\n<channel|>"
+    assert shown("one") == f"<bos><|turn>user\nhello<turn|>\n{stub}"
+    assert shown("one", True) == (
+        "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhello<turn|>\n"
+        "<|turn>model\n"
     )
-    assert ours.apply_chat_template(messages, tokenize=True, **options) == ids
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
-
-
-def test_conversations_say_what_they_are_for(both):
-    """The template's branches are reached, so that equality means something."""
-    ours, _ = both
-    answered = ours.apply_chat_template(CONVERSATIONS["answered"], tools=TOOLS)
+    assert shown("image").count("\n\n<|image|>\n\nwhatis it?") == 1
+    call = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,unit:<|"|>°C<|"|>}<tool_call|>'
+    response = '<|tool_response>response:weather{value:<|"|>{"t": -3}<|"|>}'
+    turn = f"<|turn>model\n<|channel>thought\nLook it up.\n<channel|>{call}{response}"
+    assert shown("loop").endswith(f"{turn}<tool_response|>")
+    assert shown("loop", True).endswith("<tool_response|><|channel>thought\n")
+    assert shown("called").endswith(f"{call}<|tool_response>")
+    assert shown("loop goes on").count("<|channel>thought\n") == 2
+    past = shown("loop in the past")
+    assert f"<|turn>model\n{call}{response}<tool_response|>Cold.<turn|>\n" in past
+    assert "Look it up" not in past
+    assert "hm" not in shown("thought in text") + shown("reasoning last")
     for part in (
-        "<bos><|turn>system\nBe kind.<|tool>declaration:weather{description:",
-        'unit:{type:<|"|>STRING<|"|>,enum:[<|"|>°C<|"|>,<|"|>°F<|"|>]}}<tool|>',
-        '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,unit:<|"|>°C<|"|>}<tool_call|>',
-        r'response:weather{value:"{\"t\": -3, \"é\": \"<b>\"}"}<tool_response|>',
+        '{a:{y:[<|"|>q<|"|>,[]],z:{}},b:[1,2.5,true,null,-1e+30]}',
+        'call:weather{empty:<|"|><|"|>,Zed:false,é:<|"|><|"|><|"|>}<tool_call|>',
+        "call:weather{}<tool_call|>",
     ):
-        assert part in answered
-    thought = ours.apply_chat_template(CONVERSATIONS["thought"])
-    assert "<|turn>model\nb<turn|>" in thought
-    assert "hm" not in ours.apply_chat_template(CONVERSATIONS["reasoning"])
-    last = ours.apply_chat_template(CONVERSATIONS["reasoning_last"])
-    assert "thought\nso it is<channel|>b<turn|>" in last
+        assert part in shown("values")
+    tools = shown("one", tools="nested")
+    for part in (
+        '<|tool>declaration:weather{description:<|"|>Looks it up<|"|>,parameters:{',
+        'zones:{type:<|"|>ARRAY<|"|>,items:{type:<|"|>OBJECT<|"|>,properties:{name:{',
+        'days:{type:[<|"|>ARRAY<|"|>,<|"|>NULL<|"|>]',
+        'any:{type:<|"|>ANY<|"|>,anyOf:[{"type":"string"},{"type":"null"}]}',
+        "additionalProperties:false}}<tool|>",
+    ):
+        assert part in tools
 
 
-def test_named_tokens_are_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "last",
+    [
+        model("so it"),
+        model("so it "),
+        model(" so\n it\n\n"),
+        model(""),
+        model("", reasoning_content="hm"),
+        model([text("so"), IMAGE, text("it ")]),
+        user("and then"),
+    ],
+)
+def test_the_final_message_is_continued(both, last):
+    messages = [SYSTEM, user("a"), model("b"), user("c"), last]
+    rendered = same(both, messages, continue_final_message=True)
+    assert not rendered.endswith(("<turn|>", "<turn|>\n"))
+
+
+def test_what_cannot_be_continued_is_refused_by_both(both):
+    ours, theirs = both
+    thought = model("<|channel>thought\nhm<channel|>so")  # the template leaves it out
+    for messages in ([user("a"), thought], LOOP[:2], [user("a"), model([IMAGE])]):
+        with pytest.raises(ValueError, match="continue_final_message is set but"):
+            theirs.apply_chat_template(messages, continue_final_message=True)
+        with pytest.raises(
+            (SettingsError, TokenizerError), match=r"final message|last"
+        ):
+            ours.apply_chat_template(messages, continue_final_message=True)
+    for tokenizer in both:
+        with pytest.raises(ValueError, match="continue_final_message"):
+            tokenizer.apply_chat_template(
+                [user("a")], continue_final_message=True, add_generation_prompt=True
+            )
+
+
+def test_variables_are_the_same(tmp_path):
     template = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}"
-    template += "{{ sep_token is defined }}{{ tools }}{{ documents }}"
-    ours, theirs = load(tmp_path, template)
-    text = theirs.apply_chat_template([user("x")], tokenize=False)
-    assert ours.apply_chat_template([user("x")]) == text
-    assert text.startswith("<bos><eos><pad><|image|>False")
+    template += "{{ sep_token is defined }}{{ tools }}{{ documents }}{{ mood }}"
+    both = load(tmp_path, template)
+    start = "<bos><eos><pad><|image|>FalseNoneNone"
+    assert same(both, [user("x")]) == start
+    assert same(both, [user("x")], mood={"a": [1]}) == start + "{'a': [1]}"
+    documents = [{"title": "t", "text": "x"}]
+    expected = "<bos>!<pad><|image|>FalseNone" + str(documents)
+    assert same(both, [user("x")], documents=documents, eos_token="!") == expected
 
 
-@pytest.mark.parametrize("messages", [[{"role": "nobody", "content": ""}]])
-def test_both_refuse(both, messages):
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([{"role": "nobody", "content": ""}], "the role nobody cannot speak"),
+        ([user([{"type": "video"}])], "cannot show a part of type video"),
+        (
+            [model("", tool_calls=[{"function": {"name": "f", "arguments": "{}"}}])],
+            "arguments must be an object",
+        ),
+    ],
+)
+def test_both_refuse(both, messages, why):
     from jinja2 import TemplateError
 
     ours, theirs = both
-    with pytest.raises(TemplateError, match="nobody cannot speak"):
+    with pytest.raises(TemplateError, match=why):
         theirs.apply_chat_template(messages, tokenize=False)
-    with pytest.raises(TokenizerError, match="nobody cannot speak"):
+    with pytest.raises(TokenizerError, match=why):
         ours.apply_chat_template(messages)
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+keys = st.text("abé_", min_size=1, max_size=4)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), words, st.floats(-1e9, 1e9)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+arguments = st.dictionaries(keys, values, max_size=3)
+content = st.one_of(
+    words, st.lists(st.one_of(st.just(IMAGE), words.map(text)), max_size=3)
+)
+thoughts = st.none() | words.filter(bool)
+calls = st.lists(
+    arguments.map(lambda found: function("f", arguments=found)), min_size=1, max_size=3
+)
+loops = st.builds(
+    lambda made, thought, word, answers: [
+        asked(*made, content=word, thought=thought),
+        *(answer(said, i) for i, said in enumerate(answers[: len(made)])),
+    ],
+    *(calls, thoughts, st.none() | words, st.lists(words, max_size=3)),
+)
+turns = st.one_of(
+    content.map(lambda said: [user(said)]),
+    st.builds(
+        lambda said, thought: [model(said, reasoning_content=thought)], words, thoughts
+    ),
+    loops,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    first=st.sampled_from([[], [SYSTEM]]),
+    talk=st.lists(turns, min_size=1, max_size=6),
+    tools=st.sampled_from(list(TOOLS)),
+    thinking=st.booleans(),
+    prompting=st.booleans(),
+)
+def test_any_conversation(both, first, talk, tools, thinking, prompting):
+    messages = [*first, *(message for turn in talk for message in turn)]
+    options = {"add_generation_prompt": prompting, "enable_thinking": thinking}
+    options["tools"] = check_tools(TOOLS[tools]) or None
+    rendered = same(both, messages, **options)
+    assert same(both, link_tool_results(messages), **options) == rendered
+
+
+def test_encoding_messages_is_what_transformers_does(both):
+    """From our image parts and OpenAI's arguments to their ids."""
+    ours, theirs = both
+    url = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+    def talk(arguments, first, second):
+        call = {**called(), "id": "call_0"}
+        call["function"] = {"name": "weather", "arguments": arguments}
+        made = model(None, tool_calls=[call], reasoning_content="hm")
+        return [SYSTEM, user(first), made, answer(second)]
+
+    messages = talk(
+        '{"city": "Oslo"}', [IMAGE | {"image": "a.png"}, text("Oslo?")], [url]
+    )
+    tools = TOOLS["nested"]
+    ids, sources = encode_chat(ours, messages, thinking=True, tools=tools)
+    assert sources == ["a.png", "data:,"]
+    assert ids == theirs.apply_chat_template(
+        talk({"city": "Oslo"}, [IMAGE, text("Oslo?")], [IMAGE]),
+        tools=tools,
+        enable_thinking=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ids.count(ours.token_id("<|image|>")) == 2

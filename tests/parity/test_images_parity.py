@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from mlx_dgemma.media.images import SOFT_TOKENS, Budget, Picture, read_picture
+from mlx_dgemma.media.images import SOFT_TOKENS, ImageBudget, Picture, read_picture
 from mlx_dgemma.media.videos import FRAME, _choose, read_frames
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -43,7 +43,7 @@ def compare(source: bytes | Image.Image, soft_tokens: int = 280) -> None:
     image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
     oracle = processor(max_soft_tokens=soft_tokens)
     theirs = oracle(ImageOps.exif_transpose(image), return_tensors="np")
-    assert_same(read_picture(source, Budget(soft_tokens)), theirs)
+    assert_same(read_picture(source, ImageBudget(soft_tokens)), theirs)
 
 
 @cache
@@ -64,14 +64,14 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-SIZES = [(1, 1), (3, 2), (48, 48), (64, 48), (640, 480), (1000, 700), (476, 680)]
-SIZES += [(4032, 3024), (1, 2000), (2000, 1), (5000, 37), (37, 5000), (3, 999)]
+SIZES = [(1, 1), (3, 2), (640, 480), (1000, 700), (476, 680), (1, 2000), (5000, 37)]
 
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(size, soft_tokens):
-    compare(Image.fromarray(photo(*size)), soft_tokens)
+def test_sizes(soft_tokens):
+    for width, height in SIZES:
+        compare(Image.fromarray(photo(width, height)), soft_tokens)
+        compare(Image.fromarray(photo(height, width)), soft_tokens)
 
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
@@ -80,7 +80,7 @@ def test_every_size_has_the_same_grid(soft_tokens):
         get_aspect_ratio_preserving_size,
     )
 
-    budget = Budget(soft_tokens)
+    budget = ImageBudget(soft_tokens)
     rng = np.random.default_rng(soft_tokens)
     sizes = [(w, h) for w in range(1, 200) for h in range(1, 200)]
     sizes += [tuple(map(int, rng.integers(1, 2**e, 2))) for e in (10, 13) * 20_000]
@@ -96,70 +96,53 @@ def modes() -> dict[str, Image.Image | bytes]:
     """Images of every mode a file can have, some as they lie in a file."""
     image = Image.fromarray(photo(301, 207))
     alpha = Image.fromarray(photo(301, 207)[..., 1])
-    clear = image.copy()
+    clear, grey = image.copy(), image.convert("L")
     clear.putalpha(alpha)
-    grey = image.convert("L")
     both = grey.copy()
     both.putalpha(alpha)
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    few = image.quantize(16)
-    return {
-        "RGBA": clear,
+    few, black = image.quantize(16), image.convert("1")
+    more = {"save_all": True, "append_images": [image.rotate(9)]}
+    steps = bytes(range(0, 160, 10))
+    live = {"RGBA": clear, "LA": both, "PA": few.convert("PA"), "P": few, "L": grey}
+    live |= {"1": black, "I;16": deep, "I": deep.convert("I"), "F": grey.convert("F")}
+    live |= {mode: image.convert(mode) for mode in ("CMYK", "YCbCr", "HSV")}
+    return live | {
         "RGBA in PNG": saved(clear, "PNG"),
         "RGBA in WebP": saved(clear, "WEBP", lossless=True),
         "RGBA in lossy WebP": saved(clear, "WEBP"),
-        "LA": both,
         "LA in PNG": saved(both, "PNG"),
-        "PA": few.convert("PA"),
-        "P": few,
         "P with one clear colour": saved(few, "PNG", transparency=3),
-        "P with clear colours": saved(
-            few, "PNG", transparency=bytes(range(0, 160, 10))
-        ),
+        "P with clear colours": saved(few, "PNG", transparency=steps),
         "P in GIF": saved(few, "GIF"),
         "P in GIF, one clear": saved(few, "GIF", transparency=3),
         "RGB, one clear": saved(image, "PNG", transparency=(255, 0, 0)),
-        "L": grey,
         "L, one clear": saved(grey, "PNG", transparency=127),
         "L in JPEG": saved(grey, "JPEG"),
-        "1": image.convert("1"),
-        "1 in PNG": saved(image.convert("1"), "PNG"),
-        "I;16": deep,
+        "1 in PNG": saved(black, "PNG"),
         "I;16 in PNG": saved(deep, "PNG"),
-        "I": deep.convert("I"),
-        "F": grey.convert("F"),
-        "CMYK": image.convert("CMYK"),
         "CMYK in JPEG": saved(image.convert("CMYK"), "JPEG"),
-        "YCbCr": image.convert("YCbCr"),
-        "HSV": image.convert("HSV"),
         "JPEG": saved(image, "JPEG", quality=70, subsampling=2),
         "progressive JPEG": saved(image, "JPEG", progressive=True),
         "WebP": saved(image, "WEBP"),
         "animated GIF": saved(few, "GIF", save_all=True, append_images=[few.rotate(9)]),
-        "animated WebP": saved(
-            image, "WEBP", save_all=True, append_images=[image.rotate(9)]
-        ),
-        "animated PNG": saved(
-            image, "PNG", save_all=True, append_images=[image.rotate(9)]
-        ),
+        "animated WebP": saved(image, "WEBP", **more),
+        "animated PNG": saved(image, "PNG", **more),
+        "large JPEG": saved(Image.fromarray(photo(3000, 2000)), "JPEG"),
     }
 
 
 @pytest.mark.parametrize("mode", modes())
 def test_modes(mode):
-    compare(modes()[mode])
+    compare(modes()[mode], 70)
 
 
 @pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientations(orientation, kind):
+def test_exif_orientations(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    compare(saved(Image.fromarray(photo(320, 200)), kind, exif=exif))
-
-
-def test_a_large_jpeg_is_not_decoded_coarsely():
-    compare(saved(Image.fromarray(photo(3000, 2000)), "JPEG"), 70)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        compare(saved(Image.fromarray(photo(320, 200)), kind, exif=exif))
 
 
 def test_the_processor_of_a_checkpoint_and_its_budget(tmp_path):
@@ -167,13 +150,13 @@ def test_the_processor_of_a_checkpoint_and_its_budget(tmp_path):
 
     oracle = processor(max_soft_tokens=140)
     oracle.save_pretrained(tmp_path)
-    assert Budget.of(tmp_path) == Budget(140)
+    assert ImageBudget.from_checkpoint(tmp_path) == ImageBudget(140)
     nested = {"image_processor": {**oracle.to_dict(), "max_soft_tokens": 560}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     found = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     assert type(found) is type(oracle)
-    budget = Budget.of(tmp_path)
-    assert budget == Budget(560, found.patch_size, found.pooling_kernel_size)
+    budget = ImageBudget.from_checkpoint(tmp_path)
+    assert budget == ImageBudget(560, found.patch_size, found.pooling_kernel_size)
     images = [Image.fromarray(photo(500, 300)), Image.fromarray(photo(30, 90))]
     theirs = found(images, return_tensors="np")
     for row, image in enumerate(images):

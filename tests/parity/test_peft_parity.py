@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from training.adapter_files import factors, write_peft
+from adapters.adapter_files import factors, write_peft
 
 from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.checkpoint.config import read_config
@@ -179,7 +179,7 @@ def test_a_folder_that_peft_itself_saved(tmp_path, number):
 
     model = load_model(path, config)
     adapters.load(model, tmp_path / "a")
-    assert model.encoder_layers is not model.layers
+    assert model.encoder_layers[0] is not model.layers[0]
     found = ours(model, prompt, canvas, wanted[1])
     worst = max(errors(found, wanted))
     print(f"worst {worst:.1e}")

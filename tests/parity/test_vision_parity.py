@@ -149,8 +149,8 @@ def test_files_to_logits(tmp_path, sizes, budget):
         Gemma4ImageProcessorPil,
     )
 
-    from mlx_dgemma.diffusion.image_spans import ImageSpan
-    from mlx_dgemma.media.images import Budget, read_picture
+    from mlx_dgemma.diffusion.prefix import ImageSpan
+    from mlx_dgemma.media.images import ImageBudget, read_picture
 
     path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})
     pictures = [drawn(*size) for size in sizes]
@@ -159,7 +159,7 @@ def test_files_to_logits(tmp_path, sizes, budget):
     given = np.asarray(made["pixel_values"]), np.asarray(made["image_position_ids"])
     tokens, spans = list(RNG.integers(10, 32, 11)), []
     for image in pictures:
-        read = read_picture(image, Budget(budget))
+        read = read_picture(image, ImageBudget(budget))
         tokens.append(BEGIN)
         spans.append(ImageSpan(len(tokens), read))
         tokens += [IMAGE] * read.soft_tokens + [END]

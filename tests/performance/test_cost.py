@@ -117,9 +117,9 @@ def loads_as(storage: Storage, model) -> None:
         (Quantization(bits=4), "uniform"),
         (Quantization(bits=3, group_size=32), "mixed"),
         (Quantization(bits=8, group_size=128), "uniform"),
-        (Quantization.of("mxfp4", None, None), "mixed"),
-        (Quantization.of("mxfp8", None, None), "uniform"),
-        (Quantization.of("nvfp4", None, None), "uniform"),
+        (Quantization.with_defaults("mxfp4", None, None), "mixed"),
+        (Quantization.with_defaults("mxfp8", None, None), "uniform"),
+        (Quantization.with_defaults("nvfp4", None, None), "uniform"),
     ],
     ids=str,
 )

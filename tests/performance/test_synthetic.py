@@ -46,7 +46,7 @@ def test_release_has_the_numbers_of_its_files():
 
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_logits_are_finite_and_vary(mode):
-    model = build(mode and Quantization.of(mode, None, None))
+    model = build(mode and Quantization.with_defaults(mode, None, None))
     cache = model.make_cache()
     model.encode(mx.arange(11)[None], cache)
     logits = model.denoise(mx.arange(16)[None], cache)
@@ -67,7 +67,7 @@ def test_weights_are_scaled_to_their_width_and_norms_are_one():
         assert deviation == pytest.approx(1, rel=5 / array.size**0.5), name
         assert abs(mx.mean(array).item()) < 5 / array.size**0.5, name
     for mode in MODES:
-        q = Quantization.of(mode, None, None)
+        q = Quantization.with_defaults(mode, None, None)
         quantised = build(q).embed_tokens
         table = quantised(mx.arange(512))
         assert 0.4 < mx.std(table).item() * 64**0.5 < 2.5, mode
@@ -96,7 +96,7 @@ def test_recipes_choose_layers_and_groups_fit_them():
     assert {m.bits for _, m in model.named_modules() if "scales" in m} == {4}
     assert experts.gate_up_proj.group_size == 64
     assert experts.down_proj.group_size == 32  # its inputs are 32
-    model = build(Quantization.of("mxfp4", None, None), recipe="mixed")
+    model = build(Quantization.with_defaults("mxfp4", None, None), recipe="mixed")
     for path, layer in model.named_modules():
         if "scales" in layer:
             expected = ("mxfp4", 4) if ".experts." in path else ("affine", 8)

@@ -3,18 +3,12 @@
 import enum
 
 import pytest
+from toy_tokenizers import refusal
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
-from mlx_dgemma.text.chat import ChatTemplate
+from mlx_dgemma.text.template import ChatTemplate
 
 USER = {"role": "user", "content": "hi"}
-
-
-def refusal(kind: type[Exception], call, *args, **kwargs) -> str:
-    with pytest.raises(kind) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def render(source: str, messages=(USER,), **kwargs) -> str:
@@ -38,26 +32,24 @@ def render(source: str, messages=(USER,), **kwargs) -> str:
         ("{% set ns = namespace(n=0, self=1) %}{% set ns.n = 5 %}{{ ns.n }}", "5"),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{{ tools is none }}{{ documents is none }}", "TrueTrue"),
-        ("{{ enable_thinking is defined }}{{ enable_thinking }}", "TrueFalse"),
-        ("{{ missing }}", ""),
+        ("{{ add_generation_prompt }}{{ missing }}", "False"),
     ],
 )  # fmt: skip
 def test_templates_are_set_up_as_expected(source, text):
     assert render(source) == text
 
 
-def test_tools_and_named_tokens_reach_the_template():
+def test_tools_and_variables_reach_the_template():
     tools = ({"function": {"name": "f"}},)
     assert render("{{ tools[0].function.name }}", tools=tools) == "f"
-    assert render("{{ bos_token }}", named_tokens={"bos_token": "<s>"}) == "<s>"
+    given = {"bos_token": "<s>", "documents": [1], "messages": "never these"}
+    source = "{{ bos_token }}{{ documents[0] }}{{ messages[0].content }}"
+    assert render(source, variables=given) == "<s>1hi"
 
 
-def test_empty_keys_of_messages_are_left_out():
+def test_messages_lose_empty_keys_and_gain_names_of_reasoning():
     source = "{% for m in messages %}{{ 'content' in m }}{% endfor %}"
     assert render(source, [USER, {"role": "tool", "content": None}]) == "TrueFalse"
-
-
-def test_reasoning_is_found_under_every_name():
     source = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
     for name in ("reasoning_content", "thinking", "reasoning"):
         assert render(source, [{**USER, name: "so"}]) == "soso"
@@ -80,9 +72,7 @@ def test_an_enumeration_is_its_text():
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ [0] * 10**16 }}", "MemoryError"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
-        ("{{ strftime_now(3) }}", "must be str"),
         ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
-        ("{{ ''.__class__ }}{{ ''.__class__.__base__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", "cannot hold '_x'"),
         ("{{ namespace(_x=1) }}", "cannot hold '_x'"),
@@ -98,18 +88,53 @@ def test_a_template_that_fails_is_one_line(source, why):
 
 
 @pytest.mark.parametrize(
-    "source", ["{% if %}", "{{ a", "{% nope %}", "{% generation %}", "{{ a | nope }}"]
+    ("source", "why"),
+    [
+        *((text, "line 1: ") for text in ("{% if %}", "{{ a", "{% nope %}")),
+        *((text, "line 1: ") for text in ("{% generation %}", "{{ a | nope }}")),
+        ("{% break %}", "'break' outside loop"),
+    ],
 )
-def test_a_template_that_cannot_be_parsed_is_one_line(source):
+def test_a_template_that_cannot_be_parsed_is_one_line(source, why):
     message = refusal(TokenizerError, ChatTemplate, source, "here.jinja")
-    assert message.startswith("here.jinja: line 1: ")
+    assert message.startswith(f"here.jinja: {why}")
 
 
 def test_messages_must_be_objects():
     message = refusal(SettingsError, render, "x", ["hi"])
     assert message == 'a message must be {"role", "content"}'
+    message = refusal(SettingsError, render, "x", variables={"a": {1}})
+    assert message.startswith("a template variable holds a set; only text,")
 
 
-def test_a_template_that_python_cannot_compile_is_one_line():
-    message = refusal(TokenizerError, ChatTemplate, "{% break %}", "here.jinja")
-    assert message.startswith("here.jinja: 'break' outside loop")
+# Continuing the final message
+
+TURNS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "text"),
+    [
+        (TURNS, "so", "[hi][so"),
+        (TURNS, " so far ", "[hi][so far"),
+        (TURNS.replace(" | trim", ""), " so far ", "[hi][ so far "),
+        (TURNS, "", "[hi]["),
+        (TURNS.replace("content | trim", "content[0].text"),
+         [{"type": "text", "text": "so"}, {"type": "image"}], "[][so"),
+    ],
+)  # fmt: skip
+def test_the_final_message_is_left_open(source, content, text):
+    messages = [USER, {"role": "assistant", "content": content}]
+    assert render(source, messages, continue_final_message=True) == text
+
+
+def test_what_cannot_be_continued_is_refused():
+    options = {"continue_final_message": True}
+    for messages in ([], [{"role": "assistant"}], [{"role": "user", "content": []}]):
+        message = refusal(SettingsError, render, TURNS, messages, **options)
+        assert message == "continue_final_message: the last message has no text"
+    for source in ("{{ messages[0].role }}", "{{ messages[0].content[2:] }}"):
+        message = refusal(TokenizerError, render, source, [USER], **options)
+        assert "changes the text of the final message" in message
+    both = {**options, "add_generation_prompt": True}
+    assert "exclude each other" in refusal(SettingsError, render, TURNS, **both)

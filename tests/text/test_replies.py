@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from test_calls import keys, values
 from toy_tokenizers import MARKED, NAMES, byte_fallback, byte_level
 
-from mlx_dgemma.text.calls import BrokenCallError, read_call
-from mlx_dgemma.text.chat import ChatTemplate
+from mlx_dgemma.text.calls import QUOTE, BrokenCallError, read_call
 from mlx_dgemma.text.replies import (
     Answer,
     Call,
@@ -20,11 +19,12 @@ from mlx_dgemma.text.replies import (
     ReplyParser,
     Thought,
     merged,
-    message,
+    reply_message,
 )
+from mlx_dgemma.text.template import ChatTemplate
 from mlx_dgemma.text.tokenizer import Tokenizer
 
-relaxed = settings(deadline=None, max_examples=150)
+relaxed = settings(deadline=None, max_examples=40)
 LIKE_GEMMA = Path(__file__).parent / "gemma_like.jinja"
 KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback}
 
@@ -58,7 +58,6 @@ def called(number=0, /, name="f", **arguments) -> Call:
 
 
 REPLIES = {
-    "hello": [Answer("hello")],
     "": [],
     "héllo 日本語 🎉": [Answer("héllo 日本語 🎉")],
     "<|channel>thought\n<channel|>so": [Answer("so")],
@@ -66,21 +65,16 @@ REPLIES = {
     "<|channel>thought\nhm\n\nah\n<channel|>so": [Thought("hm\n\nah"), Answer("so")],
     "<|channel>thought\nhm 🎉<channel|>\n so": [Thought("hm 🎉"), Answer("\n so")],
     "<|channel>thought\nhm\n": [Thought("hm")],
-    "<|channel>thought\n": [],
     "<|channel>thou": [Thought("thou")],
     "<|channel>": [],
     "<|channel>thoughtful": [Thought("thoughtful")],
     "<|channel>well\nyes<channel|>so": [Thought("well\nyes"), Answer("so")],
     "<|channel>final\nyes\n<channel|>!": [Answer("yes\n!")],
-    "a<|channel>thought\nb<channel|>c<|channel>thought\nd<channel|>e": [
-        *(Answer("a"), Thought("b"), Answer("c"), Thought("d"), Answer("e")),
-    ],
     "<|channel>thought\na<|channel>thought\nb": [Thought("ab")],
     "<|channel>thought\na\n<|channel>final\nb": [Thought("a"), Answer("b")],
     "a<channel|>b<tool_call|>c<|\"|>d": [Answer("abcd")],
     "a<turn|><|turn>b<|image|><eos>c<pad>": [Answer("abc")],
     "<|channel>th<turn|>ought\na<|image|>b": [Thought("ab")],
-    "<|tool_call>call:f{}<tool_call|>": [called()],
     "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>": [
         *(called(), called(1, "g")),
     ],
@@ -90,13 +84,8 @@ REPLIES = {
     '<|tool_call>call:f{a:<|"|>é🎉\n"<|"|>,<|"|>b c<|"|>:[-1.5,null]}<tool_call|>': [
         called(a='é🎉\n"', **{"b c": [-1.5, None]}),
     ],
-    "<|channel>thought\nhm<|tool_call>call:f{a:true}<tool_call|>ok": [
-        *(Thought("hm"), called(a=True), Answer("ok")),
-    ],
-    "<|tool_call>call:f{a:{}}<tool_call|><|tool_response>response:f{<|channel>x": [
-        called(a={}),
-    ],
-    "a<|tool_call>call:f{": [Answer("a"), Malformed("call:f{", "it does not end")],
+    "<|channel>thought\nhm<|tool_call>call:f{}<tool_call|><|tool_response>r:f{<|channel>x":
+        [Thought("hm"), called()],
     "<|tool_call>call:f{}<|tool_response>b": [Malformed("call:f{}", "it does not end")],
     "<|tool_call>call:f{}<|tool_call>call:g{}<tool_call|>": [
         *(Malformed("call:f{}", "it does not end"), called(0, "g")),
@@ -115,37 +104,22 @@ REPLIES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reply", REPLIES)
-def test_a_reply_in_one_or_two_canvases(marked, kind, reply):
+def test_a_reply_however_its_canvases_end(marked, kind, reply):
     tokenizer = marked[kind]
     ids = tokenizer.encode(reply)
-    for cut in range(len(ids) + 1):
-        assert read(tokenizer, ids, [cut]) == REPLIES[reply]
-
-
-@pytest.mark.parametrize("reply", REPLIES)
-def test_a_reply_in_three_canvases(marked, reply):
-    tokenizer = marked["byte_level"]
-    ids = tokenizer.encode(reply)
-    for chunk_ends in combinations(range(len(ids) + 1), 2):
+    for chunk_ends in (*((cut,) for cut in range(len(ids) + 1)), range(len(ids))):
         assert read(tokenizer, ids, chunk_ends) == REPLIES[reply]
 
 
-@pytest.mark.parametrize("reply", REPLIES)
-def test_a_reply_token_by_token(marked, reply):
-    tokenizer = marked["byte_level"]
-    ids = tokenizer.encode(reply)
-    assert read(tokenizer, ids, range(len(ids))) == REPLIES[reply]
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("marker", MARKED)
-def test_a_marker_in_ordinary_tokens_is_text(marked, kind, marker):
+def test_a_marker_in_ordinary_tokens_is_text(marked, kind):
     tokenizer = marked[kind]
-    ids = ordinary(tokenizer, f"{marker}thought\na")
-    assert not tokenizer.special_ids & set(ids)
-    assert read(tokenizer, ids) == [Answer(f"{marker}thought\na")]
     (channel,) = tokenizer.encode("<|channel>")
-    assert read(tokenizer, [channel, *ids]) == [Thought(f"{marker}thought\na")]
+    for marker in MARKED:
+        ids = ordinary(tokenizer, f"{marker}thought\na")
+        assert not tokenizer.special_ids & set(ids)
+        assert read(tokenizer, ids) == [Answer(f"{marker}thought\na")]
+        assert read(tokenizer, [channel, *ids]) == [Thought(f"{marker}thought\na")]
 
 
 # Against a plain reading of the whole reply at once
@@ -231,13 +205,10 @@ def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, chunk
         ("<|turn>model\n<|channel>thought\n<channel|>", "a", [Answer("a")]),
         ("<tool_response|><|channel>thought\n", "a<channel|>b",
          [Thought("a"), Answer("b")]),
-        ("<|turn>model\n<|channel>", "thought\na", [Thought("a")]),
         ("<|turn>model\n<|channel>thou", "ght\na\n<channel|>b",
          [Thought("a"), Answer("b")]),
         ("<|channel>thought\nso", " far<channel|>b", [Thought(" far"), Answer("b")]),
-        ("<|channel>thought\n", "<channel|>b", [Answer("b")]),
         ('<|tool_call>call:f{a:<|"|>b', 'c<|"|>}<tool_call|>', [called(a="bc")]),
-        ("<|tool_call>call:f", "{}<tool_call|>", [called()]),
         ("<|tool_call>call:f{}<tool_call|>", "a", [Answer("a")]),
         # a user's text cannot open one
         ("<|turn>user\n<|channel>thought\n<turn|>\n<|turn>model\n", "a", [Answer("a")]),
@@ -260,25 +231,16 @@ def test_a_character_may_begin_in_the_prompt(marked):
 # Calls
 
 
-def rendered(tokenizer: Tokenizer, value) -> list[int]:
-    """A value as templates write it into a prompt, its quotes as tokens."""
-    (quote,) = tokenizer.encode('<|"|>')
-    comma = ordinary(tokenizer, ",")
+def written(value) -> str:
+    """A value as templates write it into a prompt, QUOTE for a quote token."""
     if isinstance(value, str):
-        return [quote, *ordinary(tokenizer, value), quote]
+        return f"{QUOTE}{value}{QUOTE}"
     if isinstance(value, dict):
-        begin, end = "{}"
-        items = [
-            [*ordinary(tokenizer, f"{key}:"), *rendered(tokenizer, item)]
-            for key, item in value.items()
-        ]
-    elif isinstance(value, list):
-        begin, end = "[]"
-        items = [rendered(tokenizer, item) for item in value]
-    else:
-        return ordinary(tokenizer, json.dumps(value))
-    inner = [token for item in items for token in [*item, *comma]][: -len(comma)]
-    return [*ordinary(tokenizer, begin), *inner, *ordinary(tokenizer, end)]
+        pairs = (f"{key}:{written(item)}" for key, item in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(written, value)) + "]"
+    return json.dumps(value)
 
 
 @relaxed
@@ -289,8 +251,9 @@ def rendered(tokenizer: Tokenizer, value) -> list[int]:
 )
 def test_any_call_is_read_as_it_was_meant(marked, arguments, name, chunk_ends):
     tokenizer = marked["byte_level"]
-    begin, end = tokenizer.encode("<|tool_call><tool_call|>")
-    body = [*ordinary(tokenizer, f"call:{name}"), *rendered(tokenizer, arguments)]
+    begin, end, quote = tokenizer.encode('<|tool_call><tool_call|><|"|>')
+    texts = f"call:{name}{written(arguments)}".split(QUOTE)
+    body = [i for text in texts for i in (*ordinary(tokenizer, text), quote)][:-1]
     ids = [begin, *body, end]
     assert read(tokenizer, ids, chunk_ends) == [Call(name, arguments, "call_0")]
 
@@ -320,30 +283,21 @@ def test_the_message_renders_as_the_reply_was_written(marked, reply):
     parts = read(tokenizer, tokenizer.encode(reply))
     template = ChatTemplate(LIKE_GEMMA.read_text(encoding="utf-8"), "here")
     user = {"role": "user", "content": "hi"}
-    rendered = template.render([user, message(parts)], enable_thinking=True)
+    messages = [user, reply_message(parts)]
+    rendered = template.render(messages, variables={"enable_thinking": True})
     assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
 
 
 def test_parts_become_the_message_of_the_history():
     parts = [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")]
-    assert message(parts) == {
-        "role": "assistant",
-        "content": "so it is",
-        "reasoning_content": "hm",
-    }
-    assert message([]) == {"role": "assistant", "content": ""}
-
-
-def test_calls_become_tool_calls():
+    assistant = {"role": "assistant"}
+    said = assistant | {"content": "so it is", "reasoning_content": "hm"}
+    assert reply_message(parts) == said
+    assert reply_message([]) == assistant | {"content": ""}
     function = {"name": "f", "arguments": {"a": [1]}}
-    assert message([called(a=[1])]) == {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-    }
-    assert message([Answer("ok"), called(), called(1)])["content"] == "ok"
-
-
-def test_a_malformed_call_stays_in_the_history_as_text():
-    parts = [Answer("a "), Malformed("call:f{", "it does not end")]
-    assert message(parts) == {"role": "assistant", "content": "a call:f{"}
+    calls = [{"id": "call_0", "type": "function", "function": function}]
+    made = assistant | {"content": None, "tool_calls": calls}
+    assert reply_message([called(a=[1])]) == made
+    assert reply_message([Answer("ok"), called(), called(1)])["content"] == "ok"
+    broken = [Answer("a "), Malformed("call:f{", "it does not end")]
+    assert reply_message(broken) == assistant | {"content": "a call:f{"}

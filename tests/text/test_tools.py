@@ -2,13 +2,13 @@
 
 import copy
 import json
-import time
 from types import MappingProxyType
 
 import pytest
+from toy_tokenizers import refusal
 
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.text.tools import MAX_CHARS, declared, linked
+from mlx_dgemma.text.tools import MAX_CHARS, check_tools, link_tool_results
 
 SCHEMA = {
     "type": "object",
@@ -48,11 +48,10 @@ def answer(**keys):
     return {"role": "tool", "content": "1", **keys}
 
 
-def refusal(function, value) -> str:
-    with pytest.raises(SettingsError) as caught:
-        function(value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def circular() -> dict:
+    schema: dict = {"type": "object", "properties": {}}
+    schema["properties"]["a"] = schema
+    return schema
 
 
 def nested(depth: int) -> dict:
@@ -65,50 +64,39 @@ def nested(depth: int) -> dict:
 def test_a_good_tool_is_taken_as_it_is():
     tools = [tool("weather", description="Tells it", parameters=SCHEMA, strict=True)]
     before = copy.deepcopy(tools)
-    assert declared(tools) == before
-    assert tools == before
-    assert declared([]) == []
+    assert check_tools(tools) == before == tools
+    assert check_tools([]) == []
+    names = ["a", "http.post", "server/tool-1", "_", "9" * 128]
+    checked = check_tools([tool(name) for name in names])
+    assert [found["function"]["name"] for found in checked] == names
 
 
 def test_what_a_template_needs_is_filled_in():
     full = tool("f", description="")
     for bare in (tool("f"), tool("f", description=None), tool("f", parameters={})):
-        assert declared([bare]) == [full]
-
-
-@pytest.mark.parametrize("name", ["a", "http.post", "server/tool-1", "_", "9" * 128])
-def test_names_of_tools(name):
-    assert declared([tool(name)])[0]["function"]["name"] == name
-
-
-def test_tools_may_be_any_mapping():
+        assert check_tools([bare]) == [full]
     proxy = MappingProxyType({"name": "f"})
     frozen = MappingProxyType({"type": "function", "function": proxy})
-    assert declared((frozen,)) == [tool("f", description="")]
+    assert check_tools((frozen,)) == [full]
 
 
 @pytest.mark.parametrize(
     ("tools", "why"),
     [
         ("f", "tools is str; it must be a list"),
-        ({}, "tools is dict; it must be a list"),
         ([tool("a")] * 129, "129 tools are too many; at most 128"),
         ([3], 'tool 0: it must be {"type": "function", "function": {…}}'),
         ([{}], "tool 0: it must be"),
         ([tool("a"), {"type": "web_search"}], "tool 1: it must be"),
-        ([{"type": "function", "name": "f"}], "tool 0: it must be"),
         ([{"type": "function", "function": "f"}], "tool 0: it must be"),
         ([tool(None)], "tool 0: name is None; letters, digits and"),
         ([tool("")], "tool 0: name is ''"),
-        ([tool("a b")], "tool 0: name is 'a b'"),
         ([tool("f{}<tool|>")], "tool 0: name is 'f{}<tool|>'"),
-        ([tool("é")], "tool 0: name is 'é'"),
         ([tool("f\n")], "tool 0: name is 'f\\n'"),
         ([tool("a" * 129)], "tool 0: name is 'aaa"),
         ([tool("a"), tool("b"), tool("a")], "tool 2: there are two called 'a'"),
         ([tool(description=3)], "tool 0: description is int; it must be text"),
         ([tool(parameters=[1])], "tool 0: parameters must be a JSON schema with"),
-        ([tool(parameters={"type": "array"})], "tool 0: parameters must be a JSON"),
         ([tool(parameters={"properties": {}})], "tool 0: parameters must be a JSON"),
         (
             [tool(parameters={"type": "object", "properties": []})],
@@ -132,6 +120,7 @@ def test_tools_may_be_any_mapping():
         ),
         ([tool(parameters=nested(32))], "tool 0: nested deeper than 64"),
         ([tool(parameters=nested(50_000))], "tool 0: nested deeper than 64"),
+        ([tool(parameters=circular())], "tool 0: nested deeper than 64"),
         ([tool(default={1, 2})], "tool 0: {1, 2} is not JSON"),
         ([tool(default=float("nan"))], "tool 0: nan is not JSON"),
         ([tool(default={3: 1})], "tool 0: the key 3 is not text"),
@@ -141,34 +130,22 @@ def test_tools_may_be_any_mapping():
         ),
     ],
 )
-def test_a_bad_tool_is_refused(tools, why):
-    started = time.perf_counter()
-    assert why in refusal(declared, tools)
-    assert time.perf_counter() - started < 0.2
-
-
-def test_a_tool_that_holds_itself_is_refused():
-    schema: dict = {"type": "object", "properties": {}}
-    schema["properties"]["a"] = schema
-    assert refusal(declared, [tool(parameters=schema)]) == (
-        "tool 0: nested deeper than 64"
-    )
+def test_a_bad_tool_is_refused(tools, why, clock):
+    with clock(0.5):
+        assert why in refusal(SettingsError, check_tools, tools)
 
 
 # Answers of tools
 
 
-def test_messages_without_tools_pass():
-    messages = [USER, {"role": "assistant", "content": "ho", "tool_calls": None}]
-    assert linked(messages) == messages
-
-
 def test_an_answer_is_named_by_its_call():
     messages = [USER, asked(call("f", id="x"), call("g", id="y"))]
     answers = [answer(tool_call_id="y"), answer(tool_call_id="x")]
-    found = linked([*messages, *answers])
+    found = link_tool_results([*messages, *answers])
     assert [message["name"] for message in found[2:]] == ["g", "f"]
     assert "name" not in answers[0]
+    said = {"role": "assistant", "content": "ho", "tool_calls": None}
+    assert link_tool_results([USER, said]) == [USER, said]
 
 
 @pytest.mark.parametrize(
@@ -182,37 +159,28 @@ def test_an_answer_is_named_by_its_call():
     ],
 )
 def test_an_answer_may_be_named(calls, keys):
-    assert linked([USER, asked(*calls), answer(**keys)])[2]["name"] == "f"
+    assert link_tool_results([USER, asked(*calls), answer(**keys)])[2]["name"] == "f"
 
 
-@pytest.mark.parametrize(
-    ("text", "arguments"),
-    [("{}", {}), ("", {}), ('{"a": [1, "é"]}', {"a": [1, "é"]})],
-)
-def test_arguments_in_a_text_are_read(text, arguments):
-    message = asked({"id": "x", "function": {"name": "f", "arguments": text}})
-    (found,) = linked([message])
-    assert found["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
-    assert message["tool_calls"][0]["function"]["arguments"] == text
-
-
-def test_what_can_be_read_can_be_said_again():
-    deep = json.loads("[" * 63 + "]" * 63)
-    (found,) = linked([asked(call(arguments={"a": deep}))])
-    assert found["tool_calls"][0]["function"]["arguments"] == {"a": deep}
+def test_arguments_in_a_text_are_read():
+    deep = "[" * 63 + "]" * 63  # as deep as a call may be
+    for text in ("{}", "", '{"a": [1, "é"]}', f'{{"a": {deep}}}'):
+        message = asked({"id": "x", "function": {"name": "f", "arguments": text}})
+        (found,) = link_tool_results([message])
+        read = {"name": "f", "arguments": json.loads(text or "{}")}
+        assert found["tool_calls"][0]["function"] == read
+        assert message["tool_calls"][0]["function"]["arguments"] == text
 
 
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
         ([answer(name="f")], "message 0: no call of a tool stands before it"),
-        ([USER, answer(name="f")], "message 1: no call of a tool stands before it"),
         (
             [asked(call(id="x")), USER, answer(tool_call_id="x")],
             "message 2: no call of a tool stands before it",
         ),
         ([asked(call(id="x")), answer()], "message 1: name is None; give the tool's"),
-        ([asked(call(id="x")), answer(name="a b")], "message 1: name is 'a b'"),
         (
             [asked(call(id="x")), answer(tool_call_id="y")],
             "message 1: tool_call_id is 'y'; no call before it has it",
@@ -225,12 +193,10 @@ def test_what_can_be_read_can_be_said_again():
             [asked(call(id="x")), answer(tool_call_id="x", name="g")],
             "message 1: name is 'g', but its call is of 'f'",
         ),
-        ([asked(call(), 3)], "message 0: tool_calls must be a list of"),
         ([asked({"name": "f"})], "message 0: tool_calls must be a list of"),
         ([asked(call(id=3))], "message 0: tool_calls must be a list of"),
         ([asked() | {"tool_calls": "f"}], "message 0: tool_calls must be a list of"),
         ([asked(call(arguments="[1]"))], "message 0: the arguments of a call are not"),
-        ([asked(call(arguments="{"))], "message 0: the arguments of a call are not"),
         ([asked(call(arguments="[" * 10**5))], "message 0: the arguments of a call"),
         ([asked(call(arguments='{"a": NaN}'))], "message 0: nan is not JSON"),
         ([asked(call(arguments={"a": {1}}))], "message 0: {1} is not JSON"),
@@ -241,4 +207,4 @@ def test_what_can_be_read_can_be_said_again():
     ],
 )
 def test_bad_messages_of_tools_are_refused(messages, why):
-    assert why in refusal(linked, messages)
+    assert why in refusal(SettingsError, link_tool_results, messages)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -107,9 +108,6 @@ FAST = {
     "suffix": lambda: with_decoder(decoders.BPEDecoder(suffix="o")),
     "ctc": lambda: with_decoder(decoders.CTC()),
     "anchor_eater": lambda: with_decoder(decoders.Strip("a", 1, 0)),
-    "replace_after_fuse": lambda: with_decoder(
-        decoders.Sequence([decoders.Fuse(), decoders.Replace("lo", "X")])
-    ),
 }
 NAMES = [*FAST, "sentencepiece", "sentencepiece_plain"]
 
@@ -145,3 +143,11 @@ def write(folder: Path, name: str, value: object) -> Path:
     text = value if isinstance(value, str) else json.dumps(value)
     (folder / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def refusal(kind: type[Exception], call, *args, **kwargs) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -272,10 +272,12 @@ def test_the_signal_is_the_formulas_and_only_e_has_a_gradient(size, scale):
 
 
 def test_the_signal_is_what_the_next_step_of_generating_reads():
-    """As `vocab.read` gives it at temperature 1."""
+    """As `vocab.vocab_stats` gives it at temperature 1."""
     matrix, hidden, _, _ = case(300, 3.0)
     states = mx.array(hidden)
-    reading = vocab.read(dense(matrix), states, mx.ones((7,)), mx.zeros((7,)), CAP)
+    reading = vocab.vocab_stats(
+        dense(matrix), states, mx.ones((7,)), mx.zeros((7,)), CAP
+    )
     close(loss.signal(dense(matrix), states, CAP), reading.signal)
 
 

@@ -1,0 +1,73 @@
+"""A sentencepiece `tokenizer.model`, for checkpoints without tokenizer.json."""
+
+import re
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+
+class SentencePieceModel:
+    """tokenizer.model, through `sentencepiece`; used as `tokenizer.JsonTokenizer` is.
+
+    data    bytes of tokenizer.model
+    config  tokenizer_config.json: add_bos_token, add_eos_token and which user-defined
+            pieces count as special
+
+    Raises RuntimeError for broken data.
+    """
+
+    def __init__(self, data: bytes, config: Mapping[str, Any]):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(data)
+        self.size = self._model.GetPieceSize()
+        self._ids = {self._model.IdToPiece(i): i for i in range(self.size)}
+        self._control = {p: i for p, i in self._ids.items() if self._model.IsControl(i)}
+        flagged = {self._ids[p] for p in _special_pieces(config) if p in self._ids}
+        self.special_ids = frozenset(flagged | set(self._control.values()))
+        ids = {"bos_token": self._model.bos_id(), "pad_token": self._model.pad_id()}
+        # sentencepiece says -1 where there is none
+        self.named = {key: self._model.IdToPiece(i) for key, i in ids.items() if i >= 0}
+        self._add_bos = config.get("add_bos_token", True) is True
+        self._add_eos = config.get("add_eos_token", False) is True
+        longest = sorted(self._control, key=len, reverse=True)
+        # sentencepiece finds user-defined pieces itself, but never control pieces
+        self._split = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+
+    def piece(self, token: int) -> str | None:
+        return self._model.IdToPiece(token) if token < self.size else None
+
+    def token_id(self, piece: str) -> int | None:
+        return self._ids.get(piece)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text) if self._control else [text]:
+            if part in self._control:
+                ids.append(self._control[part])
+            else:
+                ids.extend(self._model.EncodeAsIds(part))
+        if not add_special_tokens:
+            return ids
+        bos, eos = self._model.bos_id(), self._model.eos_id()
+        first = [bos] if self._add_bos and bos >= 0 else []
+        return first + ids + ([eos] if self._add_eos and eos >= 0 else [])
+
+    def join(self, pieces: list[str]) -> str:
+        runs = groupby(pieces, key=self._control.__contains__)
+        return "".join(
+            "".join(run) if control else self._model.DecodePieces(list(run))
+            for control, run in runs
+        )
+
+
+def _special_pieces(config: Mapping[str, Any]) -> list[str]:
+    """Pieces that tokenizer_config.json's added_tokens_decoder flags as special."""
+    added = config.get("added_tokens_decoder")
+    tokens = added.values() if isinstance(added, dict) else []
+    return [
+        str(token.get("content"))
+        for token in tokens
+        if isinstance(token, dict) and token.get("special") is True
+    ]

@@ -1,0 +1,206 @@
+"""Chat templates, compiled and rendered in a sandbox.
+
+A template is code that came with a download. It sees plain JSON values only and runs
+in jinja2's immutable sandbox, set up as transformers sets it up.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import SettingsError, TokenizerError
+
+if TYPE_CHECKING:
+    import jinja2
+
+# Keys under which a message's reasoning travels; templates read the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Marks where the final message ends; the same text as in transformers.
+END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+# What a template's own code can raise beside jinja2's errors.
+TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_FAILURES += (ArithmeticError, RecursionError, MemoryError, SyntaxError)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    source  jinja2 text
+    where   its file, for messages
+
+    Raises TokenizerError, one line with the template's line number, when it cannot
+    be parsed.
+    """
+
+    def __init__(self, source: str, where: str):
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        self.source = source
+        self._where = where
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateSyntaxError as error:
+            line = f"line {error.lineno}: {one_line(error)}"
+            raise TokenizerError(f"{where}: {line}") from None
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
+            raise TokenizerError(f"{where}: {one_line(error)}") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation.
+
+        add_generation_prompt   ends with the start of the assistant's turn
+        continue_final_message  ends with the text of the last message, its turn open
+        variables               what else the template reads, such as `bos_token`
+
+        Raises TokenizerError when the template refuses or fails, SettingsError for
+        values that are not plain JSON and for a final message without text.
+        """
+        from jinja2 import TemplateError
+
+        if add_generation_prompt and continue_final_message:
+            raise SettingsError(
+                "add_generation_prompt and continue_final_message exclude each other; "
+                "give one of them"
+            )
+        chat = [_aliased(_plain(m, f"message {i}")) for i, m in enumerate(messages)]
+        final = _tag_final_text(chat) if continue_final_message else ""
+        given = {
+            "documents": None,
+            **_plain(variables or {}, "a template variable"),
+            "messages": chat,
+            "tools": None if tools is None else _plain(list(tools), "tools"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render(given)
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
+            raise TokenizerError(
+                f"{self._where}: refused the messages: {one_line(error)}"
+            ) from None
+        if not continue_final_message:
+            return text
+        end = text.rfind(END_TAG.strip())
+        if end < 0 or final.strip() not in text:
+            raise TokenizerError(
+                f"{self._where}: changes the text of the final message, which "
+                "therefore cannot be continued"
+            )
+        # a template that trims the message takes the tag's space away
+        exact = text.startswith(END_TAG, end)
+        return text[:end] if exact else text[:end].rstrip()
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks; its type where the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tag_final_text(chat: list[dict[str, Any]]) -> str:
+    """Put END_TAG behind the last text of the last message; return that text."""
+    last = chat[-1] if chat else {}
+    content = last.get("content")
+    if isinstance(content, str):
+        last["content"] = content + END_TAG
+        return content
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and isinstance(text := part.get("text"), str):
+            part["text"] = text + END_TAG
+            return text
+    raise SettingsError("continue_final_message: the last message has no text")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy made of JSON types alone: templates get no live objects."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration, its text alone
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    raise SettingsError(
+        f"{where} holds a {type(value).__name__}; only text, numbers, lists and "
+        "objects can be put into a prompt"
+    )
+
+
+def _aliased(message: Any) -> dict[str, Any]:
+    """The message without empty keys, its reasoning under every usual key."""
+    if not isinstance(message, dict):
+        raise SettingsError('a message must be {"role", "content"}')
+    message = {key: value for key, value in message.items() if value is not None}
+    found = [message[name] for name in REASONING if name in message]
+    if found:
+        message = {"thinking": found[0], **message, "reasoning_content": found[0]}
+    return message
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """JSON as `json.dumps` writes it: jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+@cache
+def _environment() -> "jinja2.Environment":
+    """The sandbox in which every template is compiled."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %}` marks a trained span; its body is rendered unchanged."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A call block keeps variables set inside from leaking out.
+            call = self.call_method("render_body")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def render_body(self, caller: Any) -> str:
+            return caller()
+
+    class PlainNamespace(Namespace):
+        """A namespace that refuses names with a leading underscore."""
+
+        def __init__(*args: Any, **values: Any):
+            self, *rest = args  # so that a value may be called "self"
+            Namespace.__init__(self)
+            for name, value in dict(*rest, **values).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise SecurityError(f"a namespace cannot hold {name!r}; rename it")
+            super().__setitem__(name, value)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["namespace"] = PlainNamespace
+    return environment

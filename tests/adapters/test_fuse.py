@@ -1,0 +1,369 @@
+"""What a fused model says, which bits it keeps, and what is refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from adapters.adapter_files import EVERY, SMALL, factors, write_adapter, write_peft
+from checkpoint.folders import copied, listing, logits, read_json, same, tensors
+from mlx.utils import tree_flatten
+from tiny import write_tiny
+
+from mlx_dgemma import load
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters.fuse import fuse
+from mlx_dgemma.adapters.lora import LoRA
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.convert import convert
+from mlx_dgemma.checkpoint.quantize import Quantization, read_quantization
+from mlx_dgemma.checkpoint.weights import expected_shapes, layer_path
+from mlx_dgemma.errors import AdapterError, ConversionError, DGemmaError
+from mlx_dgemma.model.loading import load_model
+
+BASES: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "affine": {},
+    "mxfp4": {"q_mode": "mxfp4"},
+    "mixed": {"quant_predicate": "mixed", "q_bits": 3},
+}
+ALLOWED = 1e-4  # relative, of the largest logit
+
+
+@pytest.fixture(scope="module")
+def bases(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The tiny checkpoint, dense and quantised in several ways."""
+    folders = {}
+    for name, how in BASES.items():
+        folders[name] = tiny
+        if how is not None:
+            folders[name] = tmp_path_factory.mktemp("bases") / name
+            convert(tiny, folders[name], quantize=True, **how)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> Path:
+    """One of every kind of layer there is."""
+    return write_adapter(tmp_path_factory.mktemp("every") / "a", read_config(tiny))
+
+
+@pytest.fixture(scope="module")
+def some(tiny, tmp_path_factory) -> Path:
+    """One of a few layers."""
+    folder = tmp_path_factory.mktemp("some") / "a"
+    return write_adapter(folder, read_config(tiny), SMALL, seed=1)
+
+
+def said(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    model = load_model(folder, read_config(folder))
+    if adapter is not None:
+        adapters.load(model, adapter)
+    return logits(model)
+
+
+def far(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def by_hand(base: Path, adapter: Path, lora: LoRA) -> dict[str, mx.array]:
+    """The tensors of the base, those with an adapter changed as is promised."""
+    config = read_config(base)
+    found, held = tensors(base), mx.load(str(adapter / adapters.WEIGHTS))
+    quantization = read_quantization(config.raw, "")
+    for layer in lora.layers(config):
+        a, b = held[f"{layer}.lora_a"], held[f"{layer}.lora_b"]
+        delta = b @ a if a.ndim > 2 else (a @ b).T
+        dtype = found["norm.weight"].dtype
+        if quantization is None:
+            weight = found[f"{layer}.weight"].astype(mx.float32)
+            found[f"{layer}.weight"] = (weight + lora.scale * delta).astype(dtype)
+            continue
+        q = quantization.of(layer_path(layer))
+        parts = {
+            p: found[f"{layer}.{p}"] for p in q.packed_shapes(expected(config, layer))
+        }
+        weight = q.dequantize(parts, mx.float32) + lora.scale * delta
+        for part, array in q.quantize(weight.astype(dtype)).items():
+            found[f"{layer}.{part}"] = array
+    return found
+
+
+def expected(config, layer: str) -> tuple[int, ...]:
+    return expected_shapes(config)[f"{layer}.weight"]
+
+
+# Values
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_fused_dense_model_says_what_model_and_adapter_say(
+    bases, adapter, tmp_path, name
+):
+    base = bases[name]
+    fuse(base, adapter, tmp_path / "out", dequantize=name != "dense")
+    wanted = said(base, adapter)
+    assert far(said(tmp_path / "out"), wanted) < ALLOWED
+    assert far(said(base), wanted) > 100 * ALLOWED
+    written = read_json(tmp_path / "out")
+    assert not {"quantization", "quantization_config"} & set(written)
+
+
+@pytest.mark.parametrize("which", ["adapter", "some"])
+@pytest.mark.parametrize("name", BASES)
+def test_a_layer_with_an_adapter_is_rounded_again_and_all_else_kept(
+    bases, adapter, some, tmp_path, name, which
+):
+    lora = {"adapter": EVERY, "some": SMALL}[which]
+    adapter = {"adapter": adapter, "some": some}[which]
+    fuse(bases[name], adapter, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    same(found, by_hand(bases[name], adapter, lora))
+    base = tensors(bases[name])
+    changed = {f"{layer}.weight" for layer in lora.layers(read_config(bases[name]))}
+    same_bits = {n for n in base if mx.array_equal(base[n], found[n]).item()}
+    assert not changed & same_bits
+    others = {n for n in base if n.rpartition(".")[0] + ".weight" not in changed}
+    assert others <= same_bits
+    if which == "some" and name != "dense":
+        exact, ours = said(bases[name], some), said(tmp_path / "out")
+        assert 0 < far(ours, exact) < 1
+        raw = read_json(tmp_path / "out")
+        assert raw["quantization"] == read_json(bases[name])["quantization"]
+        assert raw["quantization_config"] == raw["quantization"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantised"), [(mx.bfloat16, True), (mx.float16, False)]
+)
+def test_a_weight_keeps_its_dtype_and_is_added_to_in_float32(
+    tiny, adapter, tmp_path, dtype, quantised
+):
+    base = copied(tiny, tmp_path / "base", dtype=dtype)
+    if quantised:
+        convert(base, tmp_path / "q", quantize=True)
+        base = tmp_path / "q"
+    fuse(base, adapter, tmp_path / "out")
+    same(tensors(tmp_path / "out"), by_hand(base, adapter, EVERY))
+
+
+def test_layers_that_are_dense_in_a_quantised_model_stay_dense(tmp_path):
+    source = write_tiny(tmp_path / "source", intermediate_size=40)
+    convert(source, tmp_path / "base", quantize=True)
+    adapter = write_adapter(tmp_path / "a", read_config(source))
+    fuse(tmp_path / "base", adapter, tmp_path / "out")
+    names = set(tensors(tmp_path / "out"))
+    assert names == set(tensors(tmp_path / "base"))
+    assert "layers.0.mlp.down_proj.scales" not in names
+    fuse(tmp_path / "base", adapter, tmp_path / "dense", dequantize=True)
+    wanted = said(tmp_path / "base", adapter)
+    assert far(said(tmp_path / "dense"), wanted) < ALLOWED
+
+
+def test_an_adapter_of_low_precision_is_multiplied_in_float32(tiny, tmp_path):
+    adapter = write_adapter(tmp_path / "a", read_config(tiny))
+    held = mx.load(str(adapter / adapters.WEIGHTS))
+    half = {name: array.astype(mx.bfloat16) for name, array in held.items()}
+    mx.save_safetensors(str(adapter / adapters.WEIGHTS), half)
+    fuse(tiny, adapter, tmp_path / "out")
+    assert far(said(tmp_path / "out"), said(tiny, adapter)) < ALLOWED
+
+
+def fine_tuned(base: Path, folder: Path) -> Path:
+    """Some of the weights, trained themselves."""
+    rng = np.random.default_rng(0)
+    model = load_model(base, read_config(base))
+    weights = {
+        name: array * mx.array(rng.uniform(0.5, 1.5, array.shape).astype(np.float32))
+        for name, array in tree_flatten(model.parameters())
+        if "layers.0" not in name
+    }
+    adapters.save(folder, weights, adapters.config_of(None, 2))
+    return folder
+
+
+def test_fine_tuned_weights_take_the_place_of_the_models(tiny, bases, tmp_path):
+    tuned = fine_tuned(tiny, tmp_path / "a")
+    fuse(tiny, tuned, tmp_path / "out")
+    wanted = tensors(tiny) | dict(mx.load(str(tuned / adapters.WEIGHTS)))
+    same(tensors(tmp_path / "out"), wanted)
+    np.testing.assert_array_equal(said(tmp_path / "out"), said(tiny, tuned))
+    # and are rounded as the layers they replace
+    base = bases["mixed"]
+    fuse(base, tuned, tmp_path / "q")
+    wanted, quantization = tensors(base), read_quantization(read_json(base), "")
+    for name, array in mx.load(str(tuned / adapters.WEIGHTS)).items():
+        layer, _, last = name.rpartition(".")
+        if last == "weight" and array.ndim > 1:
+            q: Quantization = quantization.of(layer_path(layer))
+            parts = q.quantize(array)
+            wanted |= {f"{layer}.{part}": parts[part] for part in parts}
+        else:
+            wanted[name] = array
+    same(tensors(tmp_path / "q"), wanted)
+
+
+def test_an_adapter_of_peft_that_both_modes_share_is_fused(tiny, bases, tmp_path):
+    config = read_config(tiny)
+    layers = factors(config, ("layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"))
+    alone = factors(config, ("self_conditioning.up_proj",))
+    modes = {"decoder": layers | alone, "encoder": layers}
+    adapter = write_peft(tmp_path / "a", modes)
+    fuse(tiny, adapter, tmp_path / "out")
+    wanted = said(tiny, adapter)
+    assert far(said(tmp_path / "out"), wanted) < ALLOWED
+    assert far(said(tiny), wanted) > 100 * ALLOWED
+    fuse(bases["affine"], adapter, tmp_path / "q", dequantize=True)
+    assert far(said(tmp_path / "q"), said(bases["affine"], adapter)) < ALLOWED
+
+
+# The folder
+
+
+def test_the_folder_is_a_model_like_any_other(tiny, bases, some, tmp_path):
+    calls: list[tuple[str, int, int]] = []
+    out, base = tmp_path / "out", bases["affine"]
+    fused = fuse(base, some, out, progress=lambda *call: calls.append(call))
+    assert listing(out) == listing(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (tiny / name).read_bytes()
+    assert read_json(out) == read_json(base)
+    assert "mlx_dgemma.fuse" in (out / "README.md").read_text()
+    assert (fused.path, fused.shards) == (out, 1)
+    assert fused.bytes == fused.source_bytes == calls[-1][1] == calls[-1][2]
+    model, tokenizer = load(out)
+    assert tokenizer.chat_template is not None and model.config.canvas_length == 16
+    many = fuse(base, some, tmp_path / "many", shard_bytes=20_000)
+    assert many.shards > 3
+    same(tensors(tmp_path / "many"), tensors(out))
+
+
+def test_a_fused_model_can_be_fused_again(tiny, adapter, some, tmp_path):
+    vision = {"model.encoder.vision_tower.x.weight": mx.arange(6).reshape(2, 3) / 7}
+    config = {"vision_config": {"hidden_size": 3}}
+    base = copied(tiny, tmp_path / "base", more=vision, config=config)
+    fuse(base, adapter, tmp_path / "once")
+    fuse(tmp_path / "once", some, tmp_path / "out", overwrite=True)
+    wanted = said(tmp_path / "once", some)
+    assert far(said(tmp_path / "out"), wanted) < ALLOWED
+    found = tensors(tmp_path / "out")
+    same({name: found[name] for name in vision}, vision)
+    fuse(tiny, some, tmp_path / "out", overwrite=True)
+    same(tensors(tmp_path / "out"), by_hand(tiny, some, SMALL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantise", [False, True])
+def test_only_a_few_tensors_are_in_memory_at_a_time(tmp_path, quantise):
+    kinds = ["sliding_attention"] * 7 + ["full_attention"]
+    base = write_tiny(
+        tmp_path / "base", num_hidden_layers=8, layer_types=kinds, num_experts=32
+    )
+    adapter = write_adapter(tmp_path / "a", read_config(base))
+    tuned = fine_tuned(base, tmp_path / "full")
+    largest = 32 * 64 * 64 * 4
+    total = sum(array.nbytes for array in tensors(base).values())
+    assert total > 10 * largest
+    if quantise:
+        convert(base, tmp_path / "q", quantize=True)
+        base = tmp_path / "q"
+    for number, folder in enumerate((adapter, tuned)):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        fuse(base, folder, tmp_path / f"out-{number}", dequantize=quantise)
+        grown = mx.get_peak_memory() - before
+        assert grown < 3 * largest
+
+
+# Refused
+
+
+def refused(
+    tmp_path: Path, base: Path, adapter: Path, *named: str, **how: Any
+) -> DGemmaError:
+    before = listing(tmp_path)
+    with pytest.raises(DGemmaError) as caught:
+        fuse(base, adapter, tmp_path / "out", **how)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+    assert listing(tmp_path) == before
+    return caught.value
+
+
+def test_neither_target_nor_model_nor_adapter_is_replaced(tiny, some, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
+    for how in ({}, {"overwrite": True}):
+        error = refused(tmp_path, tiny, some, str(tmp_path / "out"), **how)
+        assert isinstance(error, ConversionError)
+    assert (tmp_path / "out" / "kept").read_text() == "kept"
+    shutil.rmtree(tmp_path / "out")
+    base = shutil.copytree(tiny, tmp_path / "out")
+    refused(tmp_path, base, some, "the model to convert", overwrite=True)
+    inside = shutil.copytree(some, base / "adapters")
+    refused(tmp_path, tiny, inside, "holds the adapter", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["dense", "affine"])
+def test_an_adapter_of_another_model_is_refused(bases, tmp_path, name):
+    wide = write_tiny(tmp_path / "wide", hidden_size=96)
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    deep = write_tiny(tmp_path / "deep", num_hidden_layers=4, layer_types=kinds)
+    tuned = fine_tuned(wide, tmp_path / "tuned")
+    for number, base in enumerate((wide, deep)):
+        folder = write_adapter(tmp_path / f"a{number}", read_config(base))
+        error = refused(tmp_path, bases[name], folder, "layers.", adapters.WEIGHTS)
+        assert isinstance(error, AdapterError)
+    refused(tmp_path, bases[name], tuned, "has shape [", adapters.WEIGHTS)
+    last = LoRA(num_layers=4)
+    folder = write_adapter(tmp_path / "last", read_config(deep), last)
+    refused(tmp_path, bases[name], folder, adapters.CONFIG, "this model has 3")
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tiny, some, tmp_path):
+    refused(tmp_path, tiny, tmp_path / "none", str(tmp_path / "none"), "no such folder")
+    refused(tmp_path, tiny, tiny, "adapter_config.json")
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
+        folder = shutil.copytree(some, tmp_path / name)
+        (folder / name).unlink()
+        refused(tmp_path, tiny, folder, str(folder / name), "no such file")
+    folder = shutil.copytree(some, tmp_path / "a")
+    weights = folder / adapters.WEIGHTS
+    found, name = dict(mx.load(str(weights))), "layers.2.experts.down_proj.lora_b"
+    mx.eval(found)
+    content = weights.read_bytes()
+    mx.save_safetensors(str(weights), {k: a for k, a in found.items() if k != name})
+    refused(tmp_path, tiny, folder, f"missing tensors: {name}")
+    more = {"layers.0.mlp.up_proj.lora_a": mx.zeros((64, 2))}
+    mx.save_safetensors(str(weights), found | more)
+    refused(tmp_path, tiny, folder, "unexpected tensors: layers.0.mlp.up_proj.lora_a")
+    weights.write_bytes(content[:-9])
+    refused(tmp_path, tiny, folder, str(weights), "truncated")
+    (folder / adapters.CONFIG).write_text("{")
+    refused(tmp_path, tiny, folder, str(folder / adapters.CONFIG), "broken JSON")
+
+
+def test_modes_that_differ_cannot_be_one_weight(tiny, tmp_path):
+    layers = factors(read_config(tiny), ("layers.1.self_attn.o_proj",))
+    other = factors(read_config(tiny), ("layers.1.self_attn.o_proj",), seed=1)
+    still = {path: (a, 0 * b) for path, (a, b) in layers.items()}
+    cases = [{"decoder": layers}, {"encoder": layers}]
+    cases += [{"decoder": layers, "encoder": e} for e in (other, still)]
+    for number, modes in enumerate(cases):
+        folder = write_peft(tmp_path / f"a{number}", modes)
+        error = refused(tmp_path, tiny, folder, str(folder), "--adapter-path")
+        assert isinstance(error, AdapterError)
+
+
+def test_an_interrupt_leaves_nothing(tiny, some, tmp_path):
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fuse(tiny, some, tmp_path / "out", progress=interrupt)
+    assert listing(tmp_path) == []

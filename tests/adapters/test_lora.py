@@ -1,0 +1,313 @@
+"""Adapters beside weights: what they compute and where they go."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from adapters.layers import (
+    CODES,
+    beside,
+    choices,
+    delta_of,
+    experts,
+    fill,
+    flat,
+    linear,
+    mixture,
+    random,
+)
+from checkpoint.folders import logits
+
+from mlx_dgemma import load
+from mlx_dgemma.adapters.lora import (
+    TARGETS,
+    LoRA,
+    LoRAExpertLinear,
+    LoRALinear,
+    adapt,
+    shapes,
+    unfreeze,
+)
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.convert import convert
+from mlx_dgemma.errors import AdapterError, SettingsError
+from mlx_dgemma.model.language import DiffusionGemma
+from mlx_dgemma.model.loading import find_layer
+
+EVERY = tuple(key for keys in TARGETS.values() for key in keys)
+MODES = ["dense", "affine", "mxfp4"]
+FULL = 2  # the tiny model's last layer; it sees everything and has no v_proj
+
+
+def fresh(folder: Path) -> DiffusionGemma:
+    return load(folder)[0]
+
+
+def adapted(model: nn.Module) -> set[str]:
+    kinds = LoRALinear | LoRAExpertLinear
+    return {path for path, part in model.named_modules() if isinstance(part, kinds)}
+
+
+def close(found: mx.array, expected: mx.array, allowed: float = 1e-5) -> None:
+    """Within `allowed` of the largest."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    mine, other = (np.array(a.astype(mx.float32)) for a in (found, expected))
+    np.testing.assert_allclose(mine, other, rtol=0, atol=allowed * np.abs(other).max())
+
+
+@pytest.fixture(scope="module")
+def bases(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The tiny checkpoint, dense and quantised."""
+    folder = tmp_path_factory.mktemp("bases")
+    for mode in CODES:
+        convert(tiny, folder / mode, quantize=True, q_mode=mode)
+    return {"dense": tiny} | {mode: folder / mode for mode in CODES}
+
+
+# What one adapter computes
+
+
+@pytest.mark.parametrize(
+    ("mode", "bias"), [("dense", True), ("affine", False), ("mxfp4", True)]
+)
+def test_an_adapted_layer_multiplies_with_the_sum_of_weight_and_delta(mode, bias):
+    layer, weight = linear(mode, bias=bias)
+    found = beside(layer)
+    delta = 0.7 * (np.array(found.lora_a) @ np.array(found.lora_b)).T
+    np.testing.assert_allclose(np.array(delta_of(found)), delta, atol=1e-6)
+    x = random(2, 5, 64, seed=5)
+    expected = x @ (weight + mx.array(delta)).T + (layer.bias if bias else 0)
+    close(found(x), expected)
+    assert np.abs(delta).max() > 0.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapted_experts_multiply_with_the_sum_of_weight_and_delta(mode):
+    layer, weight = experts(mode)
+    found = beside(layer)
+    pairs = zip(np.array(found.lora_b), np.array(found.lora_a), strict=True)
+    delta = np.stack([0.7 * b @ a for b, a in pairs])
+    np.testing.assert_allclose(np.array(delta_of(found)), delta, atol=1e-6)
+    whole, rows = weight + mx.array(delta), random(3, 5, 64, seed=6)
+    for number in range(4):
+        close(found.one(rows[0], number), rows[0] @ whole[number].T)
+    owner = mx.array([0, 2, 3])
+    expected = mx.stack([rows[i] @ whole[n].T for i, n in enumerate([0, 2, 3])])
+    close(found.gather(rows, owner), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "way"), [("dense", "loop"), ("affine", "blocks"), ("mxfp4", "sorted")]
+)
+def test_a_mixture_of_adapted_experts_is_that_of_dense_ones(experts_run, mode, way):
+    ours, plain = mixture(mode)
+    given = choices(21)
+    expected = plain(*given)
+    experts_run(way)
+    close(ours(*given), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("dense", mx.float16), ("affine", mx.bfloat16)]
+)
+def test_sixteen_bit_inputs_keep_their_dtype_beside_a_float32_adapter(mode, dtype):
+    layer, weight = linear(mode)
+    layer.set_dtype(dtype)
+    found, x = beside(layer), random(5, 64, seed=5).astype(dtype)
+    assert found.lora_a.dtype == found.lora_b.dtype == mx.float32
+    exact = x.astype(mx.float32) @ (weight + delta_of(found)).T
+    close(found(x), exact.astype(dtype), 0.02)
+
+
+# Where adapters go
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fresh_adapter_changes_no_bit_and_is_trained_alone(bases, mode):
+    model, lora = fresh(bases[mode]), LoRA(rank=5, keys=EVERY)
+    before = logits(model)
+    adapt(model, lora)
+    np.testing.assert_array_equal(logits(model), before)
+    found = flat(model.trainable_parameters())
+    assert {name: a.shape for name, a in found.items()} == shapes(model.config, lora)
+    assert {name.rpartition(".")[0] for name in found} == adapted(model)
+    for name, array in found.items():
+        assert array.dtype == mx.float32
+        assert mx.any(array).item() == name.endswith("lora_a")
+    assert not model.training
+    fill(model)
+    assert np.abs(logits(model) - before).max() > 0.1
+
+
+def test_adapters_are_float32_beside_a_bfloat16_model(tiny):
+    model = fresh(tiny)
+    model.set_dtype(mx.bfloat16)
+    adapt(model, LoRA(keys=EVERY))
+    found = flat(model.trainable_parameters())
+    assert {a.dtype for a in found.values()} == {mx.float32}
+    view = model.view(model.make_cache(), 16)
+    assert model.denoise_hidden(mx.array([[3] * 16]), view).dtype == mx.bfloat16
+
+
+INSIDE = {
+    "attention": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
+    "mlp": "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "experts": "experts.gate_up_proj experts.down_proj",
+    "router": "router.proj",
+}
+
+
+@pytest.mark.parametrize("num_layers", [-1, 1, 2])
+def test_each_target_is_adapted_in_the_last_layers(tiny, num_layers):
+    last = {-1: [0, 1, 2], 1: [2], 2: [1, 2]}[num_layers]
+    for target in TARGETS:
+        model = fresh(tiny)
+        adapt(model, LoRA(keys=TARGETS[target], num_layers=num_layers))
+        if target == "self_conditioning":  # belongs to no layer
+            parts = "gate_proj up_proj down_proj".split()
+            wanted = {f"self_conditioning.{part}" for part in parts}
+        else:
+            wanted = {
+                f"layers.{i}.{key}" for i in last for key in INSIDE[target].split()
+            }
+        assert adapted(model) == wanted - {f"layers.{FULL}.self_attn.v_proj"}
+
+
+def test_by_default_all_but_experts_and_routers_are_adapted(tiny):
+    model = fresh(tiny)
+    adapt(model, LoRA())
+    found = adapted(model)
+    assert not [path for path in found if "experts" in path or "router" in path]
+    assert len(found) == 2 * 4 + 3 + 3 * 3 + 3
+
+
+def test_shapes_are_known_without_a_model(tiny):
+    """By hand: 64 wide, four heads of 16 and of 32, two experts' halves of 32."""
+    found = shapes(read_config(tiny), LoRA(rank=5, keys=EVERY))
+    assert found["layers.0.self_attn.k_proj.lora_a"] == (64, 5)
+    assert found["layers.0.self_attn.k_proj.lora_b"] == (5, 32)
+    assert found["layers.2.self_attn.o_proj.lora_a"] == (128, 5)
+    assert found["layers.1.experts.gate_up_proj.lora_a"] == (4, 5, 64)
+    assert found["layers.1.experts.gate_up_proj.lora_b"] == (4, 64, 5)
+    assert found["layers.1.experts.down_proj.lora_a"] == (4, 5, 32)
+    assert found["layers.0.router.proj.lora_b"] == (5, 4)
+    assert found["self_conditioning.down_proj.lora_b"] == (5, 64)
+    assert "layers.2.self_attn.v_proj.lora_a" not in found
+
+
+def begun(tiny, seed: int = 0, **options: Any) -> dict[str, mx.array]:
+    model = fresh(tiny)
+    adapt(model, LoRA(**options), seed)
+    found = flat(model.trainable_parameters())
+    return {name: a for name, a in found.items() if name.endswith("lora_a")}
+
+
+def test_the_start_depends_on_seed_and_path_alone(tiny):
+    every = begun(tiny, 7, keys=EVERY)
+    few = begun(tiny, 7, keys=("mlp.up_proj", "experts.down_proj"), num_layers=2)
+    assert len(few) == 4
+    for name, array in few.items():
+        assert mx.array_equal(array, every[name]), name
+    for other in (1, 2**16, 2**31, 2**32 - 1):
+        found = begun(tiny, other, keys=("mlp.up_proj",))
+        assert not any(mx.array_equal(found[name], every[name]) for name in found)
+
+
+def test_every_layer_starts_elsewhere_within_its_bounds(tiny):
+    found = begun(tiny, rank=64, keys=EVERY)
+    heads = {tuple(np.array(a).flatten()[:4].tolist()) for a in found.values()}
+    assert len(heads) == len(found)
+    for name, array in found.items():
+        inputs = array.shape[-1] if "experts" in name else array.shape[0]
+        values, bound = np.array(array), inputs**-0.5
+        assert 0.99 * bound < np.abs(values).max() <= bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert abs(values.mean()) < 0.06 * bound
+
+
+IMPOSSIBLE = {
+    "rank": [0, -1, 1.5, "4", None],
+    "scale": [0, -1.0, math.nan, math.inf, "2", None],
+    "keys": [("q_proj",), ("mlp.up_proj", "lm_head"), (1,), ([1],), (), EVERY * 2],
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_adapters_are_refused(name):
+    for value in IMPOSSIBLE[name]:
+        with pytest.raises(SettingsError) as caught:
+            LoRA(**{name: value})
+        said = str(caught.value)
+        assert "\n" not in said and (name in said or "layer" in said)
+
+
+def test_too_many_layers_and_second_adapters_are_refused(tiny):
+    model, why = fresh(tiny), r"num-layers is .* this model has 3"
+    for num_layers in (0, -2, 4, 10**6, 1.5, "2"):
+        with pytest.raises(SettingsError, match=why):
+            adapt(model, LoRA(num_layers=num_layers))
+        with pytest.raises(SettingsError, match=why):
+            unfreeze(model, num_layers, router=False)
+    assert not adapted(model)
+    adapt(model, LoRA(keys=("mlp.up_proj",)))
+    with pytest.raises(AdapterError, match="already"):
+        adapt(model, LoRA(keys=("mlp.down_proj",)))
+    assert adapted(model) == {f"layers.{i}.mlp.up_proj" for i in range(3)}
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapted_model_is_the_dense_one_with_other_weights(bases, tmp_path, mode):
+    model = fresh(bases[mode])
+    adapt(model, LoRA(rank=3, scale=1.5, keys=EVERY))
+    fill(model)
+    folder = bases[mode]
+    if mode != "dense":
+        folder = tmp_path / "dense"
+        convert(bases[mode], folder, dequantize=True)
+    plain = fresh(folder)
+    before = logits(plain)
+    for path in adapted(model):
+        parent, name = find_layer(model, path)
+        other, _ = find_layer(plain, path)
+        other[name].weight = other[name].weight + delta_of(parent[name])
+    expected = logits(plain)
+    assert np.abs(expected - before).max() > 0.1
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-4 * largest)
+
+
+# All weights
+
+
+def names(model: DiffusionGemma) -> set[str]:
+    return set(flat(model.trainable_parameters()))
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("num_layers", [-1, 1, 2])
+def test_all_weights_are_trained_but_routers_and_scalars(tiny, num_layers, router):
+    model = fresh(tiny)
+    unfreeze(model, num_layers, router=router)
+    wanted = {
+        name
+        for name in flat(model.parameters())
+        if not name.endswith("coder_scalar") and (router or ".router." not in name)
+    }
+    if num_layers > 0:
+        last = tuple(f"layers.{i}." for i in range(3 - num_layers, 3))
+        wanted = {name for name in wanted if name.startswith(last)}
+    assert set(flat(model.trainable_parameters())) == wanted and wanted
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_the_weights_of_a_quantised_model_are_not_trained(bases, mode):
+    model = fresh(bases[mode])
+    with pytest.raises(SettingsError, match="--dequantize"):
+        unfreeze(model, -1, router=False)

@@ -1,0 +1,366 @@
+"""`mlx_dgemma.generate`, in this process and as a person runs it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+from click.testing import CliRunner
+from terminal import environment, python, run_in_terminal
+from tiny import VOCABULARY
+from tiny_vision import drawn, write_tiny_vision
+
+from mlx_dgemma import generate, load, loading, stream_generate
+from mlx_dgemma.cli.generate import main
+from mlx_dgemma.diffusion import generation
+from mlx_dgemma.diffusion.events import Commit, Prefilled, Step
+
+COMMAND = python("-m", "mlx_dgemma.generate")
+QUICK = {"steps": 4, "max_tokens": 40}  # three canvases of the endless checkpoint
+QUICK_FLAGS = ["--steps", "4", "--max-tokens", "40"]
+NEVER_DONE = ["--steps", "100000", "--confidence", "0", "--max-tokens", "100000"]
+
+
+def run(*args, stdin=None):
+    return CliRunner().invoke(main, [str(a) for a in args], input=stdin)
+
+
+def ask(folder, *args, prompt="12", **more):
+    return run("--model", folder, "--prompt", prompt, *QUICK_FLAGS, *args, **more)
+
+
+def stats(stderr):
+    """The numbers of the last line of stderr."""
+    *_, line = stderr.strip().splitlines()
+    patterns = {
+        "prompt": r"(\d+) prompt token",
+        "committed": r"(\d+) committed token",
+        "canvases": r"(\d+) canvas",
+        "speed": r"([\d.]+) tok/s wall",
+        "forward": r"([\d.]+) tokens per forward",
+        "seed": r"seed (\d+)$",
+    }
+    return {name: re.search(pattern, line)[1] for name, pattern in patterns.items()}
+
+
+@pytest.fixture(scope="module")
+def endless_model(endless):
+    return load(endless)
+
+
+def test_stdout_is_the_answer_and_stderr_its_numbers(endless, endless_model):
+    result = ask(endless, "--seed", 5)
+    text = generate(*endless_model, "12", seed=5, **QUICK)
+    assert result.exit_code == 0
+    assert len(text) > 20
+    assert result.stdout == text + "\n"
+    events = list(stream_generate(*endless_model, "12", seed=5, **QUICK))
+    commits = [e for e in events if isinstance(e, Commit)]
+    steps = [e for e in events if isinstance(e, Step)]
+    (line,) = result.stderr.splitlines()
+    assert len(commits) == 3
+    numbers = stats(line)
+    assert int(numbers["prompt"]) == events[0].prompt_tokens
+    assert (numbers["committed"], numbers["seed"]) == ("40", "5")
+    assert f"3 canvases ({' + '.join(str(c.steps) for c in commits)} steps)" in line
+    assert numbers["forward"] == f"{40 / len(steps):.2f}"
+    assert float(numbers["speed"]) > 0
+    assert re.search(r"peak memory \d+\.\d MB", line)
+
+
+def test_reported_seed_gives_the_same_text_again(endless):
+    first, other = ask(endless), ask(endless)
+    seed = stats(first.stderr)["seed"]
+    assert seed != stats(other.stderr)["seed"]
+    assert ask(endless, "--seed", seed).stdout == first.stdout != other.stdout
+
+
+def test_dash_reads_the_prompt_from_stdin(endless):
+    asked = ask(endless, "--seed", 1, prompt="3 1\n2")
+    piped = ask(endless, "--seed", 1, prompt="-", stdin="3 1\n2")
+    assert piped.exit_code == 0
+    assert piped.stdout == asked.stdout
+    assert stats(piped.stderr)["prompt"] == stats(asked.stderr)["prompt"]
+
+
+def test_system_turn_comes_before_the_prompt(endless):
+    alone, with_system = ask(endless), ask(endless, "--system", "abc")
+    more = int(stats(with_system.stderr)["prompt"]) - int(stats(alone.stderr)["prompt"])
+    assert more == len("abc") + 2  # its turn has a beginning and an end
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Stands for stream_generate and load; the arguments are in `recorder.asked`."""
+
+    def recorder(model, tokenizer, prompt, **settings):
+        recorder.asked = {"prompt": prompt, **settings}
+        yield Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0)
+
+    monkeypatch.setattr(generation, "stream_generate", recorder)
+    monkeypatch.setattr(loading, "load", lambda name, adapter, revision: (None, None))
+    return recorder
+
+
+FLAGS = {
+    "--max-tokens 7": {"max_tokens": 7},
+    "--canvas-length 9": {"canvas_length": 9},
+    "--steps 3": {"steps": 3},
+    "--entropy-bound 0.25": {"entropy_bound": 0.25},
+    "--t-max 0.9": {"t_max": 0.9},
+    "--t-min 0": {"t_min": 0.0},
+    "--stability 0": {"stability": 0},
+    "--confidence 0": {"confidence": 0.0},
+    "--min-tokens 1": {"min_tokens": 1},
+    "--sampler confidence": {"sampler": "confidence"},
+    "--min-probability 0.5": {"min_probability": 0.5},
+    "--seed 0": {"seed": 0},
+    "--system kind": {"system": "kind"},
+    "--prefill-step-size 5": {"prefill_step_size": 5},
+    "--stop a --stop b": {"stop": ("a", "b")},
+    "--thinking": {"thinking": True},
+    "--image a --image b": {"images": ("a", "b")},
+    "--video a": {"videos": ("a",)},
+    '--chat-template-args {"a":[1]}': {"chat_template_kwargs": {"a": [1]}},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
+    assert run("--model", "m", "--prompt", "p").exit_code == 0
+    unset = recorder.asked
+    assert unset["prefill_step_size"] == generation.PREFILL_STEP
+    assert {unset[name] for name in ("steps", "max_tokens", "seed")} == {None}
+    assert run("--model", "m", "--prompt", "p", *flags.split()).exit_code == 0
+    assert recorder.asked == {**unset, **FLAGS[flags]} != unset
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--t-min", "3"], r"t_min is 3.0, above t_max 0.8: lower t_min"),
+        (["--confidence", "nan"], "confidence is nan; it must be a number from 0 up"),
+        (["--stop", ""], "must be strings that are not empty"),
+        (["--model", "no/where/at/all"], "no/where/at/all: no such folder"),
+        (["--prompt", "-"], "the prompt is empty; give some text"),
+        (["--prompt", "\udcff"], "lone surrogate"),
+        (["--image", __file__], "picture 1: "),
+        (["--image", "http://127.0.0.1/a.png"], "http: sources are not fetched"),
+        (["--video", __file__], "error: "),
+    ],
+)
+def test_refusal_is_one_line_and_exit_code_1(with_pictures, args, error):
+    result = run("--model", with_pictures / "m", "--prompt", "1", *args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and error in line
+
+
+def test_stdin_that_is_not_text_is_refused(tiny):
+    result = run("--model", tiny, "--prompt", "-", stdin=b"ab\xff")
+    assert result.exit_code == 1
+    assert result.stderr == "error: stdin is not UTF-8 at byte 2; convert it first\n"
+
+
+MISSING = "cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("raised", "error"),
+    [
+        # as a wheel without its backend raises it
+        (ImportError(f"libmlx.so: {MISSING}", name="core"), "MLX has no backend here"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("No module named 'a'", name="a"), "install mlx-dgemma again"),
+        (MemoryError(), "out of memory"),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (RuntimeError("[malloc]\nno\x1b[2Jroom"), "[malloc] no␛[2Jroom; --debug"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_failure_is_one_line_and_debug_shows_where(tiny, monkeypatch, raised, error):
+    def fail(name, adapter, revision):
+        raise raised
+
+    monkeypatch.setattr(loading, "load", fail)
+    result = run("--model", tiny, "--prompt", "1")
+    (line,) = result.stderr.splitlines()
+    if isinstance(raised, KeyboardInterrupt):
+        assert (result.exit_code, line) == (130, "interrupted")
+    else:
+        assert result.exit_code == 1
+        assert line.startswith("error: ") and error in line
+        assert run("--model", tiny, "--prompt", "1", "--debug").exception is raised
+
+
+def test_warning_is_one_line(tiny, recorder, monkeypatch):
+    def warn(name, adapter, revision):
+        for _ in range(2):
+            warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
+        return None, None
+
+    monkeypatch.setattr(loading, "load", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run("--model", tiny, "--prompt", "1")
+    assert result.stderr.splitlines()[0] == "warning: mind the ␛[2Jgap"
+    assert len(result.stderr.splitlines()) == 2
+
+
+ASKED = ["--model", "m", "--prompt", "1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--prompt", "1"], "--model"),
+        (["--model", "m"], "--prompt"),
+        ([*ASKED, "--max-tokens", "0"], "--max-tokens"),
+        ([*ASKED, "--steps", "some"], "--steps"),
+        ([*ASKED, "--entropy-bound", "0"], "--entropy-bound"),
+        ([*ASKED, "--temperature", "1"], "--temperature"),
+        ([*ASKED, "--chat-template-args", "{"], "--chat-template-args"),
+        ([*ASKED, "--chat-template-args", "[1]"], "is not a JSON object"),
+    ],
+)
+def test_wrong_usage_names_the_flag_and_exits_2(args, named):
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    usage, error = result.stderr.splitlines()
+    assert usage.startswith("Usage: ") and error.startswith("error: ")
+    assert named in error
+
+
+def test_show_without_a_terminal_is_plain_text(endless):
+    plain, shown = ask(endless, "--seed", 5), ask(endless, "--seed", 5, "--show")
+    assert shown.stdout == plain.stdout
+    assert "step " not in shown.stderr and "\x1b" not in shown.stderr
+
+
+# ------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory):
+    """A folder with the checkpoint `m`, which sees, and two pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in (0, 1):
+        drawn(60, 40, seed).save(folder / f"{seed}.png")
+    return write_tiny_vision(folder / "m").parent
+
+
+def test_pictures_stand_in_front_of_the_prompt(with_pictures, tiny):
+    pictures = [
+        "--image",
+        str(with_pictures / "0.png"),
+        "--image",
+        str(with_pictures / "1.png"),
+    ]
+    results = [ask(with_pictures / "m", *pictures[:n], prompt="abc") for n in (0, 2, 4)]
+    assert [result.exit_code for result in results] == [0, 0, 0]
+    none, one, both = (int(stats(result.stderr)["prompt"]) for result in results)
+    assert both - one == one - none > 10
+    refused = ask(tiny, *pictures)
+    assert refused.exit_code == 1 and "reads text only" in refused.stderr
+
+
+@pytest.mark.slow
+def test_text_prompt_needs_no_pillow(tiny):
+    code = (
+        "import sys\nfrom mlx_dgemma.cli.generate import main\n"
+        f"try: main(['--model', {str(tiny)!r}, '--prompt', '1', *{QUICK_FLAGS}])\n"
+        "except SystemExit: pass\n"
+        "assert not {'PIL', 'av'} & {name.partition('.')[0] for name in sys.modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------- terminals and Ctrl-C
+
+
+@pytest.mark.slow
+def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(
+    endless, endless_model, tmp_path
+):
+    asked = ["--model", str(endless), "--prompt", "12", "--seed", "5", *QUICK_FLAGS]
+    text = generate(*endless_model, "12", seed=5, **QUICK)
+    ended = run_in_terminal([*COMMAND, *asked, "--show"])
+    *shown, numbers = "\n".join(ended.screen(10_000).lines()).rsplit("\n", 1)
+    assert ended.code == 0
+    assert "\n".join(shown) == "\n".join(line.rstrip() for line in text.split("\n"))
+    assert stats(numbers)["committed"] == "40"
+    assert re.search(r"step \d+/4 · entropy \d\.\d{3} nats · \d+/16 acc", ended.sent)
+    assert "\x1b[1m" in ended.sent and "\x1b[2m" in ended.sent
+    assert ended.screen(80).widest <= 80
+    ended = run_in_terminal([*COMMAND, *asked, "--show"], stdout=tmp_path / "out")
+    assert (ended.code, ended.stdout.decode()) == (0, text + "\n")
+    assert "step " in ended.sent, "the canvas is drawn"
+    assert len(ended.screen(10_000).lines()) == 1, "only the numbers stay"
+
+
+# stop strings that never come, though any character may begin one: the last one waits
+HELD = [part for c in VOCABULARY[5:] for part in ("--stop", f"{c}☃")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [[], HELD], ids=["plain", "with text held back"])
+def test_ctrl_c_keeps_exactly_what_is_committed(endless, endless_model, stop):
+    endless_text = ["--steps", "2", "--max-tokens", "1000000", "--seed", "5", *stop]
+    process = subprocess.Popen(
+        [*COMMAND, "--model", str(endless), "--prompt", "12", *endless_text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    written = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    more, stderr = process.communicate(timeout=60)
+    count = int(stats(stderr.decode())["canvases"])
+    events = stream_generate(
+        *endless_model, "12", steps=2, max_tokens=1_000_000, seed=5
+    )
+    commits = (event for event in events if isinstance(event, Commit))
+    text = "".join(next(commits).text for _ in range(count))
+    assert process.returncode == 130
+    assert count >= 1
+    assert (written + more).decode() == text.removesuffix("\n") + "\n"
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_drawing_ends_after_the_step_and_clears_the_canvas(tiny, tmp_path):
+    asked = []
+
+    def interrupt(sent, process):
+        if "step 2" in sent and not asked:
+            asked.append(process.send_signal(signal.SIGINT))
+
+    ended = run_in_terminal(
+        [*COMMAND, "--model", str(tiny), "--prompt", "12", *NEVER_DONE, "--show"],
+        stdout=tmp_path / "out",
+        columns=40,
+        watch=interrupt,
+    )
+    assert (ended.code, ended.stdout) == (130, b"")
+    (numbers,) = ended.screen(10_000).lines()
+    assert " 0 committed tokens · 0 canvases and " in numbers
+    assert re.search(r"and \d{1,5} steps of one not finished", numbers)
+    assert ended.screen(40).widest <= 40
+
+
+@pytest.mark.slow
+def test_reader_that_leaves_early_is_no_error(endless):
+    process = subprocess.Popen(
+        [*COMMAND, "--model", endless, "--prompt", "12", "--max-tokens", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    process.stdout.close()
+    stderr = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 141  # as a shell counts SIGPIPE
+    assert stderr == b""

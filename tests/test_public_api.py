@@ -1,0 +1,77 @@
+"""What a user of mlx-lm writes works here too; strict type checkers agree."""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import mlx_dgemma
+from mlx_dgemma import Conversation, generate, load, stream_generate
+from mlx_dgemma.errors import SettingsError
+
+PACKAGE = Path(mlx_dgemma.__file__).parent
+MESSAGES = [{"role": "user", "content": "4000\n0310\n0430\n0000"}]
+
+
+def test_the_snippet_of_mlx_lm_works(capsys):
+    model, tokenizer = load("sudoku4")
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    text = generate(model, tokenizer, prompt=prompt, verbose=True)
+    assert text in capsys.readouterr().out
+    streamed = ""
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=512):
+        streamed += response.text
+    assert len(streamed.split()) == len(text.split()) == 4
+
+
+def test_every_form_of_a_prompt_is_put_into_the_template_once():
+    model, tokenizer = load("sudoku4")
+    options = {"add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(MESSAGES, **options)
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
+    texts = {
+        generate(model, tokenizer, prompt, seed=1)
+        for prompt in (MESSAGES, MESSAGES[0]["content"], ids, rendered)
+    }
+    assert len(texts) == 1
+
+
+def test_final_message_can_be_continued(tiny_model):
+    """The text is only what is new; template variables arrive in the template."""
+    model, tokenizer = tiny_model
+    messages = [{"role": "user", "content": "12"}]
+    messages += [{"role": "assistant", "content": "ab"}]
+    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
+    options = {"seed": 0, "max_tokens": 16, "steps": 2}
+    expected = generate(model, tokenizer, ids, **options)
+    continued = {"continue_final_message": True}
+    assert generate(model, tokenizer, messages, **continued, **options) == expected
+    del options["seed"]
+    talk = Conversation(model, tokenizer, chat_template_kwargs={"x": "1"}, **options)
+    talk.add(messages[0])
+    talk.add(messages[1])
+    events = list(talk.ask(seed=0, **continued))
+    assert "".join(event.text for event in events) == expected
+    assert talk.messages == [messages[0], messages[1] | {"content": "ab" + expected}]
+    with pytest.raises(SettingsError, match="chat_template_kwargs cannot set messages"):
+        generate(model, tokenizer, "a", chat_template_kwargs={"messages": []})
+
+
+@pytest.mark.slow
+def test_a_program_with_strict_types_can_use_the_package(tmp_path):
+    """The package as it is installed: in the site-packages of an environment."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = tmp_path / "venv" / "lib" / version / "site-packages"
+    shutil.copytree(PACKAGE, site / "mlx_dgemma")
+    assert (site / "mlx_dgemma" / "py.typed").exists()
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    shutil.copy(Path(__file__).with_name("consumer.py"), tmp_path)
+    config = {"venvPath": ".", "venv": "venv", "include": ["consumer.py"]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "pyright", "--project", "."]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
