@@ -128,12 +128,12 @@ class Conversation:
         """
         self._check_idle()
         before = messages = self._messages
+        if images and not isinstance(content, str):
+            raise SettingsError("images go with a text; put them into its parts")
         if content is not None:
-            if images and isinstance(content, str):
+            if isinstance(content, str) and images:
                 pictures = [{"type": "image", "image": image} for image in images]
                 content = [*pictures, {"type": "text", "text": content}]
-            elif images:
-                raise SettingsError("images go with a text; put them into its parts")
             messages = [*before, self._new_message("user", content)]
         last = messages[-1]["role"] if messages else None
         if last is None or (last == "assistant" and not continue_final_message):

@@ -32,13 +32,13 @@ class Request:
         seed: int | None,
         prefill_step_size: int,
     ):
-        stop = check_stop(stop)
         check_int("prefill_step_size", prefill_step_size, 1)
         self.seed = secrets.randbelow(2**32) if seed is None else seed
         check_int("seed", self.seed, 0)
         check_ids(prompt.ids, settings, model.config.vocab_size)
         self.prompt, self.settings, self.chunk = prompt, settings, prefill_step_size
-        self.filter = StopFilter(ReplyParser(tokenizer, prompt.ids), stop)
+        parser = ReplyParser(tokenizer, prompt.ids)
+        self.filter = StopFilter(parser, check_stop(stop))
 
     def run(self, engine: Engine, prefix: Prefix | None = None) -> Generator[Event]:
         """Yield the events of the request; closing the generator cancels it."""

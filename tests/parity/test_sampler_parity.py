@@ -5,6 +5,7 @@ import pytest
 from replay import feed
 
 from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.generation_config import read_generation_config
 from mlx_dgemma.checkpoint.hub import ASSETS
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
@@ -31,21 +32,20 @@ def _replay(model, trajectory, monkeypatch, settings) -> list:
     return list(engine.run())
 
 
-def _compare(path, oracle_path, prompt, seed, monkeypatch, **changes) -> int:
+def _compare(path, prompt, seed, monkeypatch, **changes) -> int:
     """Same canvases, decisions, stop step and tokens; returns the steps taken."""
     from oracle import load_oracle
     from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
         EntropyBoundSamplerConfig,
     )
 
-    config = read_config(path)
-    model = load_model(path, config)
-    settings = config.settings.replace(**changes)
+    model = load_model(path, read_config(path))
+    settings = model.settings.replace(**changes)
     theirs = {THEIRS.get(k, k): v for k, v in changes.items()}
     if "entropy_bound" in theirs:
         bound = theirs.pop("entropy_bound")
         theirs["sampler_config"] = EntropyBoundSamplerConfig(entropy_bound=bound)
-    trajectory = load_oracle(oracle_path).generate(prompt, seed, **theirs)
+    trajectory = load_oracle(path).generate(prompt, seed, **theirs)
     events = _replay(model, trajectory, monkeypatch, settings)
     steps = [event for event in events if isinstance(event, Step)]
     commits = [event for event in events if isinstance(event, Commit)]
@@ -91,7 +91,7 @@ def test_random_weights(tmp_path, seed, settings, monkeypatch):
         text={"layer_types": ["sliding_attention", "full_attention"]},
     )
     prompt = np.random.default_rng(seed).integers(0, 32, 11).tolist()
-    _compare(path, path, prompt, seed, monkeypatch, **settings)
+    _compare(path, prompt, seed, monkeypatch, **settings)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -105,5 +105,5 @@ def test_trained_weights_stop_early(seed, monkeypatch):
     path = ASSETS / "sudoku4"
     puzzle, _ = held_out(8, 0)[seed]
     prompt = chat_ids(Tokenizer.from_dir(path), puzzle)
-    steps = _compare(path, path, prompt, seed, monkeypatch)
-    assert steps < read_config(path).settings.steps
+    steps = _compare(path, prompt, seed, monkeypatch)
+    assert steps < read_generation_config(read_config(path), path).steps
