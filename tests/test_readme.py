@@ -53,5 +53,4 @@ def test_the_table_of_tensors_is_the_generated_one(monkeypatch):
 
     folder = ROOT / "mlx_dgemma" / "assets" / "sudoku4"
     text = (ROOT / "convert" / "README.md").read_text()
-    config = read_config(folder)
-    assert table(read_layout(folder, config).files, config) in text
+    assert table(read_layout(folder, read_config(folder))) in text
