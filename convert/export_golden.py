@@ -2,9 +2,9 @@
 
     python convert/export_golden.py
 
-Each file holds one `generate` of transformers on the built-in checkpoint, every draw
-included: per step the canvas, logits, proposals, noise, entropies, accepted
-positions, argmax and stop flag. Ours must follow it decision by decision.
+Each file holds one `generate` of transformers on the built-in checkpoint with all its
+random draws: per step the canvas, logits, proposals, noise, entropies, accepted
+positions, argmax and stop flag. Ours must make the same decisions.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 import transformers
-from oracle import Oracle, Trajectory, load_oracle
+from oracle import Oracle, Trajectory, load_oracle, stacked
 from sudoku import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,14 +26,14 @@ GOLDEN = ROOT / "tests" / "golden"
 ASSETS = ROOT / "mlx_dgemma" / "assets"
 MODEL = "sudoku4"
 CONDITIONED = 1e-4  # largest |Δ| of logits between float32 and float64
-# name -> what is asked of transformers beyond the checkpoint's settings
+# name -> puzzle, seed, and changes to the checkpoint's settings
 RUNS = {
     "solved": {"puzzle": 0, "seed": 0},
     "another": {"puzzle": 1, "seed": 1},
     "few_steps": {"puzzle": 2, "seed": 2, "max_denoising_steps": 3},
     "cold": {"puzzle": 3, "seed": 3, "t_max": 0.2, "t_min": 0.1},
     "patient": {"puzzle": 4, "seed": 4, "stability_threshold": 3},
-    # an answer that no token ends goes on for several canvases
+    # without an end token the answer has several canvases
     "canvases": {
         "puzzle": 5,
         "seed": 5,
@@ -45,28 +45,22 @@ RUNS = {
 
 
 def arrays(trajectory: Trajectory) -> dict[str, np.ndarray]:
-    """A trajectory as flat arrays: (steps, …), canvases told apart by `lengths`."""
-    steps = trajectory.steps
-    return {
-        "prompt": np.array(trajectory.prompt, np.int32),
-        "tokens": np.array(trajectory.tokens, np.int32),
-        "starts": np.stack(trajectory.starts).astype(np.int32),
-        "lengths": np.array([len(c) for c in trajectory.canvases], np.int32),
-        "canvas": np.stack([s.canvas for s in steps]).astype(np.int32),
-        "logits": np.stack([s.logits for s in steps]).astype(np.float32),
-        "proposal": np.stack([s.proposal for s in steps]).astype(np.int32),
-        "noise": np.stack([s.noise for s in steps]).astype(np.int32),
-        "entropy": np.stack([s.entropy for s in steps]).astype(np.float32),
-        "accepted": np.stack([s.accepted for s in steps]),
-        "argmax": np.stack([s.argmax for s in steps]).astype(np.int32),
-        "stopped": np.array([s.stopped for s in steps]),
+    """Return a trajectory as (steps, …) arrays; `lengths` are steps per canvas."""
+    found = {
+        "prompt": np.array(trajectory.prompt),
+        "tokens": np.array(trajectory.tokens),
+        "starts": np.stack(trajectory.starts),
+        "lengths": np.array([len(steps) for steps in trajectory.canvases]),
+        **stacked(trajectory.steps),
     }
+    narrow = {np.dtype("int64"): np.int32, np.dtype("float64"): np.float32}
+    return {k: v.astype(narrow.get(v.dtype, v.dtype)) for k, v in found.items()}
 
 
 def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
-    """Whether float64 gives the recorded logits, or a near tie of experts decides.
+    """Return whether float64 gives the recorded logits.
 
-    Where rounding can send a token to other experts, no two programs agree.
+    Where a near tie lets rounding send a token to other experts, it does not.
     """
     length = len(trajectory.starts[0])
     for index, steps in enumerate(trajectory.canvases):
@@ -82,7 +76,7 @@ def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
 
 
 def prompt_of(puzzle: int) -> list[int]:
-    """The rendered prompt of a held-out puzzle."""
+    """Return the rendered prompt of a held-out puzzle."""
     sys.path.insert(0, str(ROOT))
     from mlx_dgemma.text.chat import chat_ids
     from mlx_dgemma.text.tokenizer import Tokenizer

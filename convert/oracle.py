@@ -1,12 +1,13 @@
-"""transformers' DiffusionGemma as the judge: the same calls as ours, on torch.
+"""transformers' DiffusionGemma behind the calls of our model, on torch.
 
-Used by verify.py, export_golden.py and the parity tests. Needs the extra `parity`.
+The reference of verify.py, export_golden.py and the parity tests. Needs the extra
+`parity`.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +31,7 @@ DTYPES = {
 
 
 def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Oracle":
-    """transformers' model of a Hugging Face folder, computing in `dtype`."""
+    """Load a Hugging Face folder into transformers, computing in `dtype`."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     raw = json.loads((path / "config.json").read_text())
@@ -43,7 +44,7 @@ def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Ora
         path,
         config=DiffusionGemmaConfig.from_dict(raw),
         dtype=DTYPES[dtype],
-        # the only one of transformers' expert paths that knows float64
+        # the only expert implementation that supports float64
         experts_implementation="eager",
     )
     return Oracle(model.eval().to(device))
@@ -51,9 +52,9 @@ def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Ora
 
 @dataclass
 class RecordedStep:
-    """What transformers saw and decided in one denoising step of one row."""
+    """One denoising step of one row, as transformers computed it."""
 
-    canvas: np.ndarray  # (L,) what was denoised
+    canvas: np.ndarray  # (L,) its input
     logits: np.ndarray  # (L, V)
     proposal: np.ndarray  # (L,)
     noise: np.ndarray  # (L,)
@@ -65,7 +66,7 @@ class RecordedStep:
 
 @dataclass
 class Trajectory:
-    """A whole `generate` of transformers, draw by draw."""
+    """One `generate` of transformers with all its random draws."""
 
     prompt: list[int]
     temperatures: list[float]  # of step 0, 1, …
@@ -78,8 +79,14 @@ class Trajectory:
         return [step for canvas in self.canvases for step in canvas]
 
 
+def stacked(steps: list[RecordedStep]) -> dict[str, np.ndarray]:
+    """Return each field of the steps as one (steps, …) array."""
+    rows = [asdict(step) for step in steps]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 class Oracle:
-    """transformers' model behind our two verbs; arrays in and out are numpy."""
+    """transformers' model; arrays in and out are numpy."""
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion):
         self.model = model
@@ -90,12 +97,11 @@ class Oracle:
     def encode(
         self, tokens: np.ndarray, cache: DynamicCache | None = None
     ) -> tuple[np.ndarray, DynamicCache]:
-        """(B, T) ids -> (B, T, D) last hidden state, and the cache written."""
+        """Encode (B, T) ids; return the (B, T, D) last hidden state and the cache."""
         if cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         output = self.model.model.encoder(
-            input_ids=torch.tensor(tokens, device=self.device),
-            past_key_values=cache,
+            input_ids=torch.tensor(tokens, device=self.device), cache=cache
         )
         return to_numpy(output.last_hidden_state), cache
 
@@ -103,32 +109,33 @@ class Oracle:
     def encode_images(
         self, tokens: np.ndarray, pixels: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, DynamicCache]:
-        """(1, T) ids with n images, as a first prompt.
+        """Encode (1, T) ids with n images as a first prompt.
 
-        pixels (n, P, 3 · patch²) and positions (n, P, 2), padded with -1, as the
-        processor leaves them. Returns the (m, D) soft tokens, the (1, T, D) last hidden
-        state and the cache. Masks are made as `generate` makes them: the encoder by
-        itself makes none for images.
+        pixels (n, P, 3 · patch²) and positions (n, P, 2), padded with -1, come from
+        the image processor. Returns the (m, D) soft tokens, the (1, T, D) last hidden
+        state and the cache. Masks are made as in `generate`: the encoder itself makes
+        none for images.
         """
         encoder, ids = self.model.model.encoder, torch.tensor(tokens)
-        width = encoder.get_input_embeddings().weight
-        given = torch.tensor(pixels).to(self.device, width.dtype)
-        places = torch.tensor(positions, device=self.device)
-        text = self.config.get_text_config(decoder=True)
-        cache = DynamicCache(config=text)
+        dtype = encoder.get_input_embeddings().weight.dtype
+        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         masks = encoder.create_masks_for_generate(
             config=self.config,
-            inputs_embeds=torch.empty((*ids.shape, 0), dtype=width.dtype),
+            inputs_embeds=torch.empty((*ids.shape, 0), dtype=dtype),
             attention_mask=None,
-            past_key_values=cache,
+            cache=cache,
             position_ids=torch.arange(ids.shape[1])[None],
             mm_token_type_ids=(ids == self.config.image_token_id).int(),
         )
-        soft = encoder.get_image_features(given, places, return_dict=True)
+        soft = encoder.get_image_features(
+            torch.tensor(pixels).to(self.device, dtype),
+            torch.tensor(positions, device=self.device),
+            return_dict=True,
+        )
         output = encoder(
             input_ids=ids.to(self.device),
             attention_mask=masks,
-            past_key_values=cache,
+            cache=cache,
             mm_encoder_outputs={"image": soft},
         )
         hidden = to_numpy(output.last_hidden_state)
@@ -141,13 +148,13 @@ class Oracle:
         cache: DynamicCache,
         processed_logits: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(B, L) ids -> (B, L, V) logits; conditioned on the last step's logits."""
+        """Return (B, L, V) logits of (B, L) ids, conditioned on a step's logits."""
         conditioning = None
         if processed_logits is not None:
             dtype = self.model.model.decoder.embed_tokens.weight.dtype
             conditioning = torch.tensor(processed_logits).to(self.device, dtype)
         output = self.model(
-            past_key_values=cache,
+            cache=cache,
             decoder_input_ids=torch.tensor(canvas, device=self.device),
             self_conditioning_logits=conditioning,
         )
@@ -155,22 +162,22 @@ class Oracle:
 
     @contextmanager
     def watch_routing(self) -> Iterator[list[np.ndarray]]:
-        """How clearly tokens are routed by the passes made inside, one array a layer.
+        """Record how clearly the passes inside route their tokens, per layer.
 
-        The relative gap between the last expert chosen and the first one not, (N,)
-        for N tokens: rounding that closes it sends the token elsewhere.
+        Each (N,) array holds the relative gap between the last chosen expert and the
+        next of N tokens; a rounding error larger than that sends the token elsewhere.
         """
         gaps: list[np.ndarray] = []
         top = self.config.text_config.top_k_experts
 
-        def note(module, inputs, outputs) -> None:
+        def record(module, inputs, outputs) -> None:
             ranked = outputs[0].detach().sort(dim=-1, descending=True).values
             if top < ranked.shape[-1]:
                 gaps.append(to_numpy(1 - ranked[:, top] / ranked[:, top - 1]))
 
         stacks = (self.model.model.encoder.language_model, self.model.model.decoder)
         routers = [layer.router for stack in stacks for layer in stack.layers]
-        hooks = [router.register_forward_hook(note) for router in routers]
+        hooks = [router.register_forward_hook(record) for router in routers]
         try:
             yield gaps
         finally:
@@ -183,7 +190,7 @@ class Oracle:
         cache: DynamicCache,
         processed_logits: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(B, L) smallest gap of each token over the layers of one denoising pass."""
+        """Return each token's smallest gap (B, L) over the layers of one pass."""
         with self.watch_routing() as gaps:
             self.denoise(canvas, cache, processed_logits)
         if not gaps:
@@ -191,7 +198,7 @@ class Oracle:
         return np.min(gaps, axis=0).reshape(canvas.shape)
 
     def router(self, layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N, D) residuals -> (N, E) probabilities and (N, k) sorted choices."""
+        """Return (N, E) probabilities and (N, k) sorted choices of (N, D) residuals."""
         router = self.model.model.decoder.layers[layer].router
         dtype = router.proj.weight.dtype
         with torch.no_grad():
@@ -200,12 +207,11 @@ class Oracle:
         return to_numpy(probabilities), np.sort(to_numpy(indices, exact=True), axis=-1)
 
     def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
-        """One row through transformers' own `generate`, every draw written down."""
+        """Run one row through transformers' `generate` and record every draw."""
         torch.manual_seed(seed)
         config, _ = self.model._prepare_generation_config(None, **settings)
-        most, low, high = config.max_denoising_steps, config.t_min, config.t_max
-        remaining = range(most, 0, -1)
-        temperatures = [low + (high - low) * n / most for n in remaining]
+        steps, low, high = config.max_denoising_steps, config.t_min, config.t_max
+        temperatures = [low + (high - low) * n / steps for n in range(steps, 0, -1)]
         trajectory = Trajectory(prompt, temperatures)
         with _recording(self.model, trajectory):
             output = self.model.generate(torch.tensor([prompt]), **settings)
@@ -215,11 +221,12 @@ class Oracle:
 
 @contextmanager
 def _recording(model, trajectory: Trajectory) -> Iterator[None]:
-    """Write down what transformers' sampler sees and decides, changing nothing."""
+    """Record what transformers' sampler sees and decides, without changing it."""
+    sampler = sampling.EntropyBoundSampler
+    criteria = sampling.StableAndConfidentStoppingCriteria
     forward, multinomial = model.forward, torch.multinomial
-    new = sampling.EntropyBoundSampler.initialize_canvas
-    accept = sampling.EntropyBoundSampler.accept_canvas
-    stop = sampling.StableAndConfidentStoppingCriteria.__call__
+    new, accept = sampler.initialize_canvas, sampler.accept_canvas
+    stop = criteria.__call__
     step: dict[str, np.ndarray] = {}
 
     def on_new(self, batch_size, device):
@@ -257,10 +264,6 @@ def _recording(model, trajectory: Trajectory) -> Iterator[None]:
         step.clear()
         return stopped
 
-    sampler, criteria = (
-        sampling.EntropyBoundSampler,
-        sampling.StableAndConfidentStoppingCriteria,
-    )
     with (
         mock.patch.object(model, "forward", on_forward),
         mock.patch.object(torch, "multinomial", on_multinomial),
@@ -272,6 +275,6 @@ def _recording(model, trajectory: Trajectory) -> Iterator[None]:
 
 
 def to_numpy(tensor: torch.Tensor, *, exact: bool = False) -> np.ndarray:
-    """float64 stays, everything narrower becomes float32 unless it stays exact."""
+    """Return float64 and `exact` tensors unchanged, others as float32."""
     exact = exact or tensor.dtype == torch.float64
     return (tensor if exact else tensor.float()).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The configs of the toy checkpoints, in the release's layout and transformers'."""
+"""Configurations of small checkpoints, in the release's layout or transformers'."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,8 @@ from tiny_tokenizer import (
     TURN_END,
     VOCAB_SIZE,
 )
-from transformers import DiffusionGemmaConfig
 
-# The text config with the release's keys and in its manner, only small.
+# The release's keys with small sizes.
 TEXT = {
     "model_type": "diffusion_gemma_text",
     "vocab_size": VOCAB_SIZE,
@@ -89,10 +88,10 @@ def release_config(
     canvas_length: int = 32,
     dtype: str = "float32",
 ) -> dict:
-    """config.json in the release's layout: small defaults, `text`, `vision` over them.
+    """Return config.json in the release's layout; `text`, `vision` override defaults.
 
-    `layer_types` follows `num_hidden_layers` (every fourth layer and the last attend
-    fully) and the reverse. Raises ValueError for keys the release does not have.
+    Without `layer_types` every fourth layer and the last have full attention; with
+    them `num_hidden_layers` follows. Raises ValueError for keys the release lacks.
     """
     config = _override(TEXT, text, "text_config")
     if config["layer_types"] is None:
@@ -120,13 +119,14 @@ def release_config(
 
 
 def write_json(file: Path, document: dict) -> None:
-    """Write `document` to `file`, indented."""
     file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def write_config(path: Path, config: dict, layout: str, text_only: bool) -> None:
-    """Write `config` (release layout) as config.json, in `layout`, to `path`."""
+    """Write `config`, which is in the release's layout, as config.json in `layout`."""
     if layout == "transformers":
+        from transformers import DiffusionGemmaConfig
+
         DiffusionGemmaConfig.from_dict(config).save_pretrained(path)
         config = json.loads((path / "config.json").read_text())
     if text_only:
@@ -135,7 +135,7 @@ def write_config(path: Path, config: dict, layout: str, text_only: bool) -> None
 
 
 def generation_config(canvas_length: int, steps: int = 48) -> dict:
-    """generation_config.json: the release's sampler, at most `steps` steps."""
+    """Return generation_config.json: the release's sampler, at most `steps` steps."""
     return {
         "bos_token_id": BOS,
         "confidence_threshold": 0.005,

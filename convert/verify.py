@@ -1,13 +1,13 @@
-"""Ours against transformers on any checkpoint, tensor by tensor.
+"""Compare ours with transformers on any dense checkpoint, tensor by tensor.
 
     python convert/verify.py --hf-path DIR [--mlx-path DIR] [--seed N]
 
-Compares the encoder's hidden states, logits without and with self-conditioning,
+Compares the encoder's hidden states and logits without and with self-conditioning,
 behind prefixes shorter and longer than the sliding window, one chunk against many,
-and every step of a whole `generate` of transformers. Both compute in float32
-whatever the files hold, from tokens that no router is undecided about: a rounding
-error would send those to other experts, in either program. Prints a table; exits with
-1 if anything is off. Needs the extra `parity`.
+and every step of a whole `generate` of transformers. Both compute in float32 whatever
+the files hold. Random tokens are drawn again while a router is nearly undecided about
+one: a rounding error would send it to another expert. Prints a table; exits with 1 if
+anything differs. Needs the extra `parity`.
 """
 
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from oracle import Oracle, RecordedStep, Trajectory, load_oracle
+from oracle import Oracle, RecordedStep, Trajectory, load_oracle, stacked
 from rich.console import Console
 from rich.table import Table
 
@@ -31,11 +31,11 @@ from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.settings import Settings
 
-# largest |Δ| allowed, as a share of the largest value: what float32 sums in another
-# order leave after a few dozen layers
+# largest |Δ| allowed, as a share of the largest value: float32 sums in another order
+# differ by this much after a few dozen layers
 TOLERANCE = 1e-4
 TIED = 1e-4  # relative gap of router probabilities below which a choice is a near tie
-DRAWS = 50  # of random tokens, to find some without near ties
+DRAWS = 50  # attempts to find random tokens without near ties
 CHUNKS = (1, 3, 7)
 TRAJECTORY_STEPS = 8
 
@@ -55,27 +55,27 @@ class Row:
 
 
 class Verifier:
-    """Our model and transformers', asked the same questions."""
+    """Our model and transformers' on the same inputs."""
 
     def __init__(self, ours: DiffusionGemma, oracle: Oracle, seed: int):
-        self.ours, self.oracle = ours, oracle
-        self.seed = seed
-        self.ties = False  # whether some tokens with near ties had to be used
+        self.ours, self.oracle, self.seed = ours, oracle, seed
+        self.random = np.random.default_rng(seed)
+        self.ties = False  # near ties could not be avoided
 
     def rows(self) -> Iterator[Row]:
-        """Every comparison, one after the other."""
+        """Yield every comparison."""
         window = self.ours.config.sliding_window
         for name, length in (
             ("short prefix", max(1, min(window - 2, 64))),
             ("prefix of window + 1", window + 1),
             ("prefix beyond the window", 2 * window + 5),
         ):
-            yield from self.clear(self.both_modes, name, length)
-        yield from self.clear(self.chunked, window + 9)
-        yield from self.clear(self.trajectory, window + 3)
+            yield from self.without_ties(self.both_modes, name, length)
+        yield from self.without_ties(self.chunked, window + 9)
+        yield from self.without_ties(self.trajectory, window + 3)
 
-    def clear(self, compare: Callable[..., Iterator[Row]], *arguments) -> list[Row]:
-        """`compare` on random tokens of which no router is undecided."""
+    def without_ties(self, compare: Callable[..., Iterator[Row]], *arguments):
+        """Return the rows of `compare` on random tokens that are clearly routed."""
         for draw in range(DRAWS):
             self.random = np.random.default_rng([self.seed, draw])
             with self.oracle.watch_routing() as gaps:
@@ -86,11 +86,11 @@ class Verifier:
         return rows
 
     def tokens(self, length: int) -> np.ndarray:
-        """(1, length) random ids."""
+        """Return (1, length) random ids."""
         return self.random.integers(0, self.ours.config.vocab_size, (1, length))
 
     def both_modes(self, name: str, length: int) -> Iterator[Row]:
-        """Encoder and decoder behind one prefix."""
+        """Compare encoder and decoder behind one prefix."""
         prompt = self.tokens(length)
         canvas = self.tokens(self.ours.config.canvas_length)
         hidden, cache = self.oracle.encode(prompt)
@@ -108,7 +108,7 @@ class Verifier:
         yield self.row(f"{name}: self-conditioned logits", mine, conditioned)
 
     def chunked(self, length: int) -> Iterator[Row]:
-        """Any chunking gives what one chunk gives."""
+        """Compare logits behind a prompt encoded in chunks."""
         prompt = self.tokens(length)
         canvas = self.tokens(self.ours.config.canvas_length)
         logits = self.oracle.denoise(canvas, self.oracle.encode(prompt)[1])
@@ -120,10 +120,10 @@ class Verifier:
             yield self.row(f"encoded {size} at a time: logits", mine, logits)
 
     def trajectory(self, length: int) -> Iterator[Row]:
-        """A `generate` of transformers, each of its steps taken by us as well.
+        """Take each step of a `generate` of transformers as well.
 
-        Every step starts from transformers' canvas and logits, so that rounding does
-        not add up; the decisions are ours.
+        Every step starts from transformers' canvas and logits, so that rounding errors
+        do not accumulate; the decisions are ours.
         """
         settings = self.ours.settings.replace(steps=TRAJECTORY_STEPS)
         theirs = self.oracle.generate(
@@ -138,28 +138,22 @@ class Verifier:
             for index in range(len(theirs.canvases))
             for step in self.canvas_steps(theirs, index, settings)
         ]
-        for what in ("logits", "entropy"):
-            yield self.row(
-                f"trajectory: {what}",
-                mx.array(np.stack([getattr(step, what) for step in ours])),
-                np.stack([getattr(step, what) for step in theirs.steps]),
-            )
-        for what in ("accepted", "argmax", "stopped"):
-            mine = np.stack([getattr(step, what) for step in ours])
-            expected = np.stack([getattr(step, what) for step in theirs.steps])
-            different = int((mine != expected).sum())
-            name = f"trajectory: differences in {what}"
-            yield Row(name, expected.shape, different, 0)
+        mine, expected = stacked(ours), stacked(theirs.steps)
+        for name in ("logits", "entropy"):
+            yield self.row(f"trajectory: {name}", mx.array(mine[name]), expected[name])
         last = np.cumsum([len(steps) for steps in theirs.canvases]) - 1
         committed = np.concatenate([ours[step].argmax for step in last])
-        committed = _padded(committed, settings.eos, self.oracle)
-        different = int((committed != np.array(theirs.tokens)).sum())
-        yield Row("trajectory: differences in tokens", committed.shape, different, 0)
+        mine["tokens"] = _padded(committed, settings.eos, self.oracle)
+        expected["tokens"] = np.array(theirs.tokens)
+        for name in ("accepted", "argmax", "stopped", "tokens"):
+            different = int((mine[name] != expected[name]).sum())
+            shape = expected[name].shape
+            yield Row(f"trajectory: differences in {name}", shape, different, 0)
 
     def canvas_steps(
         self, theirs: Trajectory, index: int, settings: Settings
     ) -> Iterator[RecordedStep]:
-        """Our decisions in every step of one of transformers' canvases."""
+        """Yield our decisions in every step of one of transformers' canvases."""
         before = theirs.prompt + theirs.tokens[: index * settings.canvas_length]
         prefix = self.ours.make_cache()
         self.ours.encode(ids(np.array([before])), prefix)
@@ -195,7 +189,7 @@ class Verifier:
 
 
 def _padded(tokens: np.ndarray, eos: frozenset[int], oracle: Oracle) -> np.ndarray:
-    """Committed tokens with padding behind the first eos, as transformers returns."""
+    """Return committed tokens with padding behind the first eos, as transformers."""
     ends = np.flatnonzero(np.isin(tokens, sorted(eos)))
     pad = oracle.model.generation_config.pad_token_id
     if len(ends) and pad is not None:
@@ -218,9 +212,8 @@ def print_table(rows: list[Row]) -> None:
             f"{row.tolerance:.3g}",
             "[green]ok[/]" if row.passed else "[red]DIFFERS[/]",
         )
-    # wide enough that no column is folded, also into a file
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal:  # no column is folded in a file
         console = Console(width=120)
     console.print(table)
 
@@ -234,7 +227,7 @@ def print_table(rows: list[Row]) -> None:
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(hf_path: Path, mlx_path: Path | None, seed: int) -> None:
-    """Compare ours with transformers on a checkpoint, tensor by tensor."""
+    """Compare ours with transformers on a dense checkpoint, tensor by tensor."""
     folder = mlx_path or hf_path
     try:
         config = read_config(folder)

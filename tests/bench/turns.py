@@ -1,11 +1,11 @@
-"""What conversations encode, turn by turn, and whether they say the same without reuse.
+"""Count what conversations encode per turn, and compare with encoding everything.
 
     python tests/bench/turns.py [--model sudoku4] [--conversations 20] [--turns 6]
 
-Every conversation asks for a puzzle in each turn; before some turns a message of the
-past is edited, or a turn is taken back. Each turn is asked again by `stream_generate`
-with the same messages and seed, which encodes all of them. Every number of every step
-is compared, not only the text. Prints Markdown; exit code 1 when anything differs.
+Each turn asks for a puzzle; before some turns a past message is edited or a turn is
+taken back. The same messages and seed go through `stream_generate`, which encodes all
+of them, and every number of every step must be equal. Prints Markdown; exits with 1
+when anything differs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ e: a message was edited before that turn. r: a turn was taken back.
 
 
 def numbers(events) -> list:
-    """All that the steps found and the commits say."""
+    """Return drafts, canvases, entropies and tokens of all events."""
     return [
         [e.draft.tolist(), e.canvas.tolist(), np.array(e.entropy).tolist()]
         if isinstance(e, Step)
@@ -40,7 +40,7 @@ def numbers(events) -> list:
 
 
 def change_the_past(talk: Conversation, chance: random.Random) -> str:
-    """Edit, take back or leave alone; which of them it was."""
+    """Edit a message, take back a turn or neither; return a mark for the table."""
     if len(talk.messages) < 4 or chance.random() > 0.4:
         return ""
     if chance.random() < 0.5:

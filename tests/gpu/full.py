@@ -1,7 +1,7 @@
-"""The full-size model filled with noise: written, loaded, timed, beside the peers.
+"""The full-size model with random weights: written, loaded, timed, beside mlx-vlm.
 
-Nothing it writes means anything; what it takes and how long is that of the released
-26B. The checkpoint lies in a scratch folder, so that every engine reads the same one.
+Its text means nothing; its memory and times are those of the released 26B. The
+checkpoint lies in a scratch folder, so that every engine reads the same files.
 """
 
 import gc
@@ -13,45 +13,43 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from parts import GB, Setting
+from parts import GB, ROOT, Setting
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
-import peer  # noqa: E402
+import peer
 
-from mlx_dgemma import backends  # noqa: E402
-from mlx_dgemma.checkpoint.config import ModelConfig, read_config  # noqa: E402
-from mlx_dgemma.checkpoint.convert import released_config  # noqa: E402
-from mlx_dgemma.checkpoint.quantize import (  # noqa: E402
+from mlx_dgemma import backends
+from mlx_dgemma.checkpoint.config import ModelConfig, read_config
+from mlx_dgemma.checkpoint.convert import released_config
+from mlx_dgemma.checkpoint.quantize import (
     RECIPES,
     Quantization,
     QuantizationMap,
     quantizable,
 )
-from mlx_dgemma.checkpoint.weights import (  # noqa: E402
-    INDEX,
+from mlx_dgemma.checkpoint.weights import (
     disk_name,
     expected_shapes,
     layer_path,
 )
-from mlx_dgemma.files.atomic import write_json  # noqa: E402
-from mlx_dgemma.model.language import DiffusionGemma  # noqa: E402
-from mlx_dgemma.model.loading import join_products, load_model  # noqa: E402
-from mlx_dgemma.performance import measure  # noqa: E402
-from mlx_dgemma.performance.cost import Storage, weight_bytes  # noqa: E402
-from mlx_dgemma.performance.estimate import working_bytes  # noqa: E402
-from mlx_dgemma.performance.synthetic import (  # noqa: E402
+from mlx_dgemma.files.atomic import write_json
+from mlx_dgemma.model.loading import join_products, load_model
+from mlx_dgemma.performance import measure
+from mlx_dgemma.performance.cost import Storage, weight_bytes
+from mlx_dgemma.performance.estimate import working_bytes
+from mlx_dgemma.performance.synthetic import (
     config_26b,
     config_tiny,
     synthetic_model,
 )
 
-SHARD = 4 * GB
-TOWER = {  # no image is shown: as small as can be, for those who cannot do without
+# the smallest tower, for engines that need one; no image is shown
+TOWER = {
     "model_type": "gemma4_vision",
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -61,178 +59,114 @@ TOWER = {  # no image is shown: as small as can be, for those who cannot do with
     "head_dim": 16,
     "standardize": False,
 }
-FOUR = Quantization.with_defaults("affine", 4, None)
+FOUR_BIT = Quantization.with_defaults("affine", 4, None)
 PRECISIONS: dict[str, tuple[Quantization | None, str]] = {
     "bf16": (None, "uniform"),
     "8 bit": (Quantization.with_defaults("affine", 8, None), "uniform"),
-    "mixed": (FOUR, "mixed"),
-    "4 bit": (FOUR, "uniform"),
+    "mixed": (FOUR_BIT, "mixed"),
+    "4 bit": (FOUR_BIT, "uniform"),
     "nvfp4": (Quantization.with_defaults("nvfp4", None, None), "uniform"),
 }
 
 
-def needed(precision: str) -> tuple[int, int]:
-    """Bytes of device memory and of disk that a precision needs, at the full size."""
-    coded, recipe = PRECISIONS[precision]
+def required_bytes(precision: str) -> tuple[int, int]:
+    """Return the device memory and the disk that a precision of the 26B needs."""
+    quantization, recipe = PRECISIONS[precision]
     config = config_26b()
-    weights = weight_bytes(config, Storage(2, coded, recipe))
+    weights = weight_bytes(config, Storage(2, quantization, recipe))
     return weights + working_bytes(config) + 2 * GB, weights
 
 
-def measured(setting: Setting, precision: str) -> dict:
+def measure_precision(setting: Setting, precision: str) -> dict[str, Any]:
     """Write, load, encode 8K tokens, denoise 3 canvases; mlx-vlm on the same files."""
     config = config_tiny() if setting.rehearsal else config_26b()
-    steps, prompt = (2, 40) if setting.rehearsal else (16, 8192)
-    path, begun = setting.scratch / "model", time.perf_counter()
+    steps, prompt_tokens = (2, 40) if setting.rehearsal else (16, 8192)
+    path = setting.scratch / "model"
     # a CPU gathers dense experts in float32 only
-    write(path, config, precision, mx.float32 if setting.rehearsal else mx.bfloat16)
-    found: dict = {"precision": precision, "write_seconds": time.perf_counter() - begun}
-    _free()
+    write_checkpoint(
+        path, config, precision, mx.float32 if setting.rehearsal else mx.bfloat16
+    )
+    _free_memory()
     begun = time.perf_counter()
     model = load_model(path, read_config(path))
     join_products(model)
-    found["load_seconds"] = time.perf_counter() - begun
-    prompts = measure.random_prompts(model, 1, prompt)
+    found: dict[str, Any] = {"load_seconds": time.perf_counter() - begun}
+    prompts = measure.random_prompts(model, 1, prompt_tokens)
     job = measure.Workload(prompts, canvases=3, steps=steps)
-    begun = time.perf_counter()
-    measure.run(model, job)
-    found["first_run_seconds"] = time.perf_counter() - begun  # makes its kernels
+    measure.run(model, job)  # compiles the kernels
     trials = [measure.run(model, job, seed) for seed in range(3)]
-    found["trial"] = asdict(measure.Trial.median(trials))
-    found["parts"] = asdict(measure.dissect(model, replace(job, canvases=1)))
-    found["roofline"] = measure.roofline(model, job)
+    found |= asdict(measure.Trial.median(trials))
+    parts = asdict(measure.dissect(model, replace(job, canvases=1)))
+    found |= {f"{name}_seconds": seconds for name, seconds in parts.items()}
+    found["floor_seconds"] = measure.roofline(model, job)["floor_seconds"]
     del model
-    _free()
+    _free_memory()
     if importlib.util.find_spec("mlx_vlm") is None:
-        return found | {"beside": "mlx-vlm is not installed"}
-    return found | {"beside": side_by_side(path, prompts[0], steps)}
+        return found | {"mlx_vlm": "not installed"}
+    return found | side_by_side(path, prompts[0], steps)
 
 
-def side_by_side(path: Path, prompt: list[int], steps: int) -> dict:
-    """One canvas each of ours and mlx-vlm's, one engine loaded at a time."""
-    found = {}
+def side_by_side(path: Path, prompt: list[int], steps: int) -> dict[str, Any]:
+    """Time one canvas of ours and of mlx-vlm's, one engine loaded at a time."""
+    found: dict[str, Any] = {}
     theirs = partial(peer.theirs, tower=False)
-    engines = {"ours": (peer.ours, path), "mlx-vlm": (theirs, _with_tower(path))}
+    engines = {"ours": (peer.ours, path), "mlx_vlm": (theirs, _with_tower(path))}
     for name, (make, folder) in engines.items():
         run = make(str(folder), prompt, steps)
         run()
         runs = [run() for _ in range(3)]
-        found[name] = {
-            "prefill_tps": len(prompt) / statistics.median(r.prefill for r in runs),
-            "step_seconds": statistics.median(r.denoise for r in runs) / steps,
-            "peak_bytes": max(r.peak for r in runs),
-        }
+        prefill = statistics.median(r.prefill for r in runs)
+        found[f"{name}_alone_prefill_tps"] = len(prompt) / prefill
+        step = statistics.median(r.denoise for r in runs) / steps
+        found[f"{name}_alone_step_seconds"] = step
+        found[f"{name}_alone_peak_bytes"] = max(r.peak for r in runs)
         del run, runs
-        _free()
-    ratio = found["ours"]["step_seconds"] / found["mlx-vlm"]["step_seconds"]
-    return found | {"steps": steps, "ours_over_theirs": ratio}
+        _free_memory()
+    ratio = found["ours_alone_step_seconds"] / found["mlx_vlm_alone_step_seconds"]
+    return found | {"step_ours_over_mlx_vlm": ratio}
+
+
+def write_checkpoint(
+    path: Path, config: ModelConfig, precision: str, dtype: mx.Dtype
+) -> None:
+    """Write a checkpoint of random weights, made on the device."""
+    quantization, recipe = PRECISIONS[precision]
+    unjoined = replace(backends.current(), product_rows=1)
+    with backends.using(unjoined):  # layers as they are on disk
+        model = synthetic_model(
+            config, quantization=quantization, recipe=recipe, dtype=dtype, seed=0
+        )
+    path.mkdir()
+    layers = None
+    if quantization is not None:
+        overrides = {}
+        for name, shape in expected_shapes(config).items():
+            layer = layer_path(name.removesuffix(".weight"))
+            chosen = RECIPES[recipe](layer, quantization).fit_to_shape(shape)
+            if quantizable(name, shape) and chosen not in (None, quantization):
+                overrides[layer] = chosen
+        layers = QuantizationMap(quantization, overrides)
+    write_json(path / "config.json", released_config(config, layers, dtype))
+    stored, parameters = {}, dict(tree_flatten(model.parameters()))
+    for name, array in parameters.items():
+        layer, _, part = name.rpartition(".")
+        if f"{layer}.scales" in parameters:
+            stored[f"{layer_path(layer)}.{part}"] = array
+        else:
+            stored[disk_name(name)] = array
+    mx.save_safetensors(str(path / "model.safetensors"), stored, {"format": "mlx"})
 
 
 def _with_tower(path: Path) -> Path:
-    """The same files for an engine that must have a vision tower: the smallest."""
+    """Return the same weights beside a config that has the smallest vision tower."""
     other = path.with_name("with_tower")
     other.mkdir()
-    for file in path.iterdir():
-        (other / file.name).symlink_to(file)
-    (other / "config.json").unlink()
+    (other / "model.safetensors").symlink_to(path / "model.safetensors")
     raw = json.loads((path / "config.json").read_text())
     write_json(other / "config.json", raw | {"vision_config": TOWER})
     return other
 
 
-def transformers(setting: Setting) -> dict:
-    """transformers in bfloat16 on torch: seconds of a step and of the prefill.
-
-    Timed as two whole `generate` of few and of more steps, whose difference is steps.
-    """
-    import torch
-    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
-
-    config = config_tiny() if setting.rehearsal else config_26b()
-    few, more, prompt = (1, 3, 40) if setting.rehearsal else (4, 20, 8192)
-    raw = released_config(config, None, mx.bfloat16) | {"vision_config": TOWER}
-    with torch.device(setting.torch_device):
-        model = DiffusionGemmaForBlockDiffusion._from_config(
-            DiffusionGemmaConfig.from_dict(raw), dtype=torch.bfloat16
-        ).eval()
-        ids = torch.randint(10, config.vocab_size, (1, prompt))
-
-    def seconds(steps: int) -> float:
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        begun = time.perf_counter()
-        model.generate(
-            ids,
-            max_new_tokens=config.canvas_length,
-            max_denoising_steps=steps,
-            confidence_threshold=1e-9,
-            stability_threshold=more,
-            eos_token_id=config.vocab_size - 1,
-        )
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        return time.perf_counter() - begun
-
-    seconds(few)
-    short, long = (statistics.median(seconds(n) for _ in range(3)) for n in (few, more))
-    step = (long - short) / (more - few)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {
-        "step_seconds": step,
-        "prefill_seconds": short - few * step,
-        "peak_bytes": peak,
-        "attention": model.config._attn_implementation,
-    }
-
-
-def _free() -> None:
-    """Give back what a model held that nobody uses any more."""
-    gc.collect()  # a model and its compiled steps hold one another
+def _free_memory() -> None:
+    gc.collect()  # a model and its compiled steps refer to one another
     mx.clear_cache()
-
-
-def write(path: Path, config: ModelConfig, precision: str, dtype: mx.Dtype) -> None:
-    """A checkpoint of that shape and precision, every weight made on the device."""
-    coded, recipe = PRECISIONS[precision]
-    device = backends.current()
-    apart = type(device)()
-    apart.product_rows = 1
-    with backends.using(apart):  # layers as on disk
-        model = synthetic_model(
-            config, quantization=coded, recipe=recipe, dtype=dtype, seed=0
-        )
-    path.mkdir()
-    whole = None if coded is None else _map(config, coded, recipe)
-    write_json(path / "config.json", released_config(config, whole, dtype))
-    _write_shards(path, model)
-
-
-def _map(
-    config: ModelConfig, coded: Quantization, recipe: str
-) -> QuantizationMap | None:
-    """How each layer is coded, by its path on disk."""
-    overrides = {}
-    for name, shape in expected_shapes(config).items():
-        if quantizable(name, shape):
-            layer = layer_path(name.removesuffix(".weight"))
-            chosen = RECIPES[recipe](layer, coded).fit_to_shape(shape)
-            if chosen is not None and chosen != coded:
-                overrides[layer] = chosen
-    return QuantizationMap(coded, overrides)
-
-
-def _write_shards(path: Path, model: DiffusionGemma) -> None:
-    parameters = tree_flatten(model.parameters())
-    assert isinstance(parameters, list)
-    coded = {name.rpartition(".")[0] for name, _ in parameters if "scales" in name}
-    shards: list[dict[str, mx.array]] = [{}]
-    for name, array in parameters:
-        layer, _, part = name.rpartition(".")
-        stored = f"{layer_path(layer)}.{part}" if layer in coded else disk_name(name)
-        if sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD:
-            shards.append({})
-        shards[-1][stored] = array
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        mx.save_safetensors(str(path / file), shard, metadata={"format": "mlx"})
-        weight_map |= dict.fromkeys(shard, file)
-    write_json(path / INDEX, {"metadata": {}, "weight_map": weight_map})

@@ -1,87 +1,66 @@
-"""Every operation of MLX that the package calls, once each, at the 26B's shapes.
+"""Every MLX operation that the package calls, once each, at the 26B's shapes.
 
-An operation a device lacks raises by name here, not under a user. What comes back is
-compared with numpy in float32, or with the operation's own definition.
+An operation that a device lacks raises here by name. Results are compared with the
+same call on the CPU, or with numpy in float32 where the CPU would be slow.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from parts import apart
 
 from mlx_dgemma.checkpoint.quantize import Quantization
 
 HALF, FULL = mx.bfloat16, mx.float32
-# Relative error of a result. Roundings of inputs do not count: both sides start from
-# the same arrays. bfloat16 keeps 8 bits. From quantised weights kernels may round the
-# weights and even their sums to bfloat16 (MLX's on the CPU does, and errs by 2 %),
-# while a wrong scale, bias or row errs by all there is.
-ALLOWED = {FULL: 1e-5, HALF: 2**-7}
-CODED = 2**-5
-CODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)]
-CODES += [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
+# Relative error allowed. Both sides start from the same arrays, so rounded inputs do
+# not count. bfloat16 keeps 8 bits. A quantised kernel may round weights and even sums
+# to bfloat16 (MLX's CPU kernel does, with an error of 2 %); a wrong scale, bias or row
+# gives an error near 1.
+EXACT, ROUNDED, QUANTIZED = 1e-5, 2**-7, 2**-5
+MODES = [("affine", bits) for bits in (2, 3, 4, 5, 6, 8)]
+MODES += [("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The shapes of a step; letters as in the package, and of widths:
-
-    inner, expert   of the dense feed-forward and of an expert
-    chunk           rows of the embedding looked at together
-    """
+class Shapes:
+    """The shapes of a denoising step; single letters as in the package."""
 
     L: int = 256
     D: int = 2816
-    inner: int = 2112
-    expert: int = 704
+    inner: int = 2112  # width of the dense feed-forward
+    expert: int = 704  # width of an expert
     E: int = 128
-    k: int = 8
+    top: int = 8  # experts per token
     H: int = 16
     K: int = 8
     head: int = 256
-    wide_head: int = 512
-    wide_K: int = 2
+    full_K: int = 2
+    full_head: int = 512
     T: int = 1023
-    chunk: int = 32768
-    gathered: mx.Dtype = HALF  # of dense experts
+    chunk: int = 32768  # rows of the embedding in one chunk of the vocabulary pass
+    expert_dtype: mx.Dtype = HALF  # the CPU gathers dense experts in float32 only
 
 
-TOY = Sizes(32, 256, 192, 64, 8, 2, 4, 2, 32, 64, 1, 50, 512, FULL)
+TOY = Shapes(32, 256, 192, 64, 8, 2, 4, 2, 32, 1, 64, 50, 512, FULL)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A call at its shape, and what it must return.
-
-    call gives an array; exact gives what it should be, in numpy.
-    """
+class Probe(NamedTuple):
+    """A call, the relative error allowed, and what it must return if not the CPU's."""
 
     name: str
     call: Callable[[], mx.array]
-    exact: Callable[[], np.ndarray]
-    dtype: mx.Dtype = FULL
-    coded: bool = False
-
-    def run(self) -> dict:
-        """Figures and verdict; an operation that is missing raises."""
-        y = self.call()
-        mx.eval(y)
-        found = apart(y, self.exact().astype(np.float64))
-        allowed = CODED if self.coded else ALLOWED[self.dtype]
-        return found | {
-            "shape": list(y.shape),
-            "passed": bool(found["relative"] <= allowed),
-        }
+    allowed: float = EXACT
+    expected: np.ndarray | None = None
 
 
-Family = Callable[[Sizes], Iterator[Probe]]
+Family = Callable[[Shapes], Iterator[Probe]]
 
 
 def families() -> dict[str, Family]:
-    """Probes by what they are about; each is made when its turn comes."""
+    """Return the groups of probes by name."""
     found: dict[str, Family] = {
         "elementwise": _elementwise,
         "rows": _rows,
@@ -90,313 +69,226 @@ def families() -> dict[str, Family]:
         "attention": _attention,
         "machinery": _machinery,
     }
-    for mode, bits in CODES:
-        q = Quantization.with_defaults(mode, bits, None)
-        found[f"{mode} {bits} bit"] = partial(_coded, q=q)
+    for mode, bits in MODES:
+        quantization = Quantization.with_defaults(mode, bits, None)
+        found[f"{mode} {bits} bit"] = partial(_quantized, q=quantization)
     return found
 
 
-def run(family: Family, s: Sizes) -> dict:
-    """Every probe of a family: figures by name; what is missing says so."""
-    found: dict[str, dict] = {}
-    for probe in family(s):
+def run(family: Family, s: Shapes) -> dict[str, Any]:
+    """Run a group of probes; `failed` says what is wrong or missing."""
+    probes, failed = 0, []
+    for name, call, allowed, expected in family(s):
+        probes += 1
         try:
-            found[probe.name] = probe.run()
+            found = numpy(call()).astype(np.float64)
         except (RuntimeError, ValueError) as error:
-            line = str(error).strip().splitlines()[0]
-            found[probe.name] = {"passed": False, "error": line}
-    return {"probes": found, "passed": all(one["passed"] for one in found.values())}
+            failed.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            continue
+        if expected is None:
+            with mx.stream(mx.cpu):
+                expected = numpy(call())
+        error = np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1)
+        if not error <= allowed:
+            failed.append(f"{name}: off by {error:.1e}")
+    return {"operations": probes, "failed": failed, "passed": probes > 0 and not failed}
 
 
-def draw(*shape: int, seed: int = 0, dtype: mx.Dtype = FULL) -> mx.array:
-    """Normal numbers."""
+def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = FULL) -> mx.array:
+    """Draw normal numbers."""
     return mx.random.normal(shape, dtype=dtype, key=mx.random.key(seed))
 
 
-def plain(x: mx.array) -> np.ndarray:
-    """The same numbers in numpy, float32."""
+def numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(FULL))
 
 
-def _elementwise(s: Sizes) -> Iterator[Probe]:
-    x = draw(s.L, s.chunk)
-    half, n = x.astype(HALF), plain(x)
-    table = {
-        "exp": (lambda: mx.exp(x), lambda: np.exp(n)),
-        "tanh": (lambda: mx.tanh(x), lambda: np.tanh(n)),
-        "log": (lambda: mx.log(mx.square(x) + 1), lambda: np.log(n * n + 1)),
-        "power": (lambda: mx.power(2.0, x), lambda: 2.0**n),
-        "maximum": (
-            lambda: mx.maximum(mx.minimum(x, 0.5), -0.5),
-            lambda: n.clip(-0.5, 0.5),
-        ),
-        "clip": (lambda: mx.clip(x, -0.5, 0.5), lambda: n.clip(-0.5, 0.5)),
-        "where": (lambda: mx.where(x > 0, x, 0), lambda: n.clip(0, None)),
-        "add bfloat16": (
-            lambda: half + mx.ones_like(half),
-            lambda: plain(half) + 1,
-            HALF,
-        ),
-    }
-    for name, given in table.items():
-        yield Probe(name, *given)
+def _elementwise(s: Shapes) -> Iterator[Probe]:
+    x = normal(s.L, s.chunk)
+    half = x.astype(HALF)
+    yield Probe("exp", lambda: mx.exp(x))
+    yield Probe("tanh", lambda: mx.tanh(x))
+    yield Probe("log", lambda: mx.log(mx.square(x) + 1))
+    yield Probe("power", lambda: mx.power(2.0, x))
+    yield Probe("maximum, minimum", lambda: mx.maximum(mx.minimum(x, 0.5), -0.5))
+    yield Probe("clip", lambda: mx.clip(x, -0.5, 0.5))
+    yield Probe("where", lambda: mx.where(x > 0, x, 0))
+    yield Probe("bfloat16 add", lambda: half + mx.ones_like(half), ROUNDED)
 
 
-def _rows(s: Sizes) -> Iterator[Probe]:
-    x = draw(s.L, s.chunk // 8)
-    n = plain(x)
-    ids = mx.array(np.random.default_rng(1).integers(0, s.E, (s.L, s.k)))
-    some = draw(s.L, s.E)
+def _rows(s: Shapes) -> Iterator[Probe]:
+    x = normal(s.L, s.chunk // 8)
+    yield Probe("sum", lambda: mx.sum(mx.square(x), axis=-1))
+    yield Probe("mean", lambda: mx.mean(mx.abs(x), axis=-1))
+    yield Probe("max", lambda: mx.max(x, axis=-1))
+    yield Probe("any", lambda: mx.any(x > 3.5, axis=-1))
+    yield Probe("all", lambda: mx.all(x < 3.5, axis=-1))
+    yield Probe("argmax", lambda: mx.argmax(x, axis=-1))
+    yield Probe("cumsum", lambda: mx.cumsum(mx.square(x), axis=-1))
+    yield Probe("scatter", lambda: _scatter(x))
+    scores = normal(s.L, s.E)
+    ids = mx.array(np.random.default_rng(1).integers(0, s.E, (s.L, s.top)))
     flat = ids.flatten()
-    order = np.argsort(np.array(flat), kind="stable")
-    table = {
-        "sum": (lambda: mx.sum(x, axis=-1), lambda: n.sum(-1, dtype=np.float64)),
-        "mean": (lambda: mx.mean(mx.abs(x), axis=-1), lambda: np.abs(n).mean(-1)),
-        "max": (lambda: mx.max(x, axis=-1), lambda: n.max(-1)),
-        "any": (lambda: mx.any(x > 3.5, axis=-1), lambda: (n > 3.5).any(-1)),
-        "all": (lambda: mx.all(x < 3.5, axis=-1), lambda: (n < 3.5).all(-1)),
-        "argmax": (lambda: mx.argmax(x, axis=-1), lambda: n.argmax(-1)),
-        "cumsum": (
-            lambda: mx.cumsum(mx.square(x), axis=-1),
-            lambda: np.cumsum(n.astype(np.float64) ** 2, -1),
-        ),
-        "softmax": (lambda: mx.softmax(some, axis=-1), lambda: _softmax(plain(some))),
-        "logsumexp": (
-            lambda: mx.logsumexp(some, axis=-1),
-            lambda: np.log(np.exp(plain(some)).sum(-1)),
-        ),
-        "argpartition": (
-            lambda: mx.sum(
-                mx.take_along_axis(some, mx.argpartition(-some, kth=s.k - 1), axis=-1)[
-                    :, : s.k
-                ],
-                axis=-1,
-            ),
-            lambda: -np.sort(-plain(some), -1)[:, : s.k].sum(-1),
-        ),
-        "argsort": (
-            lambda: flat[mx.argsort(flat)],
-            lambda: np.array(flat)[order],
-        ),
-        "take_along_axis": (
-            lambda: mx.take_along_axis(some, ids, axis=-1),
-            lambda: np.take_along_axis(plain(some), np.array(ids), -1),
-        ),
-        "scatter": (lambda: _scattered(x), lambda: n[::-1]),
-        "rms_norm": (
-            lambda: mx.fast.rms_norm(some, None, 1e-6),
-            lambda: plain(some) / np.sqrt((plain(some) ** 2).mean(-1, keepdims=True)),
-        ),
-    }
-    for name, (call, exact) in table.items():
-        yield Probe(name, call, exact)
-    half = draw(s.L, s.D, dtype=HALF)
-    size = np.sqrt((plain(half) ** 2).mean(-1, keepdims=True) + 1e-6)
-    yield Probe(
-        "rms_norm bfloat16",
-        lambda: mx.fast.rms_norm(half, mx.full((s.D,), 0.5, dtype=HALF), 1e-6),
-        lambda: plain(half) / size / 2,
-        HALF,
-    )
+    yield Probe("softmax", lambda: mx.softmax(scores, axis=-1))
+    yield Probe("logsumexp", lambda: mx.logsumexp(scores, axis=-1))
+    yield Probe("argpartition", lambda: _sum_of_largest(scores, s.top))
+    yield Probe("argsort", lambda: flat[mx.argsort(flat)])
+    yield Probe("take_along_axis", lambda: mx.take_along_axis(scores, ids, axis=-1))
+    yield Probe("rms_norm", lambda: mx.fast.rms_norm(scores, None, 1e-6))
+    half, weight = normal(s.L, s.D, dtype=HALF), mx.full((s.D,), 0.5, dtype=HALF)
+    bfloat16 = partial(mx.fast.rms_norm, half, weight, 1e-6)
+    yield Probe("bfloat16 rms_norm", bfloat16, ROUNDED)
 
 
-def _random(s: Sizes) -> Iterator[Probe]:
-    key = mx.random.key(7)
-    with mx.stream(mx.cpu):
-        floats = mx.random.uniform(shape=(s.L,), key=key)
-        whole = mx.random.randint(0, 262144, (s.L,), key=mx.random.split(key, 2)[0])
-        mx.eval(floats, whole)
-    yield Probe(  # the same draws as on the CPU: a seed means the same everywhere
-        "uniform",
-        lambda: mx.random.uniform(shape=(s.L,), key=key),
-        lambda: np.array(floats),
-    )
-    yield Probe(
-        "randint",
-        lambda: mx.random.randint(0, 262144, (s.L,), key=mx.random.split(key, 2)[0]),
-        lambda: np.array(whole),
-    )
+def _random(s: Shapes) -> Iterator[Probe]:
+    """Draws equal those on the CPU: a seed means the same on every device."""
+    key, other = mx.random.split(mx.random.key(7), 2)
+    yield Probe("uniform", lambda: mx.random.uniform(shape=(s.L,), key=key))
+    yield Probe("randint", lambda: mx.random.randint(0, 262144, (s.L,), key=other))
 
 
-def _products(s: Sizes) -> Iterator[Probe]:
-    for dtype in (FULL, HALF):
-        x, w = draw(s.L, s.D, dtype=dtype), draw(s.chunk // 8, s.D, seed=1, dtype=dtype)
-        yield Probe(
-            f"matmul {dtype}".replace("mlx.core.", ""),
-            lambda x=x, w=w: x @ w.T,
-            lambda x=x, w=w: plain(x) @ plain(w).T,
-            dtype,
-        )
-    rows, expert, order = _pairs(s, s.D)
-    stored = draw(s.E, 2 * s.expert, s.D, seed=3, dtype=s.gathered) * s.D**-0.5
-    rows, weight = rows.astype(s.gathered), stored.swapaxes(-1, -2)
-    yield Probe(
-        "gather_mm sorted",
-        lambda: mx.gather_mm(rows, weight, rhs_indices=expert, sorted_indices=True),
-        lambda: _by_expert(rows, stored, order),
-        HALF,
-    )
-    yield Probe(
-        "gather_mm gradient",
-        lambda: mx.grad(
-            lambda r: mx.sum(
-                mx.gather_mm(r, weight, rhs_indices=expert, sorted_indices=True)
-            )
-        )(rows),
-        lambda: plain(mx.sum(weight, axis=-1))[order][:, None],
-        HALF,
-    )
+def _products(s: Shapes) -> Iterator[Probe]:
+    for dtype, name, allowed in ((FULL, "float32", EXACT), (HALF, "bfloat16", ROUNDED)):
+        x = normal(s.L, s.D, dtype=dtype)
+        w = normal(s.chunk // 8, s.D, seed=1, dtype=dtype)
+        product = numpy(x) @ numpy(w).T
+        yield Probe(f"matmul {name}", partial(mx.matmul, x, w.T), allowed, product)
+    rows, expert = _sorted_pairs(s, s.D)
+    stored = normal(s.E, 2 * s.expert, s.D, seed=3, dtype=s.expert_dtype) * s.D**-0.5
+    rows, weight = rows.astype(s.expert_dtype), stored.swapaxes(-1, -2)
+
+    def gather(x: mx.array) -> mx.array:
+        return mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True)
+
+    expected = _by_expert(rows, stored, expert)
+    yield Probe("gather_mm sorted", lambda: gather(rows), ROUNDED, expected)
+    slope = numpy(mx.sum(weight, axis=-1))[np.array(expert)][:, None]
+    yield Probe("gather_mm gradient", _gradient(gather, rows), ROUNDED, slope)
 
 
-def _coded(s: Sizes, q: Quantization) -> Iterator[Probe]:
-    """Products from quantised weights, in each of the shapes of a step."""
+def _quantized(s: Shapes, q: Quantization) -> Iterator[Probe]:
+    """Products from quantised weights, in every shape that a step has."""
     spec = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
-    label = f"{q.mode} {q.bits} bit"
 
-    def code(*shape: int) -> tuple[tuple[mx.array, ...], mx.array]:
-        dense = draw(*shape, seed=4, dtype=HALF) * shape[-1] ** -0.5
+    def quantize(*shape: int) -> tuple[tuple[mx.array, ...], mx.array]:
+        dense = normal(*shape, seed=4, dtype=HALF) * shape[-1] ** -0.5
         parts = tuple(mx.quantize(dense, **spec))
-        # the CPU judges, but for all experts at once it would take a minute
+        # the CPU is the judge, but all experts at once would take it a minute
         judge = mx.cpu if len(shape) == 2 else mx.default_device()
         return parts, mx.dequantize(*parts, **spec, dtype=FULL, stream=judge)
 
-    x = draw(s.L, s.D, dtype=HALF)
-    shapes = {"joined": (2 * s.inner, s.D), "alone": (s.inner, s.D)}
-    shapes |= {"square": (s.D, s.D), "down": (s.D, s.inner)}
-    for shape, (outputs, inputs) in shapes.items():
-        parts, dense = code(outputs, inputs)
+    x = normal(s.L, s.D, dtype=HALF)
+    for name, outputs, inputs in (
+        ("gate and up", 2 * s.inner, s.D),
+        ("gate", s.inner, s.D),
+        ("square", s.D, s.D),
+        ("down", s.D, s.inner),
+    ):
+        parts, dense = quantize(outputs, inputs)
         given = x[:, :inputs]
-        yield Probe(
-            f"quantized_matmul {label} {shape}",
-            lambda p=parts, g=given: mx.quantized_matmul(g, *p, transpose=True, **spec),
-            lambda d=dense, g=given: plain(g) @ plain(d).T,
-            HALF,
-            coded=True,
-        )
-    yield Probe(
-        f"dequantize {label}",
-        lambda p=parts: mx.dequantize(*p, **spec, dtype=HALF),
-        lambda d=dense: plain(d),
-        HALF,
-        coded=True,
-    )
-    wide = {"gate and up": (2 * s.expert, s.D), "down": (s.D, s.expert)}
-    for shape, (outputs, inputs) in wide.items():
-        parts, dense = code(s.E, outputs, inputs)
-        rows, expert, order = _pairs(s, inputs)
+        call = partial(mx.quantized_matmul, given, *parts, transpose=True, **spec)
+        product = numpy(given) @ numpy(dense).T
+        yield Probe(f"quantized_matmul {name}", call, QUANTIZED, product)
+    call = partial(mx.dequantize, *parts, **spec, dtype=HALF)
+    yield Probe("dequantize", call, QUANTIZED, numpy(dense))
+    for name, outputs, inputs in (
+        ("gate and up", 2 * s.expert, s.D),
+        ("down", s.D, s.expert),
+    ):
+        parts, dense = quantize(s.E, outputs, inputs)
+        rows, expert = _sorted_pairs(s, inputs)
 
-        def gather(r, p=parts, e=expert):
-            return mx.gather_qmm(
-                r, *p, rhs_indices=e, transpose=True, sorted_indices=True, **spec
-            )
+        def gather(x: mx.array, parts=parts, expert=expert) -> mx.array:
+            order = {"rhs_indices": expert, "sorted_indices": True}
+            return mx.gather_qmm(x, *parts, transpose=True, **order, **spec)
 
-        yield Probe(
-            f"gather_qmm {label} {shape}",
-            lambda r=rows, g=gather: g(r),
-            lambda r=rows, d=dense, o=order: _by_expert(r, d, o),
-            HALF,
-            coded=True,
-        )
-    yield Probe(
-        f"gather_qmm gradient {label}",
-        lambda r=rows, g=gather: mx.grad(lambda a: mx.sum(g(a)))(r),
-        lambda d=dense, o=order: plain(mx.sum(d, axis=1))[o][:, None],
-        HALF,
-        coded=True,
-    )
+        expected = _by_expert(rows, dense, expert)
+        yield Probe(f"gather_qmm {name}", partial(gather, rows), QUANTIZED, expected)
+        slope = numpy(mx.sum(dense, axis=1))[np.array(expert)][:, None]
+        gradient = _gradient(gather, rows)
+        yield Probe(f"gather_qmm {name}, gradient", gradient, QUANTIZED, slope)
 
 
-def _attention(s: Sizes) -> Iterator[Probe]:
-    for heads, width in ((s.K, s.head), (s.wide_K, s.wide_head)):
-        keys = s.T + s.L
+def _attention(s: Shapes) -> Iterator[Probe]:
+    length = s.T + s.L
+    causal = np.tril(np.ones((s.L, length), bool), length - s.L)
+    late = np.arange(length) >= 5
+    masks = {
+        "no mask": (None, np.True_),
+        "causal": ("causal", causal),
+        "boolean mask": (mx.array(late)[None, None, None], late),
+    }
+    for kv_heads, width in ((s.K, s.head), (s.full_K, s.full_head)):
         q, k, v = (
-            draw(1, n, t, width, seed=n, dtype=HALF) * width**-0.25
-            for n, t in ((s.H, s.L), (heads, keys), (heads, keys))
+            normal(1, heads, t, width, seed=heads, dtype=HALF) * width**-0.25
+            for heads, t in ((s.H, s.L), (kv_heads, length), (kv_heads, length))
         )
-        causal = np.tril(np.ones((s.L, keys), bool), keys - s.L)
-        holes = mx.array(np.arange(keys) >= 5)[None, None, None]
-        masks = {"none": (None, np.True_), "causal": ("causal", causal)}
-        masks["some"] = (holes, np.array(holes)[0, 0])
         for name, (mask, seen) in masks.items():
-            yield Probe(
-                f"attention {width} {name}",
-                lambda q=q, k=k, v=v, m=mask: mx.fast.scaled_dot_product_attention(
-                    q, k, v, scale=1.0, mask=m
-                ),
-                lambda q=q, k=k, v=v, m=seen: _attended(q, k, v, m),
-                HALF,
+            call = partial(
+                mx.fast.scaled_dot_product_attention, q, k, v, scale=1.0, mask=mask
             )
+            expected = _plain_attention(q, k, v, seen)
+            yield Probe(f"attention {width}, {name}", call, ROUNDED, expected)
 
 
-def _machinery(s: Sizes) -> Iterator[Probe]:
-    """What holds the rest together: shapes, slices, order, traces, gradients."""
-    x = draw(s.L, s.D)
-    n = plain(x)
+def _machinery(s: Shapes) -> Iterator[Probe]:
+    """Shapes, slices, order of evaluation, traces and gradients."""
+    x = normal(s.L, s.D)
 
-    def buffer() -> mx.array:
+    def write_slice() -> mx.array:
         y = mx.zeros((s.L + 8, s.D))
         y[4 : s.L + 4] = x
         return mx.concatenate([y[4 : s.L + 4], mx.full((1, s.D), 2.0)])
 
+    def pad_and_stack() -> mx.array:
+        return mx.stack(mx.split(mx.pad(x, [(0, 0), (2, 2)]), 2, axis=-1))
+
+    def view_bits() -> mx.array:
+        return mx.broadcast_to(mx.view(x, mx.uint32)[:, :1] & 255, (s.L, 3))
+
     double = mx.custom_function(lambda a: a * 2)
     double.vjp(lambda a, given, out: given * 3)
-    table = {
-        "slice update, concatenate": (
-            buffer,
-            lambda: np.concatenate([n, np.full((1, s.D), 2.0)]),
-        ),
-        "pad, stack, split": (
-            lambda: mx.stack(mx.split(mx.pad(x, [(0, 0), (2, 2)]), 2, axis=-1)),
-            lambda: np.stack(np.split(np.pad(n, [(0, 0), (2, 2)]), 2, axis=-1)),
-        ),
-        "view, broadcast": (
-            lambda: mx.broadcast_to(mx.view(x, mx.uint32)[:, :1] & 255, (s.L, 3)),
-            lambda: np.repeat(n.view(np.uint32)[:, :1] & 255, 3, axis=1),
-        ),
-        "depends": (lambda: mx.depends([x], [mx.zeros_like(x)])[0], lambda: n),
-        "contiguous": (lambda: mx.contiguous(x.T), lambda: n.T),
-        "compile": (
-            lambda: mx.compile(lambda a: mx.tanh(a) * mx.arange(s.D) + 1)(x),
-            lambda: np.tanh(n) * np.arange(s.D) + 1,
-        ),
-        "custom gradient": (
-            lambda: mx.grad(lambda a: mx.sum(double(a)))(x),
-            lambda: np.full_like(n, 3),
-        ),
-        "checkpoint, value_and_grad": (
-            lambda: mx.value_and_grad(
-                mx.checkpoint(lambda a: mx.sum(mx.square(a) * mx.stop_gradient(a)))
-            )(x)[1],
-            lambda: 2 * n * n,
-        ),
-    }
-    for name, (call, exact) in table.items():
-        yield Probe(name, call, exact)
+    cube = mx.checkpoint(lambda a: mx.sum(mx.square(a) * mx.stop_gradient(a)))
+    traced = mx.compile(lambda a: mx.tanh(a) * mx.arange(s.D) + 1)
+    # not by the CPU: it would wait for a C++ compiler
+    expected = np.tanh(numpy(x)) * np.arange(s.D) + 1
+    yield Probe("compile", lambda: traced(x), expected=expected)
+    yield Probe("slice update, concatenate", write_slice)
+    yield Probe("pad, stack, split", pad_and_stack)
+    yield Probe("view, broadcast", view_bits)
+    yield Probe("depends", lambda: mx.depends([x], [mx.zeros_like(x)])[0])
+    yield Probe("contiguous", lambda: mx.contiguous(x.T))
+    yield Probe("custom gradient", _gradient(double, x))
+    yield Probe("value_and_grad", lambda: mx.value_and_grad(cube)(x)[1])
 
 
-def _pairs(s: Sizes, width: int) -> tuple[mx.array, mx.array, np.ndarray]:
-    """One row per pair of token and expert, sorted, and the expert of each."""
-    order = np.sort(np.random.default_rng(5).integers(0, s.E, s.L * s.k))
-    rows = draw(len(order), 1, width, seed=6, dtype=HALF)
-    return rows, mx.array(order.astype(np.uint32)), order
+def _gradient(function: Callable, x: mx.array) -> Callable[[], mx.array]:
+    """Return a call that gives the gradient of the sum of `function(x)`."""
+    return lambda: mx.grad(lambda a: mx.sum(function(a)))(x)
 
 
-def _by_expert(rows: mx.array, weight: mx.array, order: np.ndarray) -> np.ndarray:
+def _sorted_pairs(s: Shapes, width: int) -> tuple[mx.array, mx.array]:
+    """One (1, width) row per pair of token and expert, and the sorted experts."""
+    experts = np.sort(np.random.default_rng(5).integers(0, s.E, s.L * s.top))
+    rows = normal(len(experts), 1, width, seed=6, dtype=HALF)
+    return rows, mx.array(experts.astype(np.uint32))
+
+
+def _by_expert(rows: mx.array, weight: mx.array, expert: mx.array) -> np.ndarray:
     """(R, 1, in) rows through the (E, out, in) weights of their experts."""
-    x, y = plain(rows)[:, 0], []
-    for expert in range(weight.shape[0]):
-        y.append(x[order == expert] @ plain(weight[expert]).T)
-    return np.concatenate(y)[:, None]
+    x, order = numpy(rows)[:, 0], np.array(expert)
+    products = [x[order == e] @ numpy(weight[e]).T for e in range(len(weight))]
+    return np.concatenate(products)[:, None]
 
 
-def _attended(q: mx.array, k: mx.array, v: mx.array, seen: np.ndarray) -> np.ndarray:
-    queries, keys, values = plain(q)[0], plain(k)[0], plain(v)[0]
+def _plain_attention(q: mx.array, k: mx.array, v: mx.array, seen) -> np.ndarray:
+    queries, keys, values = numpy(q)[0], numpy(k)[0], numpy(v)[0]
     groups = len(queries) // len(keys)
-    y = []
+    outputs = []
     for head, query in enumerate(queries):
         scores = np.where(seen, query @ keys[head // groups].T, -np.inf)
-        y.append(_softmax(scores) @ values[head // groups])
-    return np.stack(y)[None]
+        outputs.append(_softmax(scores) @ values[head // groups])
+    return np.stack(outputs)[None]
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -404,7 +296,12 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def _scattered(x: mx.array) -> mx.array:
+def _sum_of_largest(scores: mx.array, count: int) -> mx.array:
+    order = mx.argpartition(-scores, kth=count - 1)[:, :count]
+    return mx.sum(mx.take_along_axis(scores, order, axis=-1), axis=-1)
+
+
+def _scatter(x: mx.array) -> mx.array:
     y = mx.zeros_like(x)
     y[mx.arange(len(x))[::-1]] = x
     return y

@@ -1,78 +1,56 @@
-"""What a part of a run on a GPU is: something to do in a process of its own."""
+"""What a part of a GPU run is, and when it cannot run on a machine."""
 
-import time
+import importlib.util
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mlx.core as mx
-import numpy as np
-
+ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where a part runs.
+class Setting(NamedTuple):
+    """Where a part runs."""
 
-    rehearsal   at toy sizes, on the CPU: shows that the code runs, measures nothing
-    scratch     a folder for checkpoints; emptied when the part is done
-    """
-
-    rehearsal: bool
-    scratch: Path
+    rehearsal: bool  # toy sizes on the CPU: shows that the code runs
+    scratch: Path  # a folder for checkpoints, removed when the part is done
 
     @property
     def torch_device(self) -> str:
-        """Where torch computes: beside MLX on a CUDA device, else on the CPU."""
+        """torch computes on the CUDA device beside MLX, else on the CPU."""
         import torch
 
         return "cuda" if not self.rehearsal and torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
-    """One thing a run does.
+    """One thing that a run does, in a process of its own."""
 
-    name      section/what, unique
-    says      what it does and what it is judged by, in words
-    run       does it: Setting -> figures; where they hold `passed`, that is the verdict
-    memory    bytes of device memory it needs, and disk of the scratch folder
-    needs     packages beyond this one's
-    seconds   after which it is given up
-    backend   the only one it is for; None for all
-    """
-
-    name: str
-    says: str
-    run: Callable[[Setting], dict[str, Any]]
-    memory: int = GB
-    disk: int = 0
-    needs: tuple[str, ...] = ()
-    seconds: int = 120
-    environment: dict[str, str] = field(default_factory=dict)
-    backend: str | None = None
+    name: str  # section/what, unique
+    run: Callable[[Setting], dict[str, Any]]  # returns figures, `passed` the verdict
+    memory: int = GB  # of the device, in bytes
+    disk: int = 0  # of the scratch folder, in bytes
+    needs: tuple[str, ...] = ()  # packages beyond those of this project
+    seconds: int = 120  # time limit
 
     @property
     def section(self) -> str:
         return self.name.partition("/")[0]
 
+    def obstacle(self, scratch: Path, free: int | None) -> str | None:
+        """Return why the part cannot run here, or None.
 
-def seconds_of(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of a call, after one that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        mx.eval(call())
-        mx.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return float(np.median(taken[1:]))
-
-
-def apart(found: mx.array, exact: np.ndarray) -> dict[str, float]:
-    """How far off `found` is: its largest error, and ‖error‖ over ‖exact‖."""
-    error = np.array(found.astype(mx.float32)).astype(np.float64) - exact
-    size = float(np.linalg.norm(exact)) or 1.0
-    largest = float(np.abs(error).max()) if error.size else 0.0
-    return {"largest": largest, "relative": float(np.linalg.norm(error)) / size}
+        `free` is the device memory in bytes, None where the device does not report it.
+        """
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if free is not None and self.memory > free:
+            return f"needs {self.memory / GB:.0f} GB of memory, {free / GB:.0f} free"
+        disk = shutil.disk_usage(scratch).free
+        if self.disk + GB > disk:
+            return f"needs {self.disk / GB:.0f} GB of disk, {disk / GB:.0f} free"
+        return None

@@ -1,14 +1,14 @@
-"""Everything that only a GPU can tell, in one call and one JSON.
+"""Everything that only a GPU can show, in one call and one JSON file.
 
     python tests/gpu/run.py --out gpu.json          all of it, about 20 minutes
     python tests/gpu/run.py --only parity,sudoku    some sections or parts
-    python tests/gpu/run.py --dry-run               what it would do, and could not
-    python tests/gpu/run.py --rehearse              at toy sizes on the CPU
-    python tests/gpu/run.py --table gpu.json        Markdown of a run
+    python tests/gpu/run.py --dry-run               list the parts and what they lack
+    python tests/gpu/run.py --rehearse              toy sizes on the CPU
+    python tests/gpu/run.py --table gpu.json        a finished run as Markdown
 
-Each part runs in a process of its own, so one that breaks costs only itself; the file
-is whole after each. What does not fit a card's memory is skipped and said. Exits with
-1 if a part failed or broke.
+Each part runs in a process of its own, so a crash ends that part alone; the file is
+complete after each. What a card has no memory for is skipped by name. Exits with 1 if
+a part failed or broke.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,25 +35,21 @@ from parts import Part, Setting  # noqa: E402
 from mlx_dgemma import backends  # noqa: E402
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "torch", "transformers", "numpy")
+SCRATCH = Path(tempfile.gettempdir())
 
 
-def survey(setting: Setting) -> dict[str, Any]:
-    """The machine: its device and choices, and the versions of what is compared."""
+def describe_machine(setting: Setting) -> dict[str, Any]:
+    """Return the device and its choices, and the versions of what is compared."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    device = backends.current()
-    chosen = {
-        "name": device.name,
-        "device": device.description(),
-        "memory": device.info_number("free_memory") or device.memory(),
-        "numbers": asdict(device),
-    }
     return {
-        "device": {"chosen": chosen},
+        "device": backends.current().description(),
+        "free_memory": free_memory(),
+        "backends": backends.describe(),
         "versions": versions,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -61,30 +57,33 @@ def survey(setting: Setting) -> dict[str, Any]:
     }
 
 
-MACHINE = Part(name="machine/survey", says="what this machine is", run=survey)
+def free_memory() -> int | None:
+    """Return the device memory in bytes that a part may use, if the device says so."""
+    device = backends.current()
+    return device.info_number("free_memory") or device.memory()
 
 
-def work(name: str, result: Path, rehearsal: bool) -> None:
-    """Run one part here and leave its figures in a file."""
-    if rehearsal:
-        backends.choose("cpu")
+MACHINE = Part("machine", describe_machine)
+
+
+def run_here(name: str, result: Path, rehearsal: bool) -> None:
+    """Run one part in this process and write its figures to a file."""
+    backends.choose("cpu" if rehearsal else None)  # before the first product
     part = next(p for p in [MACHINE, *plan.parts()] if p.name == name)
     with tempfile.TemporaryDirectory() as folder:
         figures = part.run(Setting(rehearsal, Path(folder)))
     result.write_text(json.dumps(figures))
 
 
-def started(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
-    """Run a part in a process of its own: its status, seconds, figures or error."""
+def run_process(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
+    """Run a part in a new process; return status, seconds, and figures or error."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         command = [sys.executable, __file__, "--part", part.name, str(result)]
-        command += ["--rehearse"] * rehearsal
         try:
             ended = subprocess.run(
-                command,
-                env=os.environ | part.environment,
+                command + ["--rehearse"] * rehearsal,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -108,9 +107,9 @@ def _outcome(result: Path, ended: subprocess.CompletedProcess[str]) -> dict[str,
 
 
 def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> bool:
-    """Run parts until the budget of seconds is spent; whether all that ran are well."""
+    """Run parts until `budget` seconds are spent; return whether none failed."""
     begun = time.perf_counter()
-    machine = started(MACHINE, rehearsal, 120)
+    machine = run_process(MACHINE, rehearsal, 120)
     found: dict[str, Any] = {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
@@ -118,41 +117,37 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         "machine": machine.get("figures", machine),
         "parts": {},
     }
-    chosen = found["machine"].get("device", {}).get("chosen", {})
-    free, device = chosen.get("memory"), chosen.get("name")
+    free = found["machine"].get("free_memory")
     for part in wanted:
         part = replace(part, memory=0, disk=0) if rehearsal else part
         left = budget - (time.perf_counter() - begun)
-        why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device)
+        why = part.obstacle(SCRATCH, free)
         if why is None and left < 10:
             why = "no time was left"
         if why is None:
-            one = started(part, rehearsal, min(part.seconds, left))
+            one = run_process(part, rehearsal, min(part.seconds, left))
         else:
             one = {"status": "skipped", "why": why}
         found["parts"][part.name] = one
-        _write(out, found)
+        staged = out.with_name(out.name + ".part")
+        staged.write_text(json.dumps(found, indent=1))
+        staged.replace(out)
         print(f"{part.name:<36}{one['status']:<9}{one.get('why', '')}", flush=True)
-    _write(out, found)
     return not {"failed", "broke"} & {p["status"] for p in found["parts"].values()}
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
-    staged = out.with_name(out.name + ".part")
-    staged.write_text(json.dumps(found, indent=1))
-    staged.replace(out)
-
-
-def listed(wanted: list[Part]) -> str:
-    """What a run would do here."""
+def listing(wanted: list[Part]) -> str:
+    """Return one line per part, with what keeps it from running here."""
     device = backends.current()
-    lines = [f"on {device.name}: {device.description()}"]
+    lines, section = [f"on {device.name}: {device.description()}"], ""
     for part in wanted:
-        free = device.info_number("free_memory") or device.memory()
-        why = plan.obstacle(part, Path(tempfile.gettempdir()), free, device.name)
+        if part.section != section:
+            section = part.section
+            lines.append(f"{section}: {plan.SECTIONS[section]}")
+        why = part.obstacle(SCRATCH, free_memory())
         if device.name == "cpu":
             why = "no GPU here" + (f"; {why}" if why else "")
-        lines.append(f"{part.name:<36}{part.says}" + (f"  [skip: {why}]" * bool(why)))
+        lines.append(f"  {part.name:<36}" + (f"skip: {why}" if why else ""))
     return "\n".join(lines)
 
 
@@ -168,22 +163,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.part is not None:
         name, result = options.part
-        work(name, Path(result), options.rehearse)
-        return
+        return run_here(name, Path(result), options.rehearse)
     if options.table is not None:
-        print(tables.markdown(json.loads(options.table.read_text())))
-        return
+        return print(tables.markdown(json.loads(options.table.read_text())))
     words = (options.only or "").split(",")
     wanted = [p for p in plan.parts() if any(word in p.name for word in words)]
     if not wanted:
         parser.error(f"no part is named like {options.only!r}; --dry-run lists them")
     if options.dry_run:
-        print(listed(wanted))
-        return
+        return print(listing(wanted))
     if not options.rehearse and backends.current().name == "cpu":
         parser.error("no GPU here; --dry-run lists, --rehearse runs at toy sizes")
-    well = run(wanted, options.out, rehearsal=options.rehearse, budget=options.seconds)
-    sys.exit(not well)
+    passed = run(
+        wanted, options.out, rehearsal=options.rehearse, budget=options.seconds
+    )
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Parts of `run.py` that give a verdict, as tests on a Metal or CUDA device."""
+"""The judged parts of `run.py` as tests on a Metal or CUDA device (`-m gpu`)."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,20 +13,17 @@ from parts import Setting
 from mlx_dgemma import backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
-
-JUDGED = ("ops", "parity", "trajectory", "sudoku", "kernels")
-PARTS = {part.name: part for part in plan.parts() if part.section in JUDGED}
+PARTS = {part.name: part for part in plan.parts() if part.section != "full"}
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_part(name, gpu, tmp_path):
+def test_part(name, tmp_path):
     part, device = PARTS[name], backends.current()
-    for variable, value in part.environment.items():
-        os.environ.setdefault(variable, value)  # read once, before the first product
+    assert device.name != "cpu", "`-m gpu` needs a Metal or CUDA device"
     free = device.info_number("free_memory") or device.memory()
-    why = plan.obstacle(part, tmp_path, free, gpu)
+    why = part.obstacle(tmp_path, free)
     if why is not None and "installed" not in why:
-        pytest.skip(why)  # a smaller card, another backend
+        pytest.skip(why)  # a smaller card
     assert why is None
     figures = part.run(Setting(rehearsal=False, scratch=tmp_path))
     assert figures["passed"], figures
