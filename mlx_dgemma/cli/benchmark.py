@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import backend_option, debug_option, one_line_errors, version_option
+from .common import (
+    MODEL_HELP,
+    Command,
+    backend_option,
+    debug_option,
+    one_line_errors,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
@@ -28,10 +35,10 @@ def count(*names: str, default: int, help: str):
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Command,
     epilog=f"Give one of {SUBJECT_FLAGS}.",
 )
-@click.option("--model", help="Model folder, hub id or built-in name.")
+@click.option("--model", help=MODEL_HELP)
 @choice(
     "--synthetic",
     of="26b tiny",
@@ -98,9 +105,7 @@ def main(debug: bool, **given: Any) -> None:
 
 
 def _refuse_combinations(options: SimpleNamespace) -> None:
-    """Raise SettingsError for flags that do not go together."""
-    from ..errors import SettingsError
-
+    """Raise UsageError for flags that do not go together."""
     given = {
         name for name, value in vars(options).items() if value not in (None, False)
     }
@@ -129,7 +134,7 @@ def _refuse_combinations(options: SimpleNamespace) -> None:
         ),
     ):
         if not allowed:
-            raise SettingsError(message)
+            raise click.UsageError(message)
 
 
 def _estimate(mac: str) -> list[str]:

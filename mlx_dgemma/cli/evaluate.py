@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import (
+    MODEL_HELP,
+    Command,
     backend_option,
     debug_option,
     is_terminal,
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from ..evaluation import Progress, Result, Row
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="Model folder, hub id or built-in name.")
+@click.command(cls=Command)
+@click.option("--model", required=True, help=MODEL_HELP)
 @click.option(
     "--data", required=True, help="A .jsonl of rows, or a folder with test.jsonl."
 )
@@ -134,13 +136,11 @@ def _measure(
 
 
 def _step_caps(text: str | None) -> list[int | None]:
-    from ..errors import SettingsError
-
     if text is None:
         return [None]
     caps = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[1-9][0-9]{0,6}", cap) for cap in caps):
-        raise SettingsError(f"--steps is {text!r}; write it like 1,2,4,8")
+        raise click.UsageError(f"--steps is {text!r}; write it like 1,2,4,8")
     return [int(cap) for cap in caps]
 
 

@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from .common import (
     INTERRUPTED,
+    MODEL_HELP,
+    Command,
     backend_option,
     debug_option,
     is_terminal,
@@ -29,13 +31,10 @@ SHARED = ("model", "revision", "data", "adapter_path", "skip_bad")
 OF_TRAINING = ("num_layers", "train_router", "resume", "resume_adapter_file")
 
 
-@click.command(
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
-)
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option(
     "--model",
-    help="Model folder, hub id or built-in name; to --estimate also 26b, 26b-8bit, "
-    "26b-mixed, 26b-4bit.",
+    help=f"{MODEL_HELP} To --estimate also 26b, 26b-8bit, 26b-mixed, 26b-4bit.",
 )
 @click.option("--train", is_flag=True, help="Train.")
 @click.option("--test", is_flag=True, help="Losses on test.jsonl, after training.")
@@ -103,16 +102,16 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
     an uninterrupted run would have had.
     """
     with one_line_errors(debug):
-        from ..errors import SettingsError
-
         if given["config"] is not None:
             _read_config(context, given)
         if not (given["train"] or given["test"] or given["estimate"]):
-            raise SettingsError("give at least one of --train, --test and --estimate")
+            raise click.UsageError(
+                "give at least one of --train, --test and --estimate"
+            )
         if given["model"] is None:
-            raise SettingsError("--model is missing")
+            raise click.UsageError("--model is missing")
         if given["data"] is None and (given["train"] or given["test"]):
-            raise SettingsError("--data is missing")
+            raise click.UsageError("--data is missing")
         lora, settings = _lora(given), _settings(given)
         shared: dict[str, Any] = {name: given[name] for name in SHARED}
         shared["settings"] = settings
@@ -146,13 +145,12 @@ def _read_config(context: click.Context, given: dict[str, Any]) -> None:
 def _lora(given: dict[str, Any]) -> "LoRA | None":
     """Return the adapters that the flags describe; None for a full fine-tuning."""
     from ..adapters.lora import TARGETS, USUAL, LoRA
-    from ..errors import SettingsError
 
     full = given["fine_tune_type"] == "full"
     if full and given["target"]:
-        raise SettingsError("--target is for --fine-tune-type lora")
+        raise click.UsageError("--target is for --fine-tune-type lora")
     if given["train_router"] and not full:
-        raise SettingsError(
+        raise click.UsageError(
             "--train-router is for --fine-tune-type full; take --target"
         )
     if full:

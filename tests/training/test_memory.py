@@ -169,18 +169,18 @@ def test_a_job_with_the_advised_flags_fits(model):
 def test_a_run_that_does_not_fit_is_refused_in_one_line(tiny, monkeypatch):
     given = Job(*read_shape(tiny, None), TrainSettings(), LoRA())
     memory.check(given)
-    limits = replace(given.device.limits(), memory=memory.total(given) - 1)
-    monkeypatch.setattr(given.device, "limits", lambda: limits)
+    limit = memory.total(given) - 1
+    monkeypatch.setattr(given.device, "memory", lambda: limit)
     with pytest.raises(TrainingError) as caught:
         memory.check(given)
-    size = f"{limits.memory / GB:.1f}"
+    size = f"{limit / GB:.1f}"
     assert str(caught.value) == (
         f"training needs about {size} GB, this machine has {size} GB: "
         "--grad-checkpoint would make it fit"
     )
     memory.check(replace(given, settings=TrainSettings(grad_checkpoint=True)))
     memory.check(replace(given, longest=100))
-    limits = replace(limits, memory=1000)
+    monkeypatch.setattr(given.device, "memory", lambda: 1000)
     with pytest.raises(TrainingError, match=r"0\.0 GB: no change of these settings"):
         memory.check(given)
 
