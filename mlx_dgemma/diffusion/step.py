@@ -151,7 +151,7 @@ class Stepper:
         uniforms, noise = self.draw(inputs.keys, state.canvas.shape[1])
         hidden = self.model.denoise_hidden(state.canvas, view, state.signal)
         found = self._vocab_stats(hidden, inputs, uniforms, pinned)
-        return self._decide(state, found, inputs, noise, pinned)
+        return self._decide(state, found, inputs, noise)
 
     def draw(self, keys: mx.array, length: int) -> tuple[mx.array, mx.array]:
         """Return (B, L) uniforms and (B, L) random ids: the only draws of a step."""
@@ -200,19 +200,13 @@ class Stepper:
         )
 
     def _decide(
-        self,
-        state: State,
-        found: VocabStats,
-        inputs: StepInputs,
-        noise: mx.array,
-        pinned: Pinned | None,
+        self, state: State, found: VocabStats, inputs: StepInputs, noise: mx.array
     ) -> tuple[State, StepStats]:
         """Accept or reveal tokens, renoise the rest, and set the stop flags."""
         draft, tokens, revealed = found.argmax, found.sample, state.revealed
         if self.config.sampler == "entropy-bound":
+            # pinned positions have entropy 0, so they are accepted
             accepted = sampler.accept(found.entropy, inputs.entropy_bound)
-            if pinned is not None:
-                accepted = accepted | (pinned.tokens >= 0)
         else:  # mlx-vlm's confidence-threshold sampler at its temperature 0
             revealed = sampler.reveal(
                 found.argmax, found.peak, revealed, inputs.min_probability

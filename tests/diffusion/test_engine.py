@@ -134,7 +134,7 @@ REQUESTS = [
     (PROMPT[4:], ENDLESS, 2),
     (PROMPT, LOOSE.replace(canvas_length=7, t_max=1.5), 3),
     (PROMPT[:3], LOOSE.replace(pinned={0: 9, 17: 8}), 4),
-    (PROMPT, LOOSE.replace(stability=0, confidence=9.0), 5),
+    (PROMPT, LOOSE.replace(stability=0, confidence=9.0, eos={999}), 5),
     (PROMPT, LOOSE.replace(eos=DIGITS, min_tokens=3), 6),
 ]
 

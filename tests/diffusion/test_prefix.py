@@ -89,10 +89,10 @@ def assert_same(events, expected) -> None:
             assert (mine.tokens, mine.steps) == (other.tokens, other.steps)
 
 
-def fresh(model, ids, seed, chunk=CHUNK, **options) -> list:
+def fresh(model, ids, seed, chunk=CHUNK, settings=LOOSE, **options) -> list:
     """What a request without a reused prefix gives."""
     engine = Engine(model, **options)
-    engine.admit(ids, LOOSE, seed, chunk)
+    engine.admit(ids, settings, seed, chunk)
     return list(engine.run())
 
 
@@ -167,7 +167,7 @@ def test_conversations_side_by_side_change_nothing(tiny_model, unfused):
 @pytest.mark.parametrize("ticks", [0, 3, 9, 100])
 def test_whole_chunks_are_left_after_the_end_or_a_cancellation(tiny_model, ticks):
     model, _ = tiny_model
-    endless = LOOSE.replace(eos={4}, confidence=0.0, max_tokens=96)
+    endless = LOOSE.replace(eos={999}, confidence=0.0, max_tokens=96)
     prefix, engine, ids = Prefix(model), Engine(model), history(5)
     number = engine.admit(ids, endless, 3, CHUNK, prefix=prefix).request
     assert prefix.in_use
@@ -177,8 +177,8 @@ def test_whole_chunks_are_left_after_the_end_or_a_cancellation(tiny_model, ticks
     assert not prefix.in_use and engine.tick() == []
     assert prefix.cache.length == len(prefix) == prefix.ends[-1] >= 80
     assert prefix.keys == ids[: len(prefix)]
-    assert engine.admit(ids, LOOSE, 3, CHUNK, prefix=prefix).reused >= 80
-    assert_same(list(engine.run()), fresh(model, ids, 3))
+    assert engine.admit(ids, endless, 3, CHUNK, prefix=prefix).reused >= 80
+    assert_same(list(engine.run()), fresh(model, ids, 3, settings=endless))
 
 
 def test_interrupted_prefill_keeps_the_chunks_before(tiny_model, monkeypatch):

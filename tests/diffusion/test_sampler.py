@@ -71,7 +71,8 @@ def test_reveal_takes_likely_positions_and_at_least_one():
     revealed, minimum = mx.full((2, 3), -1), mx.array([0.9, 0.9])
     revealed = sampler.reveal(argmax, peak, revealed, minimum)
     assert revealed.tolist() == [[5, -1, 7], [5, -1, -1]]
-    revealed = sampler.reveal(argmax + 1, 1 - peak, revealed, minimum)
+    peak = mx.array([[0.95, 0.2, 0.95]] * 2)
+    revealed = sampler.reveal(argmax + 1, peak, revealed, minimum)
     assert revealed.tolist() == [[5, 7, 7], [5, -1, 8]]
 
 
