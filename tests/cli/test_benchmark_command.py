@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
-from terminal import environment, python
 
 from mlx_dgemma.cli.benchmark import main
 from mlx_dgemma.diffusion.engine import PREFILL_STEP
@@ -187,7 +185,8 @@ def test_model_beside_generates_as_many_tokens(llama):
     assert beside["tokens"] == found["median"]["tokens"] == 32
     assert len(beside["trials"]) == 2
     figures = {"prompt_tps", "generation_tps", "wall_tps", "peak_bytes"}
-    for trial in (beside["median"], *beside["trials"]):
+    assert set(beside["median"]) == figures
+    for trial in beside["trials"]:
         assert set(trial) == figures and all(v > 0 for v in trial.values())
         parts = 6 / trial["prompt_tps"] + 31 / trial["generation_tps"]
         assert parts == pytest.approx(32 / trial["wall_tps"])
@@ -198,8 +197,9 @@ def test_model_beside_generates_as_many_tokens(llama):
         "generation",
         "peak",
     ]
-    ours, theirs, ratio = map(float, re.findall(r"(\d+\.\d+)(?: tok/s|$)", lines[-1]))
     assert lines[-1].startswith("wall: ours") and str(llama) in lines[-1]
+    numbers = re.findall(r"([\d,]+\.\d+)(?: tok/s|$)", lines[-1])
+    ours, theirs, ratio = (float(number.replace(",", "")) for number in numbers)
     assert ratio == pytest.approx(ours / theirs, abs=0.01)
 
 
@@ -250,26 +250,3 @@ def test_refusals_are_one_line_before_anything_runs(monkeypatch):
         line = result.stderr.splitlines()[-1]
         assert line.startswith("error: ") and told in line
         assert isinstance(run(*args, "--debug").exception, DGemmaError)
-
-
-def test_wrong_usage_names_the_flag():
-    for flag, value in (
-        *((f, "0") for f in ("--prompt-tokens", "--canvases", "--steps", "-b", "-n")),
-        *(("--synthetic", "27b"), ("--q-bits", "7"), ("--q-mode", "int4")),
-        *(("--quant-predicate", "most"), ("--dtype", "float64"), ("--temp", "1")),
-    ):
-        result = run("--synthetic", "tiny", flag, value)
-        assert (result.exit_code, result.stdout) == (2, "") and flag in result.stderr
-
-
-@pytest.mark.slow
-def test_help_names_every_option_and_imports_nothing_heavy():
-    options = ("-W", "error", "-X", "importtime")
-    command = python(*options, "-m", "mlx_dgemma.benchmark", "--help")
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0
-    for option in main.params:
-        assert all(name in result.stdout for name in option.opts)
-    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "click" in loaded
-    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "numpy", "rich", "tokenizers"}

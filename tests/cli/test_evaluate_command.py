@@ -1,13 +1,12 @@
 """`mlx_dgemma.evaluate`: the table, JSON, scorers, adapters, refusals."""
 
 import json
-import subprocess
 from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from terminal import ROOT, environment, python, run_in_terminal
+from terminal import ROOT, python, run_in_terminal
 
 from mlx_dgemma import evaluation, load
 from mlx_dgemma.cli.evaluate import main
@@ -134,16 +133,3 @@ def test_progress_is_drawn_in_a_terminal(data, tmp_path):
     shown = ended.screen().lines()
     assert shown[-2:] == ["base, steps 1: 2 of 2", "base, steps 2: 2 of 2"]
     assert ended.stdout.decode().startswith("| steps allowed |")
-
-
-@pytest.mark.slow
-def test_help_names_every_option_and_imports_nothing_heavy():
-    options = ("-W", "error", "-X", "importtime")
-    command = python(*options, "-m", "mlx_dgemma.evaluate", "--help")
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0
-    for option in main.params:
-        assert all(name in result.stdout for name in option.opts)
-    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "click" in loaded
-    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "numpy", "rich", "tokenizers"}
