@@ -1,18 +1,17 @@
-"""How often a denoising step reads and writes its canvas's logits: ours and mlx-vlm's.
+"""Count how often a denoising step reads and writes its logits: ours and mlx-vlm's.
 
     python tests/bench/logit_traffic.py --checkpoint FOLDER
 
-Counts in the exported graph of one step, so the figure holds on any machine: every
-input and output of every operation that has a logit's worth of elements for each
-position, in units of one whole (L, V) array. Ours works in chunks of the vocabulary,
-whose arrays are added up. Operations that move no data, as reshapes, are left out.
-Also the largest array of that kind that any operation makes. Prints Markdown.
+Counts in the exported graph of one step, so the figure holds on any machine: inputs and
+outputs of operations whose last axis is the vocabulary or a chunk of it, in units of a
+whole (L, V) array, and the largest such array. Operations that move no data, as
+reshapes, are left out. Prints Markdown.
 """
 
 import argparse
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -41,7 +40,7 @@ class Operation:
 
 
 def operations(step, given, vocabulary: int) -> list[Operation]:
-    """Operations of a step that touch an array of logits, in order."""
+    """Return the operations of a step that touch an array of logits, in order."""
     found: list[Operation] = []
     made: dict[str, tuple[str, int]] = {}  # a view is the array that it shows
     chunk = backends.current().vocabulary_chunk
@@ -76,9 +75,9 @@ def operations(step, given, vocabulary: int) -> list[Operation]:
 
 
 def fused(found: list[Operation]) -> list[Operation]:
-    """Neighbouring elementwise operations as one, as mx.compile runs them.
+    """Join neighbouring elementwise operations, as mx.compile runs them.
 
-    One that only the next one reads is neither written nor read.
+    An array that only the next of them reads is neither written nor read.
     """
     readers: dict[str, list[Operation]] = defaultdict(list)
     for operation in found:
@@ -111,16 +110,16 @@ def fused(found: list[Operation]) -> list[Operation]:
 
 
 def _root(operation: Operation, maker: dict[str, Operation]) -> int:
-    """The first of the elementwise operations that lead to this one."""
+    """Return the first of the elementwise operations that lead to this one."""
     while earlier := [maker[n] for n, _ in operation.inputs if n in maker]:
         operation = earlier[0]
     return id(operation)
 
 
 def ours(path: Path, length: int):
-    """A step of this package, and what to give it."""
+    """Return a step of this package, and its inputs."""
     from mlx_dgemma.checkpoint.config import read_config
-    from mlx_dgemma.diffusion.step import State, Stepper
+    from mlx_dgemma.diffusion.step import State, StepInputs, Stepper
     from mlx_dgemma.model.loading import load_model
 
     config = read_config(path)
@@ -129,24 +128,21 @@ def ours(path: Path, length: int):
     model.encode(mx.array([[1, 2, 3]]), cache)
     view = model.view(cache, length)
     stepper = Stepper(model, compiled=False)
-    first = State.first(mx.zeros((length,), mx.int32), config.hidden_size, model.dtype)
-    keys, numbers = (
-        mx.zeros((1, 2, 2), mx.uint32),
-        mx.array([[0.6, 0.1, 1.0, 0.0, 0.9]]),
-    )
+    empty = mx.zeros((length,), mx.int32)
+    numbers = mx.array([[0.6, 0.1, 1.0, 0.0, 0.9, 0.0]])
+    inputs = StepInputs(mx.zeros((1, 2, 2), mx.uint32), *numbers.T)
 
     def step(canvas, signal):
-        state = replace(first, canvas=canvas, signal=signal)
-        after, found, _ = stepper._trace(
-            state.arrays, view.arrays, [keys, numbers], None
-        )
-        return [*after, *found]
+        first = State.first(empty, config.hidden_size, model.dtype)
+        state = first._replace(canvas=canvas, signal=signal)
+        after, stats = stepper(state, view, inputs, None)
+        return [*after, *stats]
 
-    return step, (first.canvas, first.signal)
+    return step, (empty[None], mx.zeros((1, length, config.hidden_size)))
 
 
 def theirs(path: Path, length: int):
-    """A step of mlx-vlm's loop, entropy-bound sampler, and what to give it."""
+    """Return a step of mlx-vlm's entropy-bound sampler, and its inputs."""
     from mlx_vlm.generate import diffusion
     from mlx_vlm.utils import load_model
 
@@ -176,7 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     options = parser.parse_args()
-    mx.disable_compile()  # a compiled operation cannot be looked into
+    mx.disable_compile()  # a compiled operation hides its parts
+    # a function with its own gradient cannot be exported; gelu touches no logits
+    type(backends.current()).gelu = backends.Backend.gelu
     from mlx_dgemma.checkpoint.config import read_config
 
     config = read_config(options.checkpoint)
