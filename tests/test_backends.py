@@ -148,6 +148,9 @@ def test_turing_is_the_oldest_gpu(machine, monkeypatch, tmp_path):
 
 
 def test_memory_is_what_the_device_says(machine, tiny):
+    def job() -> memory.Job:
+        return memory.Job(*memory.read_shape(tiny, None), TrainSettings(), LoRA())
+
     machine("metal", MAC)
     assert backends.current().memory() == 48 * GB
     machine("metal", {"memory_size": 64 * GB})
@@ -155,10 +158,10 @@ def test_memory_is_what_the_device_says(machine, tiny):
     machine("cuda", H100 | {"total_memory": 1000})
     backends.choose("cuda")
     with pytest.raises(TrainingError, match=r"this machine has 0\.0 GB"):
-        memory.check(tiny, LoRA(), TrainSettings(), -1)
+        memory.check(job())
     machine("cuda", {})
     assert backends.current().memory() is None
-    memory.check(tiny, LoRA(), TrainSettings(), -1)
+    memory.check(job())
     assert (backends.choose("cpu").memory() or 0) > GB
 
 

@@ -87,7 +87,9 @@ def read_prompt(prompt: str) -> str:
     """Return the prompt, from stdin for "-". Raises SettingsError if it is empty."""
     from ..errors import SettingsError
 
+    source = "--prompt"
     if prompt == "-":
+        source = "stdin"
         if sys.stdin is None:
             raise SettingsError("stdin is closed; give the prompt itself")
         try:
@@ -97,5 +99,5 @@ def read_prompt(prompt: str) -> str:
                 f"stdin is not UTF-8 at byte {error.start}; convert it first"
             ) from None
     if not prompt.strip():
-        raise SettingsError("the prompt is empty; give some text")
+        raise SettingsError(f"{source} is empty; give some text")
     return prompt

@@ -44,9 +44,11 @@ def load_model(folder: Path, config: ModelConfig) -> DiffusionGemma:
     model.eval()
     model.settings = read_generation_config(config, folder)
     if config.has_vision:
-        tokens = read_image_tokens(config, str(folder / "config.json"))
-        load_tower = partial(_load_tower, folder, config)
-        model.vision = ImageEncoder(tokens, folder, load_tower)
+        model.vision = ImageEncoder(
+            folder,
+            partial(read_image_tokens, config, str(folder / "config.json")),
+            partial(_load_tower, folder, config),
+        )
     return model
 
 

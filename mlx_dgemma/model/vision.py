@@ -209,14 +209,23 @@ def pool(x: mx.array, width: int, height: int, side: int) -> mx.array:
 class ImageEncoder:
     """A vision tower that is loaded when it is first used; for any thread.
 
-    tokens   the ids that stand for images in a prompt
     folder   the checkpoint, where the processor's configuration lies
     """
 
-    def __init__(self, tokens: ImageTokens, folder: Path, load: Callable[[], Vision]):
-        self.tokens, self.folder, self._load = tokens, folder, load
+    def __init__(
+        self,
+        folder: Path,
+        read_tokens: Callable[[], ImageTokens],
+        load: Callable[[], Vision],
+    ):
+        self.folder, self._read_tokens, self._load = folder, read_tokens, load
         self._lock = Lock()
         self._tower: Vision | None = None
+
+    @property
+    def tokens(self) -> ImageTokens:
+        """The ids that stand for images in a prompt. Raises ConfigError."""
+        return self._read_tokens()
 
     def encode_image(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
         """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.

@@ -61,7 +61,7 @@ def test_a_malformed_input_is_answered_in_one_line(
     lines = result.stderr.splitlines()
     if result.exit_code == 2:  # click shows how to use the command first
         assert lines[0].startswith("Usage: ")
-        assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
     else:
         assert result.exit_code == len(lines) == 1
         assert lines[0].startswith("error: ")

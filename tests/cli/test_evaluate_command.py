@@ -112,7 +112,6 @@ def test_refusals_are_one_line_before_a_model_is_loaded(data, tmp_path, monkeypa
         (["--data", broken], f"{broken}:2: has neither messages"),
         (["--data", other, "--scorer", SCORER], f"{other}:1: the answer has 1 cells"),
         (["--data", data, "--scorer", "score.py"], "write it like FILE.py:function"),
-        *((["--data", data, "--steps", s], "--steps is") for s in ("", "0", "1,x")),
     ):
         result = run(*args)
         assert (result.exit_code, result.stdout) == (1, "")
@@ -122,6 +121,10 @@ def test_refusals_are_one_line_before_a_model_is_loaded(data, tmp_path, monkeypa
     for flag, value in (("--count", "0"), ("-b", "0"), ("--seed", "-1"), ("--size", 4)):
         result = run("--data", data, flag, value)
         assert (result.exit_code, result.stdout) == (2, "") and flag in result.stderr
+    for steps in ("", "0", "1,x"):
+        result = run("--data", data, "--steps", steps)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "--steps is" in result.stderr.splitlines()[-1]
     assert run().exit_code == 2
 
 

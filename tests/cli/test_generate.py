@@ -145,7 +145,7 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
         (["--confidence", "nan"], "confidence is nan; it must be a number from 0 up"),
         (["--stop", ""], "must be strings that are not empty"),
         (["--model", "no/where/at/all"], "no/where/at/all: no such folder"),
-        (["--prompt", "-"], "the prompt is empty; give some text"),
+        (["--prompt", "-"], "stdin is empty; give some text"),
         (["--prompt", "\udcff"], "lone surrogate"),
         (["--image", __file__], "picture 1: "),
         (["--image", "http://127.0.0.1/a.png"], "http: sources are not fetched"),

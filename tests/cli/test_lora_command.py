@@ -28,11 +28,13 @@ def run(*args):
     return CliRunner().invoke(command.main, [str(a) for a in args])
 
 
-def refused(*args):
+def refused(*args, code=1):
+    """The last line of stderr: the only one, or below the usage for code 2."""
     result = run(*args)
-    assert result.exit_code == 1, result.output
-    assert result.stderr.count("\n") == 1
-    return result.stderr
+    assert result.exit_code == code, result.output
+    *usage, line = result.stderr.splitlines()
+    assert bool(usage) == (code == 2) and line.startswith("error: ")
+    return line
 
 
 @pytest.fixture
@@ -154,12 +156,15 @@ def test_what_does_not_go_together_is_refused(tiny, data, tmp_path):
     base = ["--train", "--model", tiny, "--data", data]
     full = ["--fine-tune-type", "full"]
     convert(tiny, tmp_path / "q", quantize=True, q_group_size=32)
-    for args, message in (
+    for args, message in (  # usage
         (["--model", tiny, "--data", data], "give at least one of --train, --test"),
         (["--train", "--data", data], "--model is missing"),
         (["--train", "--model", tiny], "--data is missing"),
         ([*base, *full, "--target", "mlp"], "--target is for --fine-tune-type lora"),
         ([*base, "--train-router"], "--train-router is for --fine-tune-type full"),
+    ):
+        assert message in refused(*args, "--adapter-path", tmp_path / "a", code=2)
+    for args, message in (
         ([*base, "--rank", 0], "rank is 0"),
         ([*base, "--num-layers", 9], "this model has 3"),
         ([*base, "--iters", 3, "--grad-accumulation-steps", 2], "must be a multiple"),

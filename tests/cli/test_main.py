@@ -46,7 +46,7 @@ def test_errors_are_those_of_the_command():
         assert result.stderr.splitlines()[1] == error
     result = run("generate", "--model", "no/where", "--prompt", " ")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: the prompt is empty; give some text\n"
+    assert result.stderr == "error: --prompt is empty; give some text\n"
 
 
 @pytest.mark.slow
