@@ -41,7 +41,7 @@ def loaded(path: Path) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5), (), (0,), (2, 0, 3), (2, 1, 3, 2)])
+@pytest.mark.parametrize("shape", [(3, 5), (), (2, 0, 3)])
 def test_written_files_load_elsewhere_and_here(tmp_path, name, shape):
     path = tmp_path / "a.safetensors"
     values = np.abs(np.random.default_rng(0).normal(size=shape) * 60)
@@ -57,25 +57,17 @@ def test_written_files_load_elsewhere_and_here(tmp_path, name, shape):
         assert theirs["after"].tolist() == [1, 2, 3]
 
 
-def test_float32_bytes_are_numpys(tmp_path):
+def test_float32_bytes_are_numpys_and_aligned(tmp_path):
     path = tmp_path / "a.safetensors"
     array = np.array([[1.5, -0.0], [np.inf, 3e-39]], np.float32)
     for size in range(1, 9):
         write(path, {"n" * size: mx.array(array)})
-        raw = path.read_bytes()
-        (length,) = struct.unpack("<Q", raw[:8])
-        header = json.loads(raw[8 : 8 + length])
-        assert header["n" * size] == entry("F32", [2, 2], [0, 16])
-        assert raw[8 + length :] == array.tobytes()
-        assert length % 8 == 0  # the data is aligned whatever the names
-
-
-@pytest.mark.parametrize("dtype", [mx.int32, mx.bfloat16])
-def test_strided_and_transposed_arrays_are_written_in_row_order(tmp_path, dtype):
-    path, array = tmp_path / "a.safetensors", mx.arange(12).reshape(3, 4)
-    array = array.astype(dtype)
-    write(path, {"t": array.T, "s": array[:, ::2]})
-    assert loaded(path)["t"].tolist() == array.T.tolist()
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert path.read_bytes()[8 + length :] == array.tobytes()
+        assert length % 8 == 0
+    strided = mx.arange(12).reshape(3, 4).astype(mx.bfloat16)
+    write(path, {"t": strided.T, "s": strided[:, ::2]})
+    assert loaded(path)["t"].tolist() == strided.T.tolist()
     assert loaded(path)["s"].tolist() == [[0, 2], [4, 6], [8, 10]]
 
 
@@ -124,54 +116,39 @@ def one(
     return pack({"x": entry(dtype, shape, offsets)}, bytes(size))
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (pack({}, length=10**6), "header of 1000000 bytes"),
-        (pack({}, length=2**64 - 1), "truncated"),
-        (pack({}, length=3), "header of 3 bytes"),
-        (b"<!DOCTYPE html><html>not found</html>", "truncated"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "header"),
-        (pack(b"\x80garbage"), "broken header"),
-        (pack(b'{"x": {"dtype":'), "broken header"),
-        (pack(b"[" * 50_000), "broken header"),
-        (pack(b'{"x": ' + b"9" * 5000 + b"}"), "broken header"),
-        (pack([entry()]), "broken header"),
-        (pack(7), "broken header"),
-        (pack({"x": [1]}), "x: broken"),
-        (pack({"x": None}), "x: broken"),
-        (pack({"x": {"shape": [], "data_offsets": [0, 4]}}), "x: broken"),
-        (pack({"x": {"dtype": "F32", "data_offsets": [0, 4]}}), "x: broken"),
-        (pack({"x": {"dtype": "F32", "shape": []}}), "x: broken"),
-        (one(shape=2), "x: broken"),
-        (one(shape="2"), "x: broken"),
-        (one(shape=[-2]), "x: broken"),
-        (one(shape=[-2, -1]), "x: broken"),
-        (one(shape=[2.0]), "x: broken"),
-        (one(shape=[True], offsets=[0, 4], size=4), "x: broken"),
-        (one(offsets=[0, 4, 8]), "x: broken"),
-        (one(offsets=[-8, 0]), "x: broken"),
-        (one(offsets=[8, 0]), "x: -8 bytes"),
-        (one(offsets=[0, 7]), "x: 7 bytes for shape [2] of F32, which needs 8"),
-        (one(offsets=[0, 9], size=9), "x: 9 bytes"),
-        (one(shape=[0]), "x: 8 bytes"),
-        (one(shape=[2**62] * 4), "x: 8 bytes"),
-        (one(offsets=[4, 12]), "x: ends 4"),
-        (one("F8_E4M3", [8]), "F8_E4M3 is not supported; convert from the bfloat16"),
-        (one("F64", [1]), "x: dtype F64"),
-        (one(["F32"]), "x: dtype"),
-        (one(None), "x: dtype None"),
-        (pack({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)), "x and y over"),
-        (pack({"b": entry(), "a": entry()}, bytes(8)), "a and b overlap"),
-        (pack({"in": entry("U8", [1], [3, 4]), "out": entry()}, bytes(8)), "and in ov"),
-    ],
-    ids=range(37),
-)
-def test_a_bad_header_is_refused_by_file_and_tensor(tmp_path, content, named):
-    refused(tmp_path, content, named)
+BROKEN_ENTRIES = [
+    *([1], None, {"shape": [], "data_offsets": [0, 4]}),
+    *({"dtype": "F32", "data_offsets": [0, 4]}, {"dtype": "F32", "shape": []}),
+    *(entry(shape=shape) for shape in (2, "2", [-2], [-2, -1], [2.0], [True] * 2)),
+    *(entry(offsets=offsets) for offsets in ([0, 4, 8], [-8, 0])),
+]
+BAD = [
+    (pack({}, length=10**6), "header of 1000000 bytes"),
+    (pack({}, length=2**64 - 1), "truncated"),
+    (pack({}, length=3), "header of 3 bytes"),
+    (b"<!DOCTYPE html><html>not found</html>", "truncated"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "header"),
+    (pack(b"\x80garbage"), "broken header"),
+    (pack(b"[" * 50_000), "broken header"),
+    (pack(b'{"x": ' + b"9" * 5000 + b"}"), "broken header"),
+    (pack([entry()]), "broken header"),
+    *((pack({"x": broken}, bytes(8)), "x: broken") for broken in BROKEN_ENTRIES),
+    (one(offsets=[8, 0]), "x: -8 bytes"),
+    (one(offsets=[0, 7]), "x: 7 bytes for shape [2] of F32, which needs 8"),
+    (one(offsets=[0, 9], size=9), "x: 9 bytes"),
+    (one(shape=[2**62] * 4), "x: 8 bytes"),
+    (one(offsets=[4, 12]), "x: ends 4"),
+    (one("F8_E4M3", [8]), "F8_E4M3 is not supported; convert from the bfloat16"),
+    (one(None), "x: dtype None"),
+    (pack({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)), "x and y over"),
+    (pack({"b": entry(), "a": entry()}, bytes(8)), "a and b overlap"),
+    (pack({"in": entry("U8", [1], [3, 4]), "out": entry()}, bytes(8)), "and in ov"),
+]
 
 
-def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path):
+def test_a_bad_header_is_refused_by_file_and_tensor(tmp_path):
+    for content, named in BAD:
+        refused(tmp_path, content, named)
     with pytest.raises(CheckpointError, match="no such file"):
         read_header(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="directory"):
@@ -194,14 +171,6 @@ def test_neither_a_vast_header_nor_data_is_read(tmp_path):
 
 mutations = st.lists(
     st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1
-)
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(list(DTYPES)),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.fixed_dictionaries({"dtype": inner, "shape": inner, "data_offsets": inner})
-    ),
-    max_leaves=12,
 )
 quick = settings(
     max_examples=60,
@@ -231,16 +200,3 @@ def test_mutated_bytes_are_refused_or_harmless(tmp_path, changes):
     assert sum(info.nbytes for info in infos.values()) <= 11
     for info in infos.values():
         assert all(type(n) is int and n >= 0 for n in info.shape)
-
-
-@quick
-@given(st.dictionaries(st.text(max_size=3), values, max_size=3))
-def test_any_json_header_is_read_or_refused(tmp_path, header):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(pack(header, bytes(16)))
-    try:
-        infos = read_header(path)
-    except CheckpointError:
-        return
-    assert set(infos) == set(header) - {"__metadata__"}
-    assert sum(info.nbytes for info in infos.values()) <= 16
