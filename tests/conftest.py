@@ -29,6 +29,16 @@ def tiny_model(tiny):
     return load(tiny)
 
 
+@pytest.fixture(scope="session")
+def quantised(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint at 4 bits; do not write to it."""
+    from mlx_dgemma.checkpoint.convert import convert
+
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    convert(tiny, folder, quantize=True)
+    return folder
+
+
 @pytest.fixture
 def tuned(monkeypatch):
     """`tuned(vocabulary_chunk=128)`: other numbers of the backend in use."""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +11,8 @@ import pytest
 from checkpoint.folders import copied, read_json, tensors
 
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.quantize import (
     MODES,
-    RECIPES,
     Quantization,
     QuantizationMap,
     quantizable,
@@ -43,14 +42,6 @@ def named(q: Quantization) -> str:
     return f"{q.mode}-{q.bits}-{q.group_size}"
 
 
-@pytest.fixture(scope="module")
-def quantised(tiny, tmp_path_factory) -> Path:
-    """The tiny checkpoint at 4 bits; do not write to it."""
-    folder = tmp_path_factory.mktemp("quantised") / "model"
-    convert(tiny, folder, quantize=True)
-    return folder
-
-
 # Against mlx itself
 
 
@@ -62,34 +53,26 @@ def test_the_modes_are_those_of_mlx():
                 if bits not in known.bits or size not in known.group_sizes:
                     with pytest.raises(ConversionError, match=mode):
                         Quantization(mode=mode, bits=bits, group_size=size)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
+    for change, named in (
         ({"mode": "int4"}, "q-mode is 'int4'; supported: affine, mxfp4, mxfp8, nvfp4"),
         ({"bits": 7}, "q-bits is 7; affine supports 2, 3, 4, 5, 6, 8"),
         ({"group_size": 16}, "q-group-size is 16; affine supports 32, 64, 128"),
-        ({"mode": "nvfp4", "group_size": 64}, "q-group-size is 64; nvfp4 supports 16"),
-    ],
-)
-def test_unsupported_quantisations_are_refused_by_flag(change, named):
-    with pytest.raises(ConversionError, match=named):
-        Quantization(**change)
+    ):
+        with pytest.raises(ConversionError, match=named):
+            Quantization(**change)
     with pytest.raises(ConversionError, match="nosuch"):
         with_defaults("nosuch")
 
 
-@pytest.mark.parametrize(
-    ("mode", "bits", "size"),
-    [("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
-)
-def test_defaults_are_the_modes_own_and_mlxs(mode, bits, size):
-    found = with_defaults(mode)
-    assert found == Quantization(mode=mode, bits=bits, group_size=size)
-    theirs = mx.quantize(weight(4, 64), mode=mode)
-    for part, array in zip(found.quantize(weight(4, 64)).values(), theirs, strict=True):
-        assert mx.array_equal(part, array).item()
+def test_defaults_are_the_modes_own_and_mlxs():
+    modes = ("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)
+    for mode, bits, size in modes:
+        found = with_defaults(mode)
+        assert found == Quantization(mode=mode, bits=bits, group_size=size)
+        theirs = mx.quantize(weight(4, 64), mode=mode)
+        ours = found.quantize(weight(4, 64)).values()
+        for part, array in zip(ours, theirs, strict=True):
+            assert mx.array_equal(part, array).item()
     assert with_defaults("affine", 3, 128) == Quantization(bits=3, group_size=128)
 
 
@@ -104,22 +87,16 @@ def test_a_fitting_quantisation_packs_as_mlx_does(q):
         # groups shrink only as far as a width needs
         allowed = [s for s in MODES[q.mode].group_sizes if s <= q.group_size]
         assert fitting.group_size == max(s for s in allowed if width % s == 0)
-        parts = fitting.quantize(weight(2, 6, width))
+        dense = weight(2, 6, width)
+        parts = fitting.quantize(dense)
         shapes = {name: array.shape for name, array in parts.items()}
         assert shapes == fitting.packed_shapes((2, 6, width))
         for name, array in parts.items():
             assert array.dtype == (fitting.storage_dtype(name) or mx.float32)
-
-
-@pytest.mark.parametrize("q", EVERY, ids=named)
-def test_dequantize_is_mlxs(q):
-    for dtype in (mx.float32, mx.bfloat16):
-        dense = weight(2, 4, 128).astype(dtype)
-        spec = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
-        theirs = mx.dequantize(*mx.quantize(dense, **spec), **spec, dtype=dtype)
-        ours = q.dequantize(q.quantize(dense), dtype)
-        assert ours.dtype == dtype
-        assert mx.array_equal(ours, theirs).item()
+        for dtype in (mx.float32, mx.bfloat16):
+            theirs = mx.dequantize(*parts.values(), **asdict(fitting), dtype=dtype)
+            ours = fitting.dequantize(parts, dtype)
+            assert ours.dtype == dtype and mx.array_equal(ours, theirs).item()
 
 
 # Recipes
@@ -138,78 +115,49 @@ def test_linear_maps_and_the_embedding_are_quantised_and_nothing_else(tiny):
     )
 
 
-@pytest.mark.parametrize("base", [Quantization(bits=3), with_defaults("mxfp4")])
-def test_mixed_keeps_all_but_the_experts_at_8_bits(base):
-    path = f"{DECODER}layers.0"
-    assert RECIPES["mixed"](f"{path}.experts.down_proj", base) == base
-    for layer in ("mlp.down_proj", "self_attn.q_proj", "router.proj"):
-        found = RECIPES["mixed"](f"{path}.{layer}", base)
-        assert found == Quantization(bits=8, group_size=64)
-        assert RECIPES["uniform"](f"{path}.{layer}", base) == base
-
-
 # config.json
 
 
-@pytest.mark.parametrize("q", EVERY, ids=named)
-def test_what_is_written_is_read_again(q):
+def test_what_is_written_is_read_again():
     other = Quantization(bits=8, group_size=32)
-    written = QuantizationMap(q, {f"{DECODER}embed_tokens": other})
-    raw = json.loads(json.dumps({"quantization": written.to_config()}))
-    read = read_quantization(raw, "config.json")
-    assert read == written
-    assert read.of(f"{DECODER}embed_tokens") == other
-    assert read.of(f"{DECODER}layers.0.mlp.up_proj") == q
+    for q in EVERY:
+        written = QuantizationMap(q, {f"{DECODER}embed_tokens": other})
+        raw = json.loads(json.dumps({"quantization": written.to_config()}))
+        read = read_quantization(raw, "config.json")
+        assert read == written
+        assert read.of(f"{DECODER}embed_tokens") == other
+        assert read.of(f"{DECODER}layers.0.mlp.up_proj") == q
 
 
-@pytest.mark.parametrize(
-    ("raw", "default"),
-    [
-        ({}, None),
-        ({"quantization": None}, None),
-        ({"quantization": {}}, None),
-        ({"quantization": {"mode": "nvfp4"}}, with_defaults("nvfp4")),
-        ({"quantization": {"bits": 8, "vision": False}}, Quantization(bits=8)),
-        ({"quantization_config": {"bits": 8}}, Quantization(bits=8)),
-        (
-            {"quantization": {"bits": 3}, "quantization_config": {"bits": 8}},
-            Quantization(bits=3),
-        ),
-    ],
-)
-def test_either_key_declares_and_the_first_wins(raw, default):
-    found = read_quantization(raw, "c")
-    assert found == (None if default is None else QuantizationMap(default))
+def test_either_key_declares_and_the_first_wins():
+    key, second = "quantization", "quantization_config"
+    for raw in ({}, {key: None}, {key: {}}):
+        assert read_quantization(raw, "c") is None
+    for raw, default in (
+        ({key: {"mode": "nvfp4"}}, with_defaults("nvfp4")),
+        ({key: {"bits": 8, "vision": False}}, Quantization(bits=8)),
+        ({second: {"bits": 8}}, Quantization(bits=8)),
+        ({key: {"bits": 3}, second: {"bits": 8}}, Quantization(bits=3)),
+    ):
+        assert read_quantization(raw, "c") == QuantizationMap(default)
 
 
-FOREIGN = [
-    {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
-    {"quant_method": "awq", "bits": 4, "group_size": -1},
-    {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    {"quant_method": "compressed-tensors", "config_groups": {"g": {}}},
+IMPOSSIBLE: list[tuple[Any, str]] = [
+    ("4bit", "must be an object"),
+    *(({"bits": bits}, f"bits is {bits!r}") for bits in (7, 4.0, True, "4")),
+    ({"group_size": 16}, "group_size is 16"),
+    ({"mode": "mxfp4", "bits": 8}, "bits is 8"),
+    ({"mode": "int8"}, "mode is 'int8'"),
+    ({"mode": []}, "mode is []"),
+    ({"bits": 4, "a.b": {"bits": 9}}, "a.b: bits is 9"),
+    ({"bits": 4, "a.b": True}, "a.b is True"),
+    ({"bits": 4, "desc_act": 1}, "desc_act is 1"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "not MLX's; convert from"),
+    ({"quant_method": "fp8", "weight_block_size": [8, 8]}, "the bfloat16 release"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        ("4bit", "must be an object"),
-        ([4, 64], "must be an object"),
-        ({"bits": 7}, "bits is 7"),
-        ({"bits": 4.0}, "bits is 4.0"),
-        ({"bits": True}, "bits is True"),
-        ({"bits": "4"}, "bits is '4'"),
-        ({"group_size": 16}, "group_size is 16"),
-        ({"mode": "mxfp4", "bits": 8}, "bits is 8"),
-        ({"mode": "int8"}, "mode is 'int8'"),
-        ({"mode": []}, "mode is []"),
-        ({"bits": 4, "a.b": {"bits": 9}}, "a.b: bits is 9"),
-        ({"bits": 4, "a.b": True}, "a.b is True"),
-        ({"bits": 4, "desc_act": 1}, "desc_act is 1"),
-        *[(one, "not MLX's; convert from the bfloat16 release") for one in FOREIGN],
-    ],
-)
+@pytest.mark.parametrize(("value", "named"), IMPOSSIBLE)
 def test_impossible_declarations_are_refused_by_key(value, named):
     with pytest.raises(ConfigError) as caught:
         read_quantization({"quantization_config": value}, "config.json")
@@ -229,21 +177,15 @@ def refused(folder: Path, *named: str) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("q", "named"),
-    [
-        (Quantization(bits=2), ("needs [32, 4]", "2-bit affine", "quantization")),
-        (Quantization(bits=8), ("needs [32, 16]", "8-bit affine", "[32, 8]")),
-        (Quantization(group_size=32), (DECODER, "groups of 32", "quantization")),
-        (with_defaults("mxfp4"), ("unexpected", DECODER, "biases")),
-    ],
-    ids=["2 bits", "8 bits", "groups", "mode"],
-)
-def test_weights_stored_otherwise_than_declared_are_refused(
-    quantised, tmp_path, q, named
-):
-    folder = copied(quantised, tmp_path / "m", config={"quantization": asdict(q)})
-    refused(folder, *named)
+def test_weights_stored_otherwise_than_declared_are_refused(quantised, tmp_path):
+    for q, *named in (
+        (Quantization(bits=8), "needs [32, 16]", "8-bit affine", "[32, 8]"),
+        (Quantization(group_size=32), DECODER, "groups of 32", "quantization"),
+        (with_defaults("mxfp4"), "unexpected", DECODER, "biases"),
+    ):
+        declared = {"quantization": asdict(q)}
+        folder = copied(quantised, tmp_path / named[1][:5], config=declared)
+        refused(folder, *named)
 
 
 def test_declarations_that_are_forgotten_are_refused(quantised, tiny, tmp_path):
@@ -253,11 +195,8 @@ def test_declarations_that_are_forgotten_are_refused(quantised, tiny, tmp_path):
     one = copied(quantised, tmp_path / "1", config={"quantization": declared})
     refused(one, layer, "groups of 64")
     nothing = {"quantization": None, "quantization_config": None}
-    refused(
-        copied(quantised, tmp_path / "2", config=nothing),
-        "quantization is missing",
-        DECODER,
-    )
+    two = copied(quantised, tmp_path / "2", config=nothing)
+    refused(two, "quantization is missing", DECODER)
     # one that is not needed makes nothing quantised
     idle = copied(tiny, tmp_path / "3", config={"quantization": declared})
     assert load_model(idle, read_config(idle)).embed_tokens.weight.dtype == mx.float32
@@ -272,13 +211,8 @@ EMBEDDING = f"{DECODER}embed_tokens"
         (f"{EMBEDDING}.weight", None, "missing"),
         (f"{EMBEDDING}.biases", None, "missing"),
         # without scales the other two look like a dense layer
-        (
-            f"{EMBEDDING}.scales",
-            None,
-            "unexpected tensors: model.decoder.embed_tokens.b",
-        ),
+        (f"{EMBEDDING}.scales", None, f"unexpected tensors: {EMBEDDING}.b"),
         (f"{EMBEDDING}.weight", mx.float32, "float32, not mlx.core.uint32"),
-        (f"{EMBEDDING}.weight", mx.int32, "int32"),
         (f"{EMBEDDING}.scales", mx.uint8, "uint8, not floats"),
         (f"{DECODER}norm.scales", mx.float32, f"{DECODER}norm.scales"),
     ],
