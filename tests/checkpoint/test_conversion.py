@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.utils
 import numpy as np
 import pytest
 from checkpoint.folders import copied, listing, logits, read_json, same, tensors
@@ -27,17 +26,10 @@ VISION = {
 }
 
 
-@pytest.fixture(scope="module")
-def quantised(tiny, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quantised") / "model"
-    convert(tiny, folder, quantize=True)
-    return folder
-
-
 # Dense values
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_a_dense_conversion_keeps_every_value_bit_for_bit(tiny, tmp_path, dtype):
     tied = {"lm_head.weight": mx.zeros((32, 64))}  # not written
     source = copied(tiny, tmp_path / "source", dtype=dtype, more=tied)
@@ -52,7 +44,7 @@ def test_a_dense_conversion_keeps_every_value_bit_for_bit(tiny, tmp_path, dtype)
         assert one.read_bytes() == two.read_bytes(), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_is_of_every_dense_tensor_and_in_the_config(tiny, tmp_path, dtype):
     text = tiny_config()["text_config"] | {"dtype": "float32"}
     config = {"dtype": "float32", "torch_dtype": "float32", "text_config": text}
@@ -66,7 +58,7 @@ def test_dtype_is_of_every_dense_tensor_and_in_the_config(tiny, tmp_path, dtype)
     assert set(named) == {dtype}
 
 
-def test_without_dtype_dense_parts_keep_the_sources(tiny, tmp_path):
+def test_without_dtype_dense_parts_keep_the_sources(tiny, quantised, tmp_path):
     source = copied(tiny, tmp_path / "source", dtype=mx.bfloat16)
     convert(source, tmp_path / "out", quantize=True)
     found = tensors(tmp_path / "out")
@@ -74,11 +66,12 @@ def test_without_dtype_dense_parts_keep_the_sources(tiny, tmp_path):
     assert found["embed_tokens.scales"].dtype == mx.bfloat16
     model = load_model(tmp_path / "out", read_config(tmp_path / "out"))
     assert model.dtype == mx.bfloat16
+    convert(quantised, tmp_path / "dense", dequantize=True, dtype="float16")
+    dense = tensors(tmp_path / "dense").values()
+    assert {array.dtype for array in dense} == {mx.float16}
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"dtype": "float16"}, {"quantize": True}], ids=["as", "half", "q"]
-)
+@pytest.mark.parametrize("how", [{"dtype": "float16"}, {"quantize": True}], ids=str)
 def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
     config = {"vision_config": {"hidden_size": 3}}
     source = copied(tiny, tmp_path / "source", more=VISION, config=config)
@@ -94,13 +87,14 @@ def test_the_vision_tower_is_kept_as_it_is(tiny, tmp_path, how):
 # Rounded values
 
 # How a weight of inner width 64 or 128 is stored, and one of 32: experts' down_proj.
-ROUNDED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+Spec, Tensors = dict[str, Any], dict[str, mx.array]
+ROUNDED: dict[str, tuple[Spec, Spec, Spec]] = {
     f"affine-{bits}": (
         {"q_bits": bits},
         {"group_size": 64, "bits": bits, "mode": "affine"},
         {"group_size": 32, "bits": bits, "mode": "affine"},
     )
-    for bits in (3, 4, 8)
+    for bits in (3, 8)
 }
 for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
     spec = {"group_size": size, "bits": bits, "mode": mode}
@@ -108,18 +102,22 @@ for mode, size, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
 EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
 
 
-def by_hand(tiny: Path, spec_of: Callable[[str, int], dict[str, Any]]) -> np.ndarray:
-    """Logits of the dense model, its weights rounded by mlx as they would be."""
+def rounded(weights: Tensors, spec_of: Callable[[str, int], Spec]) -> Tensors:
+    """The matrices among the weights, rounded by mlx."""
+    found = {}
+    for name, weight in weights.items():
+        if weight.ndim > 1:
+            spec = spec_of(name, weight.shape[-1])
+            parts = mx.quantize(weight, **spec)
+            found[name] = mx.dequantize(*parts, **spec, dtype=mx.float32)
+    return found
+
+
+def by_hand(tiny: Path, spec_of: Callable[[str, int], Spec]) -> np.ndarray:
+    """Logits of the dense model with rounded weights."""
     model = load_model(tiny, read_config(tiny))
-    rounded = []
-    for name, weight in mlx.utils.tree_flatten(model.parameters()):
-        if weight.ndim < 2:
-            continue
-        spec = spec_of(name, weight.shape[-1])
-        parts = mx.quantize(weight, **spec)
-        rounded.append((name, mx.dequantize(*parts, **spec, dtype=mx.float32)))
-    model.load_weights(rounded, strict=False)
-    return logits(model)
+    weights = list(rounded(tensors(tiny), spec_of).items())
+    return logits(model.load_weights(weights, strict=False))
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -127,21 +125,17 @@ def test_quantised_logits_are_those_of_weights_rounded_by_hand(tiny, tmp_path, n
     how, wide, narrow = ROUNDED[name]
     converted = convert(tiny, tmp_path / "q", quantize=True, **how)
     found = logits(load_model(tmp_path / "q", read_config(tmp_path / "q")))
-    wanted = by_hand(tiny, lambda _, width: narrow if width == 32 else wide)
+
+    def spec_of(_: str, width: int) -> Spec:
+        return narrow if width == 32 else wide
+
+    wanted = by_hand(tiny, spec_of)
     np.testing.assert_allclose(found, wanted, atol=2e-4)
     exact = logits(load_model(tiny, read_config(tiny)))
     assert np.abs(wanted - exact).max() > 0.02  # rounding shows, and alike
     assert converted.bits_per_weight < 32 / 2
-    # and back
     convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
-    values = {}
-    for parameter, array in tensors(tiny).items():
-        values[parameter] = array
-        if array.ndim >= 2:
-            spec = narrow if array.shape[-1] == 32 else wide
-            parts = mx.quantize(array, **spec)
-            values[parameter] = mx.dequantize(*parts, **spec, dtype=mx.float32)
-    same(tensors(tmp_path / "dense"), values)
+    same(tensors(tmp_path / "dense"), tensors(tiny) | rounded(tensors(tiny), spec_of))
     keys = read_json(tmp_path / "dense").keys()
     assert not keys & {"quantization", "quantization_config"}
 
@@ -151,7 +145,7 @@ def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
     convert(tiny, out, quantize=True, q_bits=3, quant_predicate="mixed")
     _, wide, narrow = ROUNDED["affine-3"]
 
-    def spec(name: str, width: int) -> dict[str, Any]:
+    def spec(name: str, width: int) -> Spec:
         if ".experts." in name:
             return narrow if width == 32 else wide
         return EIGHT
@@ -170,8 +164,6 @@ def test_the_mixed_recipe_rounds_only_the_experts_further(tiny, tmp_path):
         special = narrow if ".experts." in layer else EIGHT
         assert found == (None if fits else special)
     assert not quantization
-    assert f"{DECODER}layers.0.experts.gate_up_proj.biases" in names
-    assert "model.encoder.language_model.layers.0.layer_scalar" in names
 
 
 def test_layers_no_group_divides_stay_dense_and_are_reported(tmp_path):
@@ -188,12 +180,6 @@ def test_layers_no_group_divides_stay_dense_and_are_reported(tmp_path):
     same(*kept)
     exact = logits(load_model(source, read_config(source)))
     assert np.abs(logits(model) - exact).max() < 1
-
-
-def test_dequantizing_obeys_dtype(quantised, tmp_path):
-    convert(quantised, tmp_path / "out", dequantize=True, dtype="bfloat16")
-    found = tensors(tmp_path / "out").values()
-    assert {array.dtype for array in found} == {mx.bfloat16}
 
 
 # Configuration and files
@@ -267,14 +253,6 @@ def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
     assert {total for _, _, total in calls} == {converted.bytes}
 
 
-def test_a_sharded_source_is_converted_like_a_single_file(tiny, tmp_path):
-    converted = convert(tiny, tmp_path / "many", shard_bytes=1)
-    assert converted.shards == len(read_tensors(tiny))
-    convert(tmp_path / "many", tmp_path / "one")
-    same(tensors(tmp_path / "one"), tensors(tiny))
-    assert not (tmp_path / "one" / INDEX).exists()
-
-
 def test_reported_numbers_are_those_of_the_files(tiny, tmp_path):
     converted = convert(tiny, tmp_path / "out", quantize=True)
     file = tmp_path / "out" / "model.safetensors"
@@ -290,48 +268,30 @@ def test_reported_numbers_are_those_of_the_files(tiny, tmp_path):
 # Refused before a byte is written
 
 
-def refused(tmp_path: Path, source: Path, *named: str, **how: Any) -> None:
-    before = listing(tmp_path)
-    with pytest.raises(DGemmaError) as caught:
-        convert(source, tmp_path / "out", **how)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in named:
-        assert part in message
-    assert listing(tmp_path) == before
+def test_what_cannot_be_converted_is_refused(quantised, tiny, tmp_path, monkeypatch):
+    def refused(source: Path, *named: str, **how: Any) -> None:
+        before = listing(tmp_path)
+        with pytest.raises(DGemmaError) as caught:
+            convert(source, tmp_path / "out", **how)
+        message = str(caught.value)
+        assert "\n" not in message
+        for part in named:
+            assert part in message
+        assert listing(tmp_path) == before
 
-
-def test_a_source_that_does_not_suit_is_refused(quantised, tiny, tmp_path):
     for how in ({"quantize": True}, {}, {"dtype": "float16"}):
-        refused(tmp_path, quantised, str(quantised), "--dequantize", **how)
-    refused(tmp_path, tiny, str(tiny), "not quantised", dequantize=True)
+        refused(quantised, str(quantised), "--dequantize", **how)
+    refused(tiny, str(tiny), "not quantised", dequantize=True)
     broken = copied(tiny, tmp_path / "broken")
     (broken / "generation_config.json").write_text('{"t_max": 0}')
-    refused(tmp_path, broken, "generation_config.json", "t_max")
-
-
-@pytest.mark.parametrize(
-    ("how", "named"),
-    [
-        ({"quantize": True, "dequantize": True}, "exclude"),
-        ({"dtype": "float64"}, "dtype is 'float64'; supported: float32, float16"),
-        ({"quantize": True, "quant_predicate": "best"}, "best"),
-        ({"q_bits": 4}, "--q-bits is given without --quantize"),
-        ({"q_mode": "mxfp4"}, "--q-mode is given without --quantize"),
-        ({"quant_predicate": "mixed"}, "--quant-predicate is given without"),
-        ({"quantize": True, "q_mode": "int4"}, "int4"),
-        ({"quantize": True, "q_bits": 7}, "q-bits is 7"),
-        ({"quantize": True, "q_mode": "mxfp4", "q_group_size": 64}, "q-group-size"),
-    ],
-)
-def test_impossible_arguments_are_refused(tiny, tmp_path, how, named):
-    refused(tmp_path, tiny, named, **how)
-
-
-def test_too_little_disk_names_what_is_needed_and_what_is_free(
-    tiny, tmp_path, monkeypatch
-):
+    refused(broken, "generation_config.json", "t_max")
+    refused(tiny, "exclude", quantize=True, dequantize=True)
+    refused(tiny, "'float64'; supported: float32, float16", dtype="float64")
+    refused(tiny, "best", quantize=True, quant_predicate="best")
+    refused(tiny, "--q-mode is given without --quantize", q_mode="mxfp4")
+    refused(tiny, "--quant-predicate is given without", quant_predicate="mixed")
+    refused(tiny, "int4", quantize=True, q_mode="int4")
     usage = shutil.disk_usage(tmp_path)._replace(free=1_234_567)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     needed = sum(info.nbytes for info in read_tensors(tiny).values()) + 64 * 2**20
-    refused(tmp_path, tiny, f"{needed:,}", "1,234,567")
+    refused(tiny, f"{needed:,}", "1,234,567")
