@@ -18,7 +18,6 @@ from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.adapters.folder import CONFIG, WEIGHTS
 from mlx_dgemma.adapters.lora import LoRA, adapt, unfreeze
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import AdapterError, DGemmaError
 from mlx_dgemma.model.language import DiffusionGemma
 
@@ -31,10 +30,8 @@ def refusal(call, *args, **kwargs) -> str:
 
 
 @pytest.fixture(scope="module")
-def bases(tiny, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases") / "q"
-    convert(tiny, folder, quantize=True)
-    return {"dense": tiny, "affine": folder}
+def bases(tiny, quantised) -> dict[str, Path]:
+    return {"dense": tiny, "affine": quantised}
 
 
 @pytest.fixture
@@ -95,36 +92,26 @@ def test_saved_weights_give_the_same_logits_when_they_are_loaded(
     np.testing.assert_array_equal(logits(other), logits(model))
     assert not adapters.trained(other)
     every: Any = dict(tree_flatten(model.parameters()))
-    scalars = 2 * 3 if num_layers == -1 else None  # one a layer and mode
-    if scalars is not None:
-        assert adapters.count(every) - adapters.count(weights) == scalars
+    if num_layers == -1:  # one scalar a layer and mode
+        assert adapters.count(every) - adapters.count(weights) == 2 * 3
 
 
-def test_the_configuration_is_mlx_lms(tmp_path):
-    config = {"model": "m", **adapters.config_of(SMALL, -1)}
-    adapters.save(tmp_path, {}, config)
+def test_the_configuration_is_mlx_lms_and_is_read_as_written(tmp_path):
+    adapters.save(tmp_path, {}, {"model": "m", **adapters.config_of(SMALL, -1)})
     assert listing(tmp_path) == [CONFIG, WEIGHTS]
+    keys = ["mlp.up_proj", "experts.down_proj"]
     assert json.loads((tmp_path / CONFIG).read_text()) == {
         "model": "m",
         "fine_tune_type": "lora",
         "num_layers": 2,
-        "lora_parameters": {
-            "rank": 2,
-            "scale": 1.5,
-            "dropout": 0.0,
-            "keys": ["mlp.up_proj", "experts.down_proj"],
-        },
+        "lora_parameters": {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": keys},
     }
     full = adapters.config_of(None, 4)
     assert full == {"fine_tune_type": "full", "num_layers": 4}
-
-
-def test_a_configuration_is_read_as_it_was_written(tmp_path):
     for lora in (LoRA(), SMALL, EVERY, LoRA(rank=1, scale=1e-3, num_layers=1)):
-        config = {"iters": 7} | adapters.config_of(lora, lora.num_layers)
-        adapters.save(tmp_path, {}, config)
+        adapters.save(tmp_path, {}, adapters.config_of(lora, lora.num_layers))
         assert adapters.read_config(tmp_path) == lora
-    adapters.save(tmp_path, {}, adapters.config_of(None, -1))
+    adapters.save(tmp_path, {}, full)
     assert adapters.read_config(tmp_path) is None
     write_config(tmp_path, {"lora_parameters": {"rank": 4, "scale": 20}})
     assert adapters.read_config(tmp_path) == LoRA(rank=4, scale=20.0)
@@ -164,18 +151,17 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "array", "why"), MISFITS)
-def test_tensors_that_do_not_fit_are_named(tiny, tiny_model, small, name, array, why):
-    arrays = stored(small) | {name: array}
-    mx.eval(list(filter(lambda a: a is not None, arrays.values())))
-    kept = {key: value for key, value in arrays.items() if value is not None}
-    mx.save_safetensors(str(small / WEIGHTS), kept)
-    model, _ = tiny_model
+def test_tensors_that_do_not_fit_are_named(tiny_model, small):
+    whole, (model, _) = stored(small), tiny_model
+    mx.eval(whole)
     before = dict(tree_flatten(model.parameters()))
-    said = refusal(adapters.load, model, small)
-    assert said.startswith(f"{small / WEIGHTS}: ") and why in said
-    assert said.endswith("; was it trained on another model?")
-    assert refusal(adapters.check, model, small) == said
+    for name, array, why in MISFITS:
+        arrays = {n: a for n, a in (whole | {name: array}).items() if a is not None}
+        mx.save_safetensors(str(small / WEIGHTS), arrays)
+        said = refusal(adapters.load, model, small)
+        assert said.startswith(f"{small / WEIGHTS}: ") and why in said
+        assert said.endswith("; was it trained on another model?")
+        assert refusal(adapters.check, model, small) == said
     after = dict(tree_flatten(model.parameters()))
     assert all(after[key] is before[key] for key in before)  # nothing was put in
 
@@ -240,52 +226,37 @@ def top(**changes: Any) -> dict[str, Any]:
 
 def parameters(**changes: Any) -> dict[str, Any]:
     given = adapters.config_of(SMALL, 2)["lora_parameters"] | changes
-    return top(
-        lora_parameters={
-            name: value for name, value in given.items() if value is not ...
-        }
-    )
+    given = {name: value for name, value in given.items() if value is not ...}
+    return top(lora_parameters=given)
 
 
 BAD = [
-    ("", "broken JSON"),
     ('{"fine_tune_type": "lora"', "broken JSON"),
     ("[]", "not an object"),
-    ('{"num_layers": NaN}', "NaN"),
     ({}, "lora_parameters"),
     *[(top(fine_tune_type=kind), "fine_tune_type") for kind in ("dora", ["lora"], 1)],
     *[(top(lora_parameters=p), "lora_parameters") for p in (..., None, [1])],
     *[(top(num_layers=n), "num_layers") for n in (1.5, "all", True, -2, 10**6)],
     *[(parameters(rank=r), "rank") for r in (..., None, 0, -1, 2.0, "2", True, 10**6)],
     *[(parameters(scale=s), "scale") for s in (..., None, 0, -1.5, "2", True, 10**400)],
-    (json.dumps(parameters(scale=7)).replace("7", "1e999"), "scale"),
-    (parameters(keys="mlp.up_proj"), "keys"),
-    (parameters(keys={}), "keys"),
-    (parameters(keys=["lm_head"]), "'lm_head'"),
+    *[(parameters(keys=keys), "keys") for keys in ("mlp.up_proj", {})],
     (parameters(keys=["mlp.up_proj", "a\nb"]), r"'a\nb'"),
-    (parameters(keys=[1]), "keys hold 1"),
     (parameters(keys=[["mlp.up_proj"]]), "keys hold ['mlp.up_proj']"),
-    (parameters(keys=[{}]), "keys hold {}"),
     (parameters(keys=["mlp.up_proj"] * 2), "twice"),
     (parameters(keys=[]), "no layers to adapt"),
 ]
 
 
-@pytest.mark.parametrize(("config", "why"), BAD)
-def test_impossible_configurations_are_refused_by_file_and_key(
-    tiny_model, small, config, why
-):
-    write_config(small, config)
-    with pytest.raises(AdapterError) as caught:
-        adapters.read_config(small)
-    said = str(caught.value)
-    assert said.startswith(f"{small / CONFIG}: ") and why in said
-    assert "\n" not in said and said.count(str(small)) == 1
-    assert refusal(adapters.load, tiny_model[0], small) == said
-
-
-@pytest.mark.parametrize("num_layers", [0, 4, 65536])
-def test_layers_the_model_lacks_are_refused_by_file(tiny_model, small, num_layers):
-    write_config(small, top(num_layers=num_layers))
-    said = refusal(adapters.load, tiny_model[0], small)
-    assert said.startswith(f"{small / CONFIG}: num-layers is {num_layers};")
+def test_impossible_configurations_are_refused_by_file_and_key(tiny_model, small):
+    for config, why in BAD:
+        write_config(small, config)
+        with pytest.raises(AdapterError) as caught:
+            adapters.read_config(small)
+        said = str(caught.value)
+        assert said.startswith(f"{small / CONFIG}: ") and why in said
+        assert "\n" not in said and said.count(str(small)) == 1
+        assert refusal(adapters.load, tiny_model[0], small) == said
+    for num_layers in (0, 4, 65536):
+        write_config(small, top(num_layers=num_layers))
+        said = refusal(adapters.load, tiny_model[0], small)
+        assert said.startswith(f"{small / CONFIG}: num-layers is {num_layers};")

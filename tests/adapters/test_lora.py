@@ -9,7 +9,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from adapters.layers import (
-    CODES,
     beside,
     choices,
     delta_of,
@@ -32,7 +31,6 @@ from mlx_dgemma.adapters.lora import (
     shapes,
     unfreeze,
 )
-from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import AdapterError, SettingsError
 from mlx_dgemma.model.language import DiffusionGemma
@@ -60,12 +58,11 @@ def close(found: mx.array, expected: mx.array, allowed: float = 1e-5) -> None:
 
 
 @pytest.fixture(scope="module")
-def bases(tiny, tmp_path_factory) -> dict[str, Path]:
+def bases(tiny, quantised, tmp_path_factory) -> dict[str, Path]:
     """The tiny checkpoint, dense and quantised."""
-    folder = tmp_path_factory.mktemp("bases")
-    for mode in CODES:
-        convert(tiny, folder / mode, quantize=True, q_mode=mode)
-    return {"dense": tiny} | {mode: folder / mode for mode in CODES}
+    folder = tmp_path_factory.mktemp("bases") / "mxfp4"
+    convert(tiny, folder, quantize=True, q_mode="mxfp4")
+    return {"dense": tiny, "affine": quantised, "mxfp4": folder}
 
 
 # What one adapter computes
@@ -143,16 +140,6 @@ def test_a_fresh_adapter_changes_no_bit_and_is_trained_alone(bases, mode):
     assert np.abs(logits(model) - before).max() > 0.1
 
 
-def test_adapters_are_float32_beside_a_bfloat16_model(tiny):
-    model = fresh(tiny)
-    model.set_dtype(mx.bfloat16)
-    adapt(model, LoRA(keys=EVERY))
-    found = flat(model.trainable_parameters())
-    assert {a.dtype for a in found.values()} == {mx.float32}
-    view = model.view(model.make_cache(), 16)
-    assert model.denoise_hidden(mx.array([[3] * 16]), view).dtype == mx.bfloat16
-
-
 INSIDE = {
     "attention": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
     "mlp": "mlp.gate_proj mlp.up_proj mlp.down_proj",
@@ -161,19 +148,17 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("num_layers", [-1, 1, 2])
-def test_each_target_is_adapted_in_the_last_layers(tiny, num_layers):
-    last = {-1: [0, 1, 2], 1: [2], 2: [1, 2]}[num_layers]
-    for target in TARGETS:
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_target_is_adapted_in_the_last_layers(tiny, target):
+    for num_layers, last in ((-1, [0, 1, 2]), (2, [1, 2])):
         model = fresh(tiny)
         adapt(model, LoRA(keys=TARGETS[target], num_layers=num_layers))
         if target == "self_conditioning":  # belongs to no layer
             parts = "gate_proj up_proj down_proj".split()
             wanted = {f"self_conditioning.{part}" for part in parts}
         else:
-            wanted = {
-                f"layers.{i}.{key}" for i in last for key in INSIDE[target].split()
-            }
+            keys = INSIDE[target].split()
+            wanted = {f"layers.{i}.{key}" for i in last for key in keys}
         assert adapted(model) == wanted - {f"layers.{FULL}.self_attn.v_proj"}
 
 
@@ -183,20 +168,11 @@ def test_by_default_all_but_experts_and_routers_are_adapted(tiny):
     found = adapted(model)
     assert not [path for path in found if "experts" in path or "router" in path]
     assert len(found) == 2 * 4 + 3 + 3 * 3 + 3
-
-
-def test_shapes_are_known_without_a_model(tiny):
-    """By hand: 64 wide, four heads of 16 and of 32, two experts' halves of 32."""
-    found = shapes(read_config(tiny), LoRA(rank=5, keys=EVERY))
-    assert found["layers.0.self_attn.k_proj.lora_a"] == (64, 5)
-    assert found["layers.0.self_attn.k_proj.lora_b"] == (5, 32)
-    assert found["layers.2.self_attn.o_proj.lora_a"] == (128, 5)
-    assert found["layers.1.experts.gate_up_proj.lora_a"] == (4, 5, 64)
-    assert found["layers.1.experts.gate_up_proj.lora_b"] == (4, 64, 5)
-    assert found["layers.1.experts.down_proj.lora_a"] == (4, 5, 32)
-    assert found["layers.0.router.proj.lora_b"] == (5, 4)
-    assert found["self_conditioning.down_proj.lora_b"] == (5, 64)
-    assert "layers.2.self_attn.v_proj.lora_a" not in found
+    files = shapes(model.config, LoRA(rank=5, keys=EVERY))  # as mlx-lm stores them
+    assert files["layers.2.self_attn.o_proj.lora_a"] == (128, 5)
+    assert files["layers.0.self_attn.k_proj.lora_b"] == (5, 32)
+    assert files["layers.1.experts.gate_up_proj.lora_a"] == (4, 5, 64)
+    assert files["layers.1.experts.down_proj.lora_b"] == (4, 64, 5)
 
 
 def begun(tiny, seed: int = 0, **options: Any) -> dict[str, mx.array]:
@@ -219,14 +195,13 @@ def test_the_start_depends_on_seed_and_path_alone(tiny):
 
 def test_every_layer_starts_elsewhere_within_its_bounds(tiny):
     found = begun(tiny, rank=64, keys=EVERY)
-    heads = {tuple(np.array(a).flatten()[:4].tolist()) for a in found.values()}
-    assert len(heads) == len(found)
+    starts = {tuple(np.array(a).flatten()[:4].tolist()) for a in found.values()}
+    assert len(starts) == len(found)
     for name, array in found.items():
         inputs = array.shape[-1] if "experts" in name else array.shape[0]
         values, bound = np.array(array), inputs**-0.5
         assert 0.99 * bound < np.abs(values).max() <= bound
         assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
-        assert abs(values.mean()) < 0.06 * bound
 
 
 IMPOSSIBLE = {
@@ -236,13 +211,11 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_adapters_are_refused(name):
-    for value in IMPOSSIBLE[name]:
-        with pytest.raises(SettingsError) as caught:
-            LoRA(**{name: value})
-        said = str(caught.value)
-        assert "\n" not in said and (name in said or "layer" in said)
+def test_impossible_adapters_are_refused():
+    for name, values in IMPOSSIBLE.items():
+        for value in values:
+            with pytest.raises(SettingsError, match=rf"^.*({name}|layer).*$"):
+                LoRA(**{name: value})
 
 
 def test_too_many_layers_and_second_adapters_are_refused(tiny):
@@ -262,7 +235,7 @@ def test_too_many_layers_and_second_adapters_are_refused(tiny):
 # Whole models
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["dense", "affine"])
 def test_an_adapted_model_is_the_dense_one_with_other_weights(bases, tmp_path, mode):
     model = fresh(bases[mode])
     adapt(model, LoRA(rank=3, scale=1.5, keys=EVERY))
@@ -286,12 +259,9 @@ def test_an_adapted_model_is_the_dense_one_with_other_weights(bases, tmp_path, m
 # All weights
 
 
-def names(model: DiffusionGemma) -> set[str]:
-    return set(flat(model.trainable_parameters()))
-
-
-@pytest.mark.parametrize("router", [False, True])
-@pytest.mark.parametrize("num_layers", [-1, 1, 2])
+@pytest.mark.parametrize(
+    ("num_layers", "router"), [(-1, True), (-1, False), (2, False)]
+)
 def test_all_weights_are_trained_but_routers_and_scalars(tiny, num_layers, router):
     model = fresh(tiny)
     unfreeze(model, num_layers, router=router)

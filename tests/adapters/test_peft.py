@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -90,66 +91,57 @@ def test_equal_adapters_are_one_in_the_shared_stack(tiny, one, alone, tmp_path):
 
 
 def test_adapters_of_low_precision_are_multiplied_in_float32(tiny, one, tmp_path):
-    half = {
-        path: tuple(mx.array(side).astype(mx.bfloat16) for side in pair)
-        for path, pair in one.items()
-    }
+    halves = [
+        mx.array(side).astype(mx.bfloat16) for pair in one.values() for side in pair
+    ]
+    floats = [np.array(side.astype(mx.float32)) for side in halves]
+    half, exact = (
+        dict(zip(one, zip(sides[::2], sides[1::2], strict=True), strict=True))
+        for sides in (halves, floats)
+    )
     folder = write_peft(tmp_path / "a", {"decoder": half, "encoder": half})
-    floats = {
-        path: tuple(np.array(side.astype(mx.float32)) for side in pair)
-        for path, pair in half.items()
-    }
-    near(logits(adapted(tiny, folder)), logits(added(tiny, floats)))
+    near(logits(adapted(tiny, folder)), logits(added(tiny, exact)))
 
 
-def test_a_quantised_model_takes_them_too(tiny, one, other, tmp_path):
-    convert(tiny, tmp_path / "q", quantize=True)
-    convert(tmp_path / "q", tmp_path / "dense", dequantize=True)
+def test_a_quantised_model_takes_them_too(tiny, quantised, one, other, tmp_path):
+    convert(quantised, tmp_path / "dense", dequantize=True)
     folder = write_peft(tmp_path / "a", {"decoder": one, "encoder": other})
-    ours, cache = hidden(adapted(tmp_path / "q", folder))
-    dense = adapted(tmp_path / "dense", folder)
-    near(ours, hidden(dense)[0], 1e-4)
-    model = adapted(tmp_path / "q", folder)
+    model, dense = adapted(quantised, folder), adapted(tmp_path / "dense", folder)
+    (ours, cache), (theirs, _) = hidden(model), hidden(dense)
+    near(ours, theirs, 1e-4)
     near(model.denoise(CANVAS, cache), dense.denoise(CANVAS, cache), 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("written", "scale"),
-    [
-        ({}, 2.0),
-        ({"lora_alpha": 1.5}, 0.5),
-        ({"use_rslora": True}, 6 / math.sqrt(3)),
-        ({"alpha_pattern": {"q_proj": 9}}, 3.0),
-        ({"alpha_pattern": {r"layers\.0.*": 9, "q_proj": 1}}, 3.0),
-        ({"alpha_pattern": {"^model.decoder.layers.0.self_attn.q_proj": 9}}, 3.0),
-        ({"alpha_pattern": {"proj": 9, "decoder": 9, "1.self_attn.q_proj": 9}}, 2.0),
-        ({"r": 5, "rank_pattern": {"q_proj": 3}}, 2.0),
-        ({"r": 5, "rank_pattern": {r".*\.0\..*": 3}, "use_rslora": True}, 6 / 3**0.5),
-        ({"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"o_proj": 1}}, 2.0),
-    ],
-)
-def test_scales_follow_rank_alpha_and_their_patterns(config, tmp_path, written, scale):
+SCALES: list[tuple[dict[str, Any], float]] = [
+    ({}, 2.0),
+    ({"lora_alpha": 1.5}, 0.5),
+    ({"use_rslora": True}, 6 / math.sqrt(3)),
+    ({"alpha_pattern": {"q_proj": 9}}, 3.0),
+    ({"alpha_pattern": {r"layers\.0.*": 9, "q_proj": 1}}, 3.0),
+    ({"alpha_pattern": {"^model.decoder.layers.0.self_attn.q_proj": 9}}, 3.0),
+    ({"alpha_pattern": {"proj": 9, "decoder": 9, "1.self_attn.q_proj": 9}}, 2.0),
+    ({"r": 5, "rank_pattern": {"q_proj": 3}}, 2.0),
+    ({"r": 5, "rank_pattern": {r".*\.0\..*": 3}, "use_rslora": True}, 6 / 3**0.5),
+    ({"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"o_proj": 1}}, 2.0),
+]
+
+
+def test_scales_follow_rank_alpha_and_their_patterns(tiny, config, tmp_path):
     layers = factors(config, ("layers.0.self_attn.q_proj",))
-    folder = write_peft(tmp_path / "a", {"decoder": layers}, **written)
-    (found,) = peft.read(folder, config).decoder.values()
-    assert found.scale == pytest.approx(scale, rel=1e-12)
     ((a, b),) = layers.values()
-    np.testing.assert_array_equal(np.array(found.a), a.T)
-    np.testing.assert_array_equal(np.array(found.b), b.T)
-
-
-def test_each_layer_may_have_its_own_rank(tiny, config, tmp_path):
-    wide = factors(config, ("layers.0.mlp.up_proj",), rank=8)
-    narrow = factors(config, ("layers.2.self_attn.q_proj",), rank=2)
-    folder = write_peft(
-        tmp_path / "a",
-        {mode: wide | narrow for mode in ("decoder", "encoder")},
-        r=2,
-        lora_alpha=2,
-        rank_pattern={"up_proj": 8},
-        alpha_pattern={"up_proj": 8},
-    )
-    near(logits(adapted(tiny, folder)), logits(added(tiny, wide | narrow, 1.0)))
+    for number, (written, scale) in enumerate(SCALES):
+        folder = write_peft(tmp_path / str(number), {"decoder": layers}, **written)
+        (found,) = peft.read(folder, config).decoder.values()
+        assert found.scale == pytest.approx(scale, rel=1e-12)
+        np.testing.assert_array_equal(np.array(found.a), a.T)
+        np.testing.assert_array_equal(np.array(found.b), b.T)
+    # each layer may have its own rank
+    both = factors(config, ("layers.0.mlp.up_proj",), rank=8)
+    both |= factors(config, ("layers.2.self_attn.q_proj",), rank=2)
+    modes, eight = {"decoder": both, "encoder": both}, {"up_proj": 8}
+    written = {"rank_pattern": eight, "alpha_pattern": eight, "r": 2, "lora_alpha": 2}
+    folder = write_peft(tmp_path / "a", modes, **written)
+    near(logits(adapted(tiny, folder)), logits(added(tiny, both, 1.0)))
 
 
 # Two adapters
@@ -202,21 +194,12 @@ def test_a_mode_that_lacks_an_adapter_is_told_from_one_that_shares_it(
     still = {path: (a, 0 * b) for path, (a, b) in one.items()}
     first = dict([*one.items()][:1])
     idle = np.ones((3, 64), np.float32), np.zeros((64, 3), np.float32)
+    twice = one | {PATHS[0]: (one[PATHS[0]][0], 2 * one[PATHS[0]][1])}
     cases = [
-        (True, one | alone, one),
-        (True, alone, {}),
-        (True, alone | still, {}),
-        (True, {}, still),
-        (True, still, {path: (a, 0 * b) for path, (a, b) in other.items()}),
-        (False, one, {}),
-        (False, {}, one),
-        (False, one, still),
-        (False, still, one),
-        (True, one | alone, one | {"layers.1.mlp.up_proj": idle}),
-        (False, one, first),
-        (False, one, other),
-        (False, one, one | {PATHS[0]: (one[PATHS[0]][0], other[PATHS[0]][1])}),
-        (False, one, one | {PATHS[0]: (one[PATHS[0]][0], 2 * one[PATHS[0]][1])}),
+        *((True, one | alone, one), (True, alone, {}), (True, alone | still, {})),
+        *((True, {}, still), (True, one, one | {"layers.1.mlp.up_proj": idle})),
+        *((False, one, {}), (False, {}, one), (False, one, still), (False, still, one)),
+        *((False, one, first), (False, one, other), (False, one, twice)),
     ]
     for number, (shared, decoder, encoder) in enumerate(cases):
         modes = {"decoder": decoder, "encoder": encoder}
@@ -266,78 +249,67 @@ def refused(folder: Path, config, *named: str) -> None:
         assert part in message, message
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("peft_type", "IA3", "'LORA'"),
-        ("use_dora", True, "DoRA"),
-        ("bias", "all", "'none'"),
-        ("lora_bias", True, "not supported"),
-        ("modules_to_save", ["lm_head"], "only adapters"),
-        ("fan_in_fan_out", True, "stored that way"),
-        ("target_parameters", ["experts.gate_up_proj"], "experts"),
-        ("trainable_token_indices", [3], "not supported"),
-        ("something_new", {"a": 1}, "not supported"),
-        ("init_lora_weights", "pissa", "changes the weights"),
-        ("init_lora_weights", ["corda"], "changes the weights"),
-        ("r", 0, "from 1"),
-        ("r", None, "missing"),
-        ("r", "4", "whole number"),
-        ("lora_alpha", 0, "above 0"),
-        ("lora_alpha", None, "missing"),
-        ("use_rslora", "yes", "supported"),
-        ("rank_pattern", {"q_proj": "x"}, "whole number"),
-        ("rank_pattern", {"q_proj": 4}, "has shape"),
-        ("rank_pattern", [3], "object"),
-        ("alpha_pattern", {"q_proj": -1}, "above 0"),
-        ("alpha_pattern", {"(": 1}, "alpha_pattern holds '('"),
-    ],
-)
-def test_what_is_not_plain_lora_is_refused(config, tmp_path, key, value, named):
-    layers = factors(config, ("layers.0.self_attn.q_proj",))
-    folder = write_peft(tmp_path / "a", {"decoder": layers}, **{key: value})
-    about = key if named != "has shape" else "q_proj.lora_A.weight"
-    refused(folder, config, about, named)
+NOT_PLAIN: list[tuple[str, Any, str]] = [
+    ("peft_type", "IA3", "'LORA'"),
+    ("use_dora", True, "DoRA"),
+    ("bias", "all", "'none'"),
+    ("lora_bias", True, "not supported"),
+    ("modules_to_save", ["lm_head"], "only adapters"),
+    ("fan_in_fan_out", True, "stored that way"),
+    ("target_parameters", ["experts.gate_up_proj"], "experts"),
+    ("something_new", {"a": 1}, "not supported"),
+    ("init_lora_weights", "pissa", "changes the weights"),
+    ("init_lora_weights", ["corda"], "changes the weights"),
+    ("r", 0, "from 1"),
+    ("r", None, "missing"),
+    ("lora_alpha", 0, "above 0"),
+    ("use_rslora", "yes", "supported"),
+    ("rank_pattern", {"q_proj": "x"}, "whole number"),
+    ("rank_pattern", {"q_proj": 4}, "has shape"),
+    ("rank_pattern", [3], "object"),
+    ("alpha_pattern", {"q_proj": -1}, "above 0"),
+    ("alpha_pattern", {"(": 1}, "alpha_pattern holds '('"),
+]
 
 
-def test_a_start_that_leaves_the_weights_alone_is_read(config, tmp_path):
+def test_what_is_not_plain_lora_is_refused(config, tmp_path):
     layers = factors(config, ("layers.0.self_attn.q_proj",))
+    for number, (key, value, named) in enumerate(NOT_PLAIN):
+        folder = write_peft(tmp_path / str(number), {"decoder": layers}, **{key: value})
+        about = key if named != "has shape" else "q_proj.lora_A.weight"
+        refused(folder, config, about, named)
     for value in (True, False, "gaussian", "eva", "orthogonal"):
         folder = tmp_path / str(value)
         write_peft(folder, {"decoder": layers}, init_lora_weights=value)
         assert set(peft.read(folder, config).decoder) == set(layers)
 
 
+LAYER_0, LAYER_1 = f"{PREFIX}decoder.layers.0", f"{PREFIX}decoder.layers.1"
 STRANGE = [
     "base_model.model.lm_head.lora_A.weight",
     f"{PREFIX}decoder.embed_tokens.lora_embedding_A",
-    f"{PREFIX}decoder.layers.0.self_attn.q_proj.lora_magnitude_vector.weight",
-    f"{PREFIX}decoder.layers.0.self_attn.q_proj.lora_A.bias",
-    f"{PREFIX}decoder.layers.0.self_attn.q_proj.base_layer.bias",
-    f"{PREFIX}decoder.layers.0.self_attn.q_proj.lora_A.default.weight",
-    "decoder.layers.0.self_attn.q_proj.lora_A.weight",
+    f"{LAYER_0}.self_attn.q_proj.lora_magnitude_vector.weight",
+    f"{LAYER_0}.self_attn.q_proj.lora_A.bias",
+    f"{LAYER_0}.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight",
     f"{PREFIX}decoder.layers.7.self_attn.q_proj.lora_A.weight",
     f"{PREFIX}decoder.layers.2.self_attn.v_proj.lora_A.weight",
-    f"{PREFIX}decoder.layers.0.experts.lora_A.weight",
-    f"{PREFIX}decoder.layers.0.experts.down_proj.lora_A.weight",
+    f"{LAYER_0}.experts.down_proj.lora_A.weight",
     f"{PREFIX}decoder.norm.lora_A.weight",
     f"{PREFIX}encoder.language_model.self_conditioning.up_proj.lora_A.weight",
-    f"{PREFIX}encoder.layers.0.self_attn.q_proj.lora_A.weight",
-    f"{PREFIX}decoder.layers.1.mlp.up_proj.lora_A.weight",
-    f"{PREFIX}decoder.layers.1.mlp.up_proj.lora_B.weight",
+    f"{LAYER_1}.mlp.up_proj.lora_A.weight",
+    f"{LAYER_1}.mlp.up_proj.lora_B.weight",
 ]
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_a_tensor_that_belongs_to_no_layer_is_named(config, tmp_path, name):
+def test_a_tensor_that_belongs_to_no_layer_is_named(config, tmp_path):
     layers = factors(config, ("layers.0.self_attn.q_proj",))
-    more = {name: mx.ones((3, 64))}
-    if not name.endswith("mlp.up_proj.lora_A.weight") and "lora_A" in name:
-        more[name.replace("lora_A", "lora_B")] = mx.ones((64, 3))
-    folder = write_peft(tmp_path / "a", {"decoder": layers}, more=more)
-    module = name.partition(".lora_")[0]
-    refused(folder, config, module)
+    for number, name in enumerate(STRANGE):
+        more = {name: mx.ones((3, 64))}
+        if not name.endswith("mlp.up_proj.lora_A.weight") and "lora_A" in name:
+            more[name.replace("lora_A", "lora_B")] = mx.ones((64, 3))
+        folder = write_peft(tmp_path / str(number), {"decoder": layers}, more=more)
+        refused(folder, config, name.partition(".lora_")[0])
 
 
 def test_an_adapter_of_another_model_names_tensor_and_shapes(config, tmp_path):
