@@ -141,13 +141,9 @@ CONVERT: list[tuple[str, str, Break]] = [
     ("--mlx-path MODEL --overwrite", "model: holds the model to convert", whole),
     ("--mlx-path OUT/x", "out: no such folder", whole),
     ("--mlx-path MODEL/config.json/x", "config.json", whole),
-    ("--q-bits 4", "--q-bits is given without --quantize", whole),
-    ("-q --q-bits 7", "--q-bits … 7", whole),
     ("-q --q-mode mxfp4 --q-bits 3", "q-bits is 3", whole),
     ("-q -d", "--quantize and --dequantize", whole),
     ("-d", "not quantised", whole),
-    ("--dtype float64", "--dtype … float64", whole),
-    ("--quantise", "--quantise", whole),
 ]
 GENERATE: list[tuple[str, str, bytes]] = [
     ("--model MODEL/none", "none … no such", b""),
