@@ -258,19 +258,13 @@ def refused(
     assert listing(tmp_path) == before
 
 
-def test_neither_target_nor_model_nor_adapter_is_replaced(tiny, some, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
-    for how in ({}, {"overwrite": True}):
-        refused(ConversionError, tmp_path, tiny, some, str(tmp_path / "out"), **how)
-    assert (tmp_path / "out" / "mine").read_text() == "mine"
-    shutil.rmtree(tmp_path / "out")
+def test_neither_model_nor_adapter_is_replaced(tiny, some, tmp_path):
     base = shutil.copytree(tiny, tmp_path / "out")
-    for model, folder, what in (
-        (base, some, "the model to convert"),
-        (tiny, shutil.copytree(some, base / "adapters"), "holds the adapter"),
-    ):
+    inside = shutil.copytree(some, base / "adapters")
+    said = ((base, some, "the model to convert"), (tiny, inside, "holds the adapter"))
+    for model, folder, what in said:
         refused(ConversionError, tmp_path, model, folder, what, overwrite=True)
+    refused(ConversionError, tmp_path, tiny, some, "--overwrite")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny, quantised, some, tmp_path):
@@ -296,13 +290,3 @@ def test_modes_that_differ_cannot_be_one_weight(tiny, tmp_path):
     ):
         folder = write_peft(tmp_path / f"a{number}", modes)
         refused(AdapterError, tmp_path, tiny, folder, str(folder), "--adapter-path")
-
-
-def test_an_interrupt_leaves_nothing(tiny, some, tmp_path):
-    def interrupt(name: str, done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fuse(tiny, some, tmp_path / "out", progress=interrupt)
-    assert listing(tmp_path) == []

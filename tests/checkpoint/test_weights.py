@@ -198,16 +198,6 @@ def test_tied_copies_are_tolerated_and_not_loaded(folder, tensors, config):
     refused(folder, "unexpected tensors", f"{ENCODER}norm.weight")
 
 
-def test_vision_tensors_are_left_alone_where_the_config_has_vision(folder, tensors):
-    save(folder, tensors | {VISION: mx.ones((2, 2))})
-    config = tiny_config() | {"vision_config": {"hidden_size": 2}}
-    (folder / "config.json").write_text(json.dumps(config))
-    layout = read_layout(folder, read_config(folder))
-    names = {info.name for info in layout.parameters.values()}
-    assert names == set(tensors) == set(layout.tensors) - {VISION}
-    load_model(folder, read_config(folder))
-
-
 # Index and files
 
 
