@@ -53,15 +53,11 @@ def config_of(lora: LoRA | None, num_layers: int) -> dict[str, Any]:
     """Return adapter_config.json for an adapter, or for fine-tuned weights if None."""
     if lora is None:
         return {"fine_tune_type": "full", "num_layers": num_layers}
+    parameters = {"rank": lora.rank, "scale": lora.scale, "dropout": 0.0}
     return {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
-        "lora_parameters": {
-            "rank": lora.rank,
-            "scale": lora.scale,
-            "dropout": 0.0,
-            "keys": list(lora.keys),
-        },
+        "lora_parameters": parameters | {"keys": list(lora.keys)},
     }
 
 
@@ -146,15 +142,7 @@ def check_file(
             parameters = shapes(config, lora)
         except SettingsError as error:
             raise AdapterError(f"{path.parent / CONFIG}: {error}") from None
-    infos = read_header(path)
-    check_tensors(
-        path,
-        infos,
-        {
-            name: Expected(shape, source="this model")
-            for name, shape in parameters.items()
-        },
-        partial=lora is None,
-        error=peft.misfit,
-    )
+    expected = {n: Expected(s, source="this model") for n, s in parameters.items()}
+    infos, partial = read_header(path), lora is None
+    check_tensors(path, infos, expected, partial=partial, error=peft.misfit)
     return infos

@@ -50,16 +50,14 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
-            raise SettingsError(
-                f"rank is {self.rank!r}; it must be a whole number, at least 1"
-            )
+            why = "it must be a whole number, at least 1"
+            raise SettingsError(f"rank is {self.rank!r}; {why}")
         if not isinstance(self.scale, int | float) or not 0 < self.scale < math.inf:
             raise SettingsError(f"scale is {self.scale!r}; it must be above 0")
         known = [key for keys in TARGETS.values() for key in keys]
         if strange := [key for key in self.keys if key not in known]:
-            raise SettingsError(
-                f"lora keys hold {strange[0]!r}; known: {', '.join(sorted(known))}"
-            )
+            known = ", ".join(sorted(known))
+            raise SettingsError(f"lora keys hold {strange[0]!r}; known: {known}")
         if len(set(self.keys)) < len(self.keys):
             raise SettingsError("lora keys name a layer twice; name it once")
         if not self.keys:
@@ -82,25 +80,22 @@ def trained_layers(config: ModelConfig, num_layers: int) -> range:
     if num_layers == -1:
         return range(count)
     if not isinstance(num_layers, int) or not 1 <= num_layers <= count:
-        raise SettingsError(
-            f"num-layers is {num_layers}; this model has {count} (-1 for all)"
-        )
+        why = f"this model has {count} (-1 for all)"
+        raise SettingsError(f"num-layers is {num_layers}; {why}")
     return range(count - num_layers, count)
 
 
-class LoRALinear(nn.Module):
-    """A linear layer and its adapter: lora_a (in, r), lora_b (r, out) float32."""
+class Adapted(nn.Module):
+    """A frozen layer and the float32 adapter beside it."""
 
-    def __init__(
-        self,
-        linear: nn.Linear | nn.QuantizedLinear,
-        lora_a: mx.array,
-        lora_b: mx.array,
-        scale: float,
-    ):
+    def __init__(self, linear: Any, lora_a: mx.array, lora_b: mx.array, scale: float):
         super().__init__()
         self.linear, self.scale = linear, scale
         self.lora_a, self.lora_b = lora_a, lora_b
+
+
+class LoRALinear(Adapted):
+    """A linear layer and its adapter: lora_a (in, r), lora_b (r, out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
@@ -108,20 +103,16 @@ class LoRALinear(nn.Module):
         return y + (self.scale * z).astype(y.dtype)
 
 
-class LoRAExpertLinear(nn.Module):
+class LoRAExpertLinear(Adapted):
     """E linear maps and their adapters: lora_a (E, r, in), lora_b (E, out, r)."""
 
-    def __init__(
-        self,
-        linear: ExpertLinear | QuantizedExpertLinear,
-        lora_a: mx.array,
-        lora_b: mx.array,
-        scale: float,
-    ):
-        super().__init__()
-        self.experts, self.quantized = linear.experts, linear.quantized
-        self.linear, self.scale = linear, scale
-        self.lora_a, self.lora_b = lora_a, lora_b
+    @property
+    def experts(self) -> int:
+        return self.linear.experts
+
+    @property
+    def quantized(self) -> bool:
+        return self.linear.quantized
 
     def gather(self, rows: mx.array, expert: mx.array) -> mx.array:
         """(G, M, in) groups of rows, each of one (G,) rising expert -> (G, M, out)."""
@@ -198,7 +189,7 @@ def add_adapter(
 def refuse_second(model: DiffusionGemma) -> None:
     """Raise AdapterError if a model has adapters."""
     modules = [m for part in (model, *model.encoder_layers) for m in part.modules()]
-    if any(isinstance(m, LoRALinear | LoRAExpertLinear) for m in modules):
+    if any(isinstance(module, Adapted) for module in modules):
         raise AdapterError("the model has an adapter already; load it anew")
 
 
@@ -209,10 +200,8 @@ def unfreeze(model: DiffusionGemma, num_layers: int, *, router: bool) -> None:
     transformers either. Raises SettingsError for a quantised model.
     """
     if any(isinstance(module, QUANTIZED) for module in model.modules()):
-        raise SettingsError(
-            "fine-tune-type full needs dense weights; use lora, or convert the model "
-            "with --dequantize first"
-        )
+        why = "use lora, or convert the model with --dequantize first"
+        raise SettingsError(f"fine-tune-type full needs dense weights; {why}")
     model.freeze()
     if num_layers == -1:
         model.unfreeze()

@@ -8,7 +8,7 @@ differ, the encoder gets branches of its layers. Names and scales follow PEFT 0.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,27 +111,22 @@ def read(folder: Path, config: ModelConfig) -> PeftAdapter:
         _check_config(keys)
         infos = _read_header(folder)
         arrays = load_tensors(infos)
-        for module in _modules(path, infos):
+        for module in sorted(_modules(path, infos)):
             names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
             if missing := [name for name in names if name not in infos]:
                 raise AdapterError(f"{path}: missing tensors: {missing[0]}")
             if module.startswith(VISION):
                 if mx.any(arrays[names[1]]).item():
-                    raise AdapterError(
-                        f"{path}: {names[1]} adapts vision, but only text can be "
-                        "adapted; train with the vision tower frozen"
-                    )
+                    why = "only text can be; train with the vision tower frozen"
+                    raise AdapterError(f"{path}: {names[1]} adapts vision, but {why}")
                 continue
             mode, layer = _mode_and_layer(path, module, shapes)
             rank, scale = _rank_and_scale(keys, module)
             outputs, inputs = shapes[f"{layer}.weight"]
             sides = zip(names, ((rank, inputs), (outputs, rank)), strict=True)
-            check_tensors(
-                path,
-                {name: infos[name] for name in names},
-                {n: Expected(shape, source="rank and model") for n, shape in sides},
-                error=misfit,
-            )
+            expected = {n: Expected(s, source="rank and model") for n, s in sides}
+            found_pair = {name: infos[name] for name in names}
+            check_tensors(path, found_pair, expected, error=misfit)
             a, b = (arrays[name].astype(mx.float32).T for name in names)
             found[mode][layer] = LowRank(a, b, scale)
     except ConfigError as error:
@@ -184,26 +179,25 @@ def _check_config(keys: Keys) -> None:
     for name, value in keys.items():
         if name in READ_KEYS or name in IGNORED_KEYS or not value:
             continue
-        if name != "init_lora_weights":
-            why = REFUSED.get(name, f"is {value!r}; it is not supported")
-            raise keys.refuse(name, why)
-        if value not in PLAIN_STARTS:
-            raise keys.refuse(
-                name,
+        why = REFUSED.get(name, f"is {value!r}; it is not supported")
+        if name == "init_lora_weights":
+            if value in PLAIN_STARTS:
+                continue
+            why = (
                 f"is {value!r}, which changes the weights it adapts; save it with "
-                "path_initial_model_for_weight_conversion",
+                "path_initial_model_for_weight_conversion"
             )
+        raise keys.refuse(name, why)
 
 
-def _modules(path: Path, infos: Mapping[str, TensorInfo]) -> list[str]:
+def _modules(path: Path, infos: Mapping[str, TensorInfo]) -> set[str]:
     """Return the adapted modules of transformers' model."""
-    modules: dict[str, None] = {}
+    modules = set()
     for name in infos:
-        match = TENSOR.fullmatch(name)
-        if match is None:
+        if not (match := TENSOR.fullmatch(name)):
             raise AdapterError(f"{path}: {name} is no tensor of a plain LoRA adapter")
-        modules[match[1]] = None
-    return list(modules)
+        modules.add(match[1])
+    return modules
 
 
 def _mode_and_layer(
@@ -221,23 +215,22 @@ def _mode_and_layer(
 
 def _rank_and_scale(keys: Keys, module: str) -> tuple[int, float]:
     rank, alpha = keys.integer("r", None, 1, 2**16), keys.number("lora_alpha", None)
-    for own, name in _matching(keys, "rank_pattern", module):
-        rank = own.integer(name, None, 1, 2**16)
-    for own, name in _matching(keys, "alpha_pattern", module):
-        alpha = own.number(name, None)
+    if found := _matching(keys, "rank_pattern", module):
+        rank = found[0].integer(found[1], None, 1, 2**16)
+    if found := _matching(keys, "alpha_pattern", module):
+        alpha = found[0].number(found[1], None)
     return rank, alpha / (math.sqrt(rank) if keys.boolean("use_rslora") else rank)
 
 
-def _matching(keys: Keys, key: str, module: str) -> Iterator[tuple[Keys, str]]:
-    """Yield the first pattern that ends a module's name, as PEFT looks for it."""
+def _matching(keys: Keys, key: str, module: str) -> tuple[Keys, str] | None:
+    """Return the first pattern that ends a module's name, as PEFT looks for it."""
     patterns = keys.mapping(key)
     if patterns is None:
-        return
+        return None
     for pattern, _ in patterns.items():
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return patterns, pattern
         except re.error as error:
             raise keys.refuse(key, f"holds {pattern!r}: {error}") from None
-        if found:
-            yield patterns, pattern
-            return
+    return None

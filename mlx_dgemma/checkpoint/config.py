@@ -15,6 +15,10 @@ from ..settings import MAX_CANVAS_LENGTH
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING_PATTERN = 6  # without layer_types, every sixth layer is full
+WIDTHS = (
+    "hidden_size intermediate_size moe_intermediate_size num_experts top_k_experts "
+    "num_attention_heads".split()
+)
 MAX_WIDTH = 2**20
 MAX_HEAD_DIM = 4096
 MAX_VOCABULARY = 2**24
@@ -94,27 +98,24 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     top = Keys(raw, str(path))
     if raw.get("model_type") != MODEL_TYPE:
-        raise top.refuse(
-            "model_type",
-            f"is {raw.get('model_type')!r}; only {MODEL_TYPE!r} is supported",
-        )
+        why = f"is {raw.get('model_type')!r}; only {MODEL_TYPE!r} is supported"
+        raise top.refuse("model_type", why)
     if "auto_map" in raw:
         raise top.refuse("auto_map", "asks to run remote code, which is never done")
     text = top.mapping("text_config")
     if text is None:
         raise top.refuse("text_config", "is missing")
-    _check_variants(top, text)
+    for keys in (top, text):
+        keys.one_of("tie_word_embeddings", True, (True,))
+    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    # "all" would make the encoder bidirectional
+    text.one_of("use_bidirectional_attention", "vision", ("vision",))
     if raw["text_config"].get("final_logit_softcapping", 0) is None:
         raise text.refuse("final_logit_softcapping", "is null; it must be a number")
     layers = _layers(text)
     config = ModelConfig(
         vocab_size=text.integer("vocab_size", None, 2, MAX_VOCABULARY),
-        hidden_size=text.integer("hidden_size", None, 1, MAX_WIDTH),
-        intermediate_size=text.integer("intermediate_size", None, 1, MAX_WIDTH),
-        moe_intermediate_size=text.integer("moe_intermediate_size", None, 1, MAX_WIDTH),
-        num_experts=text.integer("num_experts", None, 1, MAX_WIDTH),
-        top_k_experts=text.integer("top_k_experts", None, 1, MAX_WIDTH),
-        num_attention_heads=text.integer("num_attention_heads", None, 1, MAX_WIDTH),
+        **{key: text.integer(key, None, 1, MAX_WIDTH) for key in WIDTHS},
         layers=layers,
         # transformers keeps the last window - 1 positions; of 1 it would keep them all
         sliding_window=text.integer("sliding_window", None, 2, 2**31 - 1),
@@ -126,30 +127,17 @@ def read_config(folder: Path) -> ModelConfig:
         raw=raw,
     )
     if config.top_k_experts > config.num_experts:
-        raise text.refuse(
-            "top_k_experts",
-            f"is {config.top_k_experts}, above num_experts {config.num_experts}",
-        )
+        why = f"is {config.top_k_experts}, above num_experts {config.num_experts}"
+        raise text.refuse("top_k_experts", why)
     heads = config.num_attention_heads
     for index, layer in enumerate(layers):
         if heads % layer.kv_heads:
-            raise text.refuse(
-                "num_attention_heads",
-                f"is {heads}, no multiple of the {layer.kv_heads} key/value heads "
-                f"of layer {index}",
-            )
+            own = f"the {layer.kv_heads} key/value heads of layer {index}"
+            why = f"is {heads}, no multiple of {own}"
+            raise text.refuse("num_attention_heads", why)
     nested = [f"text_config.{key}" for key in text.unknown(IGNORED_KEYS)]
     warn_of_unknown(str(path), top.unknown(IGNORED_KEYS) + nested)
     return config
-
-
-def _check_variants(top: Keys, text: Keys) -> None:
-    """Refuse variants of the architecture that no release has."""
-    for keys in (top, text):
-        keys.one_of("tie_word_embeddings", True, (True,))
-    text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    # "all" would make the encoder bidirectional
-    text.one_of("use_bidirectional_attention", "vision", ("vision",))
 
 
 def _layers(text: Keys) -> tuple[LayerConfig, ...]:
@@ -173,27 +161,21 @@ def _layers(text: Keys) -> tuple[LayerConfig, ...]:
 
 
 def _layer_kinds(text: Keys, count: int) -> list[Literal["sliding", "full"]]:
+    sliding, full = "sliding_attention", "full_attention"
     names = text.array("layer_types")
     if names is None:
-        names = [
-            "sliding_attention" if (i + 1) % SLIDING_PATTERN else "full_attention"
-            for i in range(count)
-        ]
-        names[-1] = "full_attention"
+        names = [sliding if i % SLIDING_PATTERN else full for i in range(1, count)]
+        names.append(full)
     if len(names) != count:
-        raise text.refuse(
-            "layer_types",
-            f"names {len(names)} layers but num_hidden_layers is {count}",
-        )
+        why = f"names {len(names)} layers but num_hidden_layers is {count}"
+        raise text.refuse("layer_types", why)
     for index, name in enumerate(names):
-        if name not in ("sliding_attention", "full_attention"):
-            raise text.refuse(
-                f"layer_types[{index}]",
-                f"is {name!r}; supported: 'sliding_attention', 'full_attention'",
-            )
-    if names[-1] != "full_attention":
-        raise text.refuse("layer_types", "must end with 'full_attention'")
-    return ["full" if name == "full_attention" else "sliding" for name in names]
+        if name not in (sliding, full):
+            why = f"is {name!r}; supported: {sliding!r}, {full!r}"
+            raise text.refuse(f"layer_types[{index}]", why)
+    if names[-1] != full:
+        raise text.refuse("layer_types", f"must end with {full!r}")
+    return ["full" if name == full else "sliding" for name in names]
 
 
 def _per_layer_shapes(
@@ -219,13 +201,11 @@ def _per_layer_shapes(
 
 
 def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
-    kinds = text.mapping("rope_parameters")
     keys = None
-    if kinds is not None:
-        kinds.refuse_unknown(
-            "is not supported; parameters are given per kind of layer",
-            frozenset(["sliding_attention", "full_attention"]),
-        )
+    if kinds := text.mapping("rope_parameters"):
+        known = frozenset(["sliding_attention", "full_attention"])
+        why = "is not supported; parameters are given per kind of layer"
+        kinds.refuse_unknown(why, known)
         keys = kinds.mapping(f"{kind}_attention")
     if keys is None:
         if kind == "sliding":
@@ -243,8 +223,5 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
 
 def warn_of_unknown(where: str, keys: list[str]) -> None:
     if keys:
-        warnings.warn(
-            f"{where}: ignoring unknown keys {', '.join(keys)}",
-            UnknownKeyWarning,
-            stacklevel=3,
-        )
+        message = f"{where}: ignoring unknown keys {', '.join(keys)}"
+        warnings.warn(message, UnknownKeyWarning, stacklevel=3)

@@ -6,7 +6,7 @@ under the target's own name there is nothing or everything.
 """
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,24 @@ def convert(
     target = Path(mlx_path).expanduser()
     if quantize and dequantize:
         raise ConversionError("--quantize and --dequantize exclude one another")
-    _check_choice("dtype", dtype, (None, *DTYPES))
-    _check_choice("quant-predicate", quant_predicate, RECIPES)
+    for flag, value, allowed in (
+        ("dtype", dtype or "float32", DTYPES),
+        ("quant-predicate", quant_predicate, RECIPES),
+    ):
+        if value not in allowed:
+            supported = ", ".join(allowed)
+            raise ConversionError(f"{flag} is {value!r}; supported: {supported}")
+    for flag, given in (
+        ("q-bits", q_bits is not None),
+        ("q-group-size", q_group_size is not None),
+        ("q-mode", q_mode != "affine"),
+        ("quant-predicate", quant_predicate != "uniform"),
+    ):
+        if given and not quantize:
+            raise ConversionError(f"--{flag} is given without --quantize; add it")
     base = None
     if quantize:
         base = Quantization.with_defaults(q_mode, q_bits, q_group_size)
-    else:
-        _refuse_unused(q_bits, q_group_size, q_mode, quant_predicate)
     layout = open_source(hf_path, revision, target, overwrite)
     if layout.quantized and not dequantize:
         raise ConversionError(
@@ -126,29 +137,6 @@ def convert(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-
-
-def _refuse_unused(
-    q_bits: int | None, q_group_size: int | None, q_mode: str, quant_predicate: str
-) -> None:
-    """Refuse settings of a quantisation that was not asked for."""
-    given = {
-        "q-bits": q_bits is not None,
-        "q-group-size": q_group_size is not None,
-        "q-mode": q_mode != "affine",
-        "quant-predicate": quant_predicate != "uniform",
-    }
-    for name in given:
-        if given[name]:
-            raise ConversionError(f"--{name} is given without --quantize; add it")
-
-
-def _check_choice(
-    name: str, value: str | None, allowed: Collection[str | None]
-) -> None:
-    if value not in allowed:
-        shown = ", ".join(filter(None, allowed))
-        raise ConversionError(f"{name} is {value!r}; supported: {shown}")
 
 
 def open_source(

@@ -37,18 +37,17 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ConversionError(
-                f"q-mode is {self.mode!r}; supported: {', '.join(MODES)}"
-            )
-        allowed = MODES[self.mode]
-        for name, value, values in (
-            ("q-bits", self.bits, allowed.bits),
-            ("q-group-size", self.group_size, allowed.group_sizes),
+            known = ", ".join(MODES)
+            raise ConversionError(f"q-mode is {self.mode!r}; supported: {known}")
+        bits, sizes = MODES[self.mode]
+        for flag, value, allowed in (
+            ("q-bits", self.bits, bits),
+            ("q-group-size", self.group_size, sizes),
         ):
-            if value not in values:
-                shown = ", ".join(map(str, sorted(values)))
+            if value not in allowed:
+                known = ", ".join(map(str, sorted(allowed)))
                 raise ConversionError(
-                    f"{name} is {value}; {self.mode} supports {shown}"
+                    f"{flag} is {value}; {self.mode} supports {known}"
                 )
 
     @classmethod
@@ -99,12 +98,9 @@ class Quantization:
         return mx.dequantize(*arrays, **asdict(self), dtype=dtype)
 
 
-# from the path of a layer on disk, and what is asked for
-Recipe = Callable[[str, Quantization], Quantization]
 EIGHT_BITS = Quantization(bits=8)
-
-
-RECIPES: dict[str, Recipe] = {
+# from the path of a layer on disk and what is asked for to what the layer gets
+RECIPES: dict[str, Callable[[str, Quantization], Quantization]] = {
     # every layer as asked for
     "uniform": lambda layer, base: base,
     # experts as asked for; attention, dense MLP, router, embedding at 8 bits
@@ -143,10 +139,8 @@ def read_quantization(raw: dict[str, Any], where: str) -> QuantizationMap | None
         return None
     if "quant_method" in keys:
         method = dict(keys.items())["quant_method"]
-        raise keys.refuse(
-            "quant_method",
-            f"is {method!r}, not MLX's; convert from the bfloat16 release",
-        )
+        why = f"is {method!r}, not MLX's; convert from the bfloat16 release"
+        raise keys.refuse("quant_method", why)
     default, overrides = _read_one(keys), {}
     for name, entry in keys.items():
         if isinstance(entry, dict):

@@ -63,9 +63,8 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
     keys.one_of("model_type", "gemma4_vision", ("gemma4_vision",))
     keys.one_of("hidden_activation", ACTIVATION, (ACTIVATION,))
     keys.one_of("attention_bias", False, (False,))
-    rope = keys.mapping("rope_parameters")
     theta = 100.0
-    if rope is not None:
+    if rope := keys.mapping("rope_parameters"):
         rope.one_of("rope_type", "axial", ("axial", "default"))
         theta = rope.number("rope_theta", theta)
     heads = keys.integer("num_attention_heads", 12, 1, MAX_WIDTH)
@@ -87,10 +86,8 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
     if vision.head_dim % 4:
         raise keys.refuse("head_dim", f"is {vision.head_dim}; must be a multiple of 4")
     if vision.heads % vision.kv_heads:
-        raise keys.refuse(
-            "num_attention_heads",
-            f"is {vision.heads}, no multiple of num_key_value_heads {vision.kv_heads}",
-        )
+        why = f"is {vision.heads}, no multiple of num_key_value_heads {vision.kv_heads}"
+        raise keys.refuse("num_attention_heads", why)
     return vision
 
 
@@ -125,9 +122,7 @@ def vision_shapes(vision: VisionConfig, width: int) -> dict[str, tuple[int, ...]
         layer[f"{name}.linear.weight"] = shape
         if vision.clipped:
             layer |= {f"{name}.{limit}": () for limit in LIMITS}
-    layer |= dict.fromkeys(
-        ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (vision.head_dim,)
-    )
+    layer |= {f"self_attn.{n}_norm.weight": (vision.head_dim,) for n in "qk"}
     for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
         layer[f"{norm}_layernorm.weight"] = (hidden,)
     tower: dict[str, tuple[int, ...]] = {
@@ -155,16 +150,11 @@ def read_vision_weights(
         for name, info in read_tensors(folder).items()
         if name.startswith(VISION)
     }
-    if not found:
-        raise CheckpointError(
-            f"{folder}: holds no vision tensors, so it reads text only; convert it "
-            "again from the release"
-        )
+    why = None if found else "holds no vision tensors, so it reads text only"
     if scales := sorted(name for name in found if name.endswith(".scales")):
-        raise CheckpointError(
-            f"{folder}: {ROOT}{scales[0]}: a quantised vision tower is not supported; "
-            "convert it again from the release"
-        )
+        why = f"{ROOT}{scales[0]}: a quantised vision tower is not supported"
+    if why is not None:
+        raise CheckpointError(f"{folder}: {why}; convert it again from the release")
     expected = {name: Expected(shape) for name, shape in shapes.items()}
     check_tensors(folder, found, expected, name_of=lambda name: ROOT + name)
     return list(load_tensors(found).items())

@@ -30,8 +30,9 @@ DECODER = "model.decoder."
 ENCODER = "model.encoder.language_model."
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 HEAD = "lm_head.weight"
-ENCODER_SCALAR = re.compile(re.escape(ENCODER) + r"layers\.(\d+)\.layer_scalar")
-DECODER_SCALAR = re.compile(re.escape(DECODER) + r"layers\.(\d+)\.layer_scalar")
+SCALAR = re.compile(
+    rf"({re.escape(DECODER)}|{re.escape(ENCODER)})layers\.(\d+)\.layer_scalar"
+)
 BARE_EXPERTS = re.compile(r"(.*\.experts\.(?:gate_up_proj|down_proj))$")
 LAYER_NORMS = (
     "input_layernorm",
@@ -49,14 +50,11 @@ def parameter_name(disk_name: str) -> str | None:
 
     Vision tensors and the tied copies of the encoder fill none.
     """
-    if match := ENCODER_SCALAR.fullmatch(disk_name):
-        return f"layers.{match[1]}.encoder_scalar"
-    if match := DECODER_SCALAR.fullmatch(disk_name):
-        return f"layers.{match[1]}.decoder_scalar"
+    if match := SCALAR.fullmatch(disk_name):
+        mode = "decoder" if match[1] == DECODER else "encoder"
+        return f"layers.{match[2]}.{mode}_scalar"
     # the model's own names of the scalars are no names on disk
-    if disk_name.endswith(("encoder_scalar", "decoder_scalar")):
-        return None
-    if not disk_name.startswith(DECODER):
+    if not disk_name.startswith(DECODER) or disk_name.endswith("coder_scalar"):
         return None
     return BARE_EXPERTS.sub(r"\1.weight", disk_name.removeprefix(DECODER))
 
@@ -162,10 +160,8 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not SHARD.fullmatch(file):
-            raise CheckpointError(
-                f"{path}: {name} is said to lie in {file!r}; "
-                "a shard must be a .safetensors file in the same folder"
-            )
+            why = "a shard must be a .safetensors file in the same folder"
+            raise CheckpointError(f"{path}: {name} is said to lie in {file!r}; {why}")
         if file not in headers:
             headers[file] = read_header(folder / file)
         if name not in headers[file]:

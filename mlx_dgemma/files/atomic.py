@@ -45,18 +45,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_arrays(
-    path: Path,
-    arrays: "Mapping[str, mx.array]",
-    metadata: dict[str, str] | None = None,
+    path: Path, arrays: "Mapping[str, mx.array]", metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file with `write_atomically`. Raises OSError."""
     import mlx.core as mx
 
-    metadata = {"format": "mlx", **(metadata or {})}
-
     def write(partial: Path) -> None:
         with partial.open("wb") as file:  # MLX would add a suffix to a name
-            mx.save_safetensors(file, dict(arrays), metadata)
+            more = {"format": "mlx", **(metadata or {})}
+            mx.save_safetensors(file, dict(arrays), more)
 
     write_atomically(path, write)
 
@@ -97,9 +94,8 @@ def _check_free(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise ConversionError(
-            f"{target}: exists; choose another folder or add --overwrite"
-        )
+        why = "exists; choose another folder or add --overwrite"
+        raise ConversionError(f"{target}: {why}")
     empty = target.is_dir() and not any(target.iterdir())
     if not empty and not (target / "config.json").is_file():
         raise ConversionError(f"{target}: is no model folder, so not overwritten")
@@ -113,14 +109,11 @@ def check_apart(source: Path, target: Path, what: str = "the model to convert") 
 
 def check_disk(target: Path, needed: int) -> None:
     """Raise ConversionError when `needed` bytes do not fit beside the target."""
-    free, needed = (
-        shutil.disk_usage(target.absolute().parent).free,
-        needed + SPARE_BYTES,
-    )
+    needed += SPARE_BYTES
+    free = shutil.disk_usage(target.absolute().parent).free
     if needed > free:
-        raise ConversionError(
-            f"{target}: needs {needed:,} bytes, but only {free:,} are free there"
-        )
+        why = f"needs {needed:,} bytes, but only {free:,} are free there"
+        raise ConversionError(f"{target}: {why}")
 
 
 @contextmanager

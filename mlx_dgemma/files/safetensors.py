@@ -90,21 +90,15 @@ def _check_entries(
         except (TypeError, KeyError, ValueError):
             raise CheckpointError(f"{path}: {name}: broken header entry") from None
         if dtype_name not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name}: dtype {dtype_name} is not supported; "
-                "convert from the bfloat16 release"
-            )
+            why = "is not supported; convert from the bfloat16 release"
+            raise CheckpointError(f"{path}: {name}: dtype {dtype_name} {why}")
         info = TensorInfo(name, DTYPES[dtype_name], shape, path)
         if end - start != info.nbytes:
-            raise CheckpointError(
-                f"{path}: {name}: {end - start} bytes for shape {list(shape)} "
-                f"of {dtype_name}, which needs {info.nbytes}"
-            )
+            why = f"shape {list(shape)} of {dtype_name}, which needs {info.nbytes}"
+            raise CheckpointError(f"{path}: {name}: {end - start} bytes for {why}")
         if end > available:
-            raise CheckpointError(
-                f"{path}: {name}: ends {end - available} bytes behind the file's "
-                "end; truncated: download it again"
-            )
+            why = "bytes behind the file's end; truncated: download it again"
+            raise CheckpointError(f"{path}: {name}: ends {end - available} {why}")
         infos[name] = info
         ranges.append((start, end, name))
     ranges.sort()
@@ -155,10 +149,8 @@ def check_tensors(
     for key, info in found.items():
         shape, dtypes, source = expected[key]
         if info.shape != shape:
-            raise error(
-                f"{info.file}: {info.name} has shape {list(info.shape)}, "
-                f"but {source} needs {list(shape)}"
-            )
+            why = f"has shape {list(info.shape)}, but {source} needs {list(shape)}"
+            raise error(f"{info.file}: {info.name} {why}")
         if info.dtype not in dtypes:
             kind = "floats" if dtypes == FLOATS else str(dtypes[0])
             raise error(f"{info.file}: {info.name} holds {info.dtype}, not {kind}")
