@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapters.adapter_files import EVERY, SMALL, write_adapter
-from checkpoint.folders import listing, logits, same
+from checkpoint.folders import listing, logits, refusal, same
 from mlx.utils import tree_flatten, tree_unflatten
 from tiny import write_tiny
 
@@ -18,15 +18,8 @@ from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.adapters.folder import CONFIG, WEIGHTS
 from mlx_dgemma.adapters.lora import LoRA, adapt, unfreeze
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.errors import AdapterError, DGemmaError
+from mlx_dgemma.errors import AdapterError
 from mlx_dgemma.model.language import DiffusionGemma
-
-
-def refusal(call, *args, **kwargs) -> str:
-    with pytest.raises(DGemmaError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

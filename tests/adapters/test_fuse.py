@@ -8,7 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapters.adapter_files import EVERY, SMALL, factors, write_adapter, write_peft
-from checkpoint.folders import copied, listing, logits, read_json, same, tensors
+from checkpoint.folders import (
+    copied,
+    listing,
+    logits,
+    read_json,
+    refusal,
+    same,
+    tensors,
+)
 from mlx.utils import tree_flatten
 from tiny import write_tiny
 
@@ -20,7 +28,6 @@ from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.checkpoint.quantize import read_quantization
 from mlx_dgemma.checkpoint.weights import expected_shapes, layer_path
-from mlx_dgemma.errors import AdapterError, ConversionError, DGemmaError
 from mlx_dgemma.model.loading import load_model
 
 ALLOWED = 1e-4  # relative, of the largest logit
@@ -182,50 +189,32 @@ def test_an_adapter_of_peft_that_both_modes_share_is_fused(tiny, bases, tmp_path
 # The folder
 
 
-def test_the_folder_is_a_model_like_any_other(tiny, bases, some, tmp_path):
+def test_the_folder_is_a_model_like_any_other(quantised, some, tmp_path):
     calls: list[tuple[str, int, int]] = []
-    out, base = tmp_path / "out", bases["affine"]
-    fused = fuse(base, some, out, progress=lambda *call: calls.append(call))
-    assert listing(out) == listing(base)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (out / name).read_bytes() == (tiny / name).read_bytes()
-    assert read_json(out) == read_json(base)
+    out = tmp_path / "out"
+    fused = fuse(quantised, some, out, progress=lambda *call: calls.append(call))
+    assert listing(out) == listing(quantised)
+    assert read_json(out) == read_json(quantised)
     assert "mlx_dgemma.fuse" in (out / "README.md").read_text()
     assert (fused.path, fused.shards) == (out, 1)
     assert fused.bytes == fused.source_bytes == calls[-1][1] == calls[-1][2]
     model, tokenizer = load(out)
     assert tokenizer.chat_template is not None and model.config.canvas_length == 16
-    many = fuse(base, some, tmp_path / "many", shard_bytes=20_000)
+    many = fuse(quantised, some, tmp_path / "many", shard_bytes=20_000)
     assert many.shards > 3
     same(tensors(tmp_path / "many"), tensors(out))
-
-
-def test_a_fused_model_can_be_fused_again(tiny, adapter, some, tmp_path):
-    vision = {"model.encoder.vision_tower.x.weight": mx.arange(6).reshape(2, 3) / 7}
-    config = {"vision_config": {"hidden_size": 3}}
-    base = copied(tiny, tmp_path / "base", more=vision, config=config)
-    fuse(base, adapter, tmp_path / "once")
-    fuse(tmp_path / "once", some, tmp_path / "out", overwrite=True)
-    wanted = said(tmp_path / "once", some)
-    assert far(said(tmp_path / "out"), wanted) < ALLOWED
-    found = tensors(tmp_path / "out")
-    same({name: found[name] for name in vision}, vision)
-    fuse(tiny, some, tmp_path / "out", overwrite=True)
-    same(tensors(tmp_path / "out"), by_hand(tiny, some, SMALL))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantise", [False, True])
 def test_only_a_few_tensors_are_in_memory_at_a_time(tmp_path, quantise):
     kinds = ["sliding_attention"] * 7 + ["full_attention"]
-    base = write_tiny(
-        tmp_path / "base", num_hidden_layers=8, layer_types=kinds, num_experts=32
-    )
+    sizes = {"num_hidden_layers": 8, "layer_types": kinds, "num_experts": 32}
+    base = write_tiny(tmp_path / "base", **sizes)
     adapter = write_adapter(tmp_path / "a", read_config(base))
     tuned = fine_tuned(base, tmp_path / "full")
     largest = 32 * 64 * 64 * 4
-    total = sum(array.nbytes for array in tensors(base).values())
-    assert total > 10 * largest
+    assert sum(array.nbytes for array in tensors(base).values()) > 10 * largest
     if quantise:
         convert(base, tmp_path / "q", quantize=True)
         base = tmp_path / "q"
@@ -233,26 +222,15 @@ def test_only_a_few_tensors_are_in_memory_at_a_time(tmp_path, quantise):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         fuse(base, folder, tmp_path / f"out-{number}", dequantize=quantise)
-        grown = mx.get_peak_memory() - before
-        assert grown < 3 * largest
+        assert mx.get_peak_memory() - before < 3 * largest
 
 
 # Refused
 
 
-def refused(
-    error: type[DGemmaError],
-    tmp_path: Path,
-    base: Path,
-    adapter: Path,
-    *named: str,
-    **how: Any,
-) -> None:
+def refused(tmp_path: Path, base: Path, adapter: Path, *named: str, **how: Any) -> None:
     before = listing(tmp_path)
-    with pytest.raises(error) as caught:
-        fuse(base, adapter, tmp_path / "out", **how)
-    message = str(caught.value)
-    assert "\n" not in message
+    message = refusal(fuse, base, adapter, tmp_path / "out", **how)
     for part in named:
         assert part in message
     assert listing(tmp_path) == before
@@ -261,32 +239,29 @@ def refused(
 def test_neither_model_nor_adapter_is_replaced(tiny, some, tmp_path):
     base = shutil.copytree(tiny, tmp_path / "out")
     inside = shutil.copytree(some, base / "adapters")
-    said = ((base, some, "the model to convert"), (tiny, inside, "holds the adapter"))
-    for model, folder, what in said:
-        refused(ConversionError, tmp_path, model, folder, what, overwrite=True)
-    refused(ConversionError, tmp_path, tiny, some, "--overwrite")
+    refused(tmp_path, base, some, "the model to convert", overwrite=True)
+    refused(tmp_path, tiny, inside, "holds the adapter", overwrite=True)
+    refused(tmp_path, tiny, some, "--overwrite")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny, quantised, some, tmp_path):
     wide = write_tiny(tmp_path / "wide", hidden_size=96)
     folder = write_adapter(tmp_path / "a", read_config(wide))
-    tuned = fine_tuned(wide, tmp_path / "tuned")
-    for other in (folder, tuned):
-        shape = f"{other / adapters.WEIGHTS}", "has shape ["
-        refused(AdapterError, tmp_path, quantised, other, *shape)
+    for other in (folder, fine_tuned(wide, tmp_path / "tuned")):
+        where = str(other / adapters.WEIGHTS)
+        refused(tmp_path, quantised, other, where, "has shape [")
     none = tmp_path / "none"
-    refused(AdapterError, tmp_path, tiny, none, f"{none}: no such folder")
-    refused(AdapterError, tmp_path, tiny, tiny, "adapter_config.json")
+    refused(tmp_path, tiny, none, f"{none}: no such folder")
+    refused(tmp_path, tiny, tiny, "adapter_config.json")
     torn = shutil.copytree(some, tmp_path / "torn") / adapters.WEIGHTS
     torn.write_bytes(torn.read_bytes()[:-9])
-    refused(DGemmaError, tmp_path, tiny, torn.parent, str(torn), "truncated")
+    refused(tmp_path, tiny, torn.parent, str(torn), "truncated")
 
 
 def test_modes_that_differ_cannot_be_one_weight(tiny, tmp_path):
     layers = factors(read_config(tiny), ("layers.1.self_attn.o_proj",))
     other = factors(read_config(tiny), ("layers.1.self_attn.o_proj",), seed=1)
-    for number, modes in enumerate(
-        ({"decoder": layers}, {"decoder": layers, "encoder": other})
-    ):
-        folder = write_peft(tmp_path / f"a{number}", modes)
-        refused(AdapterError, tmp_path, tiny, folder, str(folder), "--adapter-path")
+    cases = {"decoder": layers}, {"decoder": layers, "encoder": other}
+    for number, modes in enumerate(cases):
+        folder = write_peft(tmp_path / str(number), modes)
+        refused(tmp_path, tiny, folder, str(folder), "--adapter-path")

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint.folders import copied, read_json, tensors
+from checkpoint.folders import copied, read_json, refusal, tensors
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.quantize import (
@@ -17,7 +17,7 @@ from mlx_dgemma.checkpoint.quantize import (
     QuantizationMap,
     read_quantization,
 )
-from mlx_dgemma.errors import CheckpointError, ConfigError, ConversionError
+from mlx_dgemma.errors import ConversionError
 from mlx_dgemma.model.loading import load_model
 
 DECODER = "model.decoder."
@@ -141,9 +141,7 @@ IMPOSSIBLE: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("value", "named"), IMPOSSIBLE)
 def test_impossible_declarations_are_refused_by_key(value, named):
-    with pytest.raises(ConfigError) as caught:
-        read_quantization({"quantization_config": value}, "config.json")
-    message = str(caught.value)
+    message = refusal(read_quantization, {"quantization_config": value}, "config.json")
     assert message.startswith("config.json: quantization_config") and named in message
 
 
@@ -151,10 +149,7 @@ def test_impossible_declarations_are_refused_by_key(value, named):
 
 
 def refused(folder: Path, *named: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        load_model(folder, read_config(folder))
-    message = str(caught.value)
-    assert "\n" not in message
+    message = refusal(load_model, folder, read_config(folder))
     for part in named:
         assert part in message
 
