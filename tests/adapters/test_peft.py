@@ -16,7 +16,6 @@ from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.adapters import peft
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
-from mlx_dgemma.errors import AdapterError
 from mlx_dgemma.model.loading import find_layer, load_model
 
 PATHS = (
@@ -318,24 +317,20 @@ def test_files_that_are_missing_or_torn_are_named(config, one, tmp_path):
     folder = write_peft(tmp_path / "a", {"decoder": one})
     assert peft.is_peft(folder)
     weights = folder / "adapter_model.safetensors"
-    content = weights.read_bytes()
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(folder, config, "truncated")
     weights.unlink()
     refused(folder, config, "adapter_model.safetensors: no such file")
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     refused(folder, config, "pickle", "safe_serialization")
-    weights.write_bytes(content[:-9])
-    refused(folder, config, "truncated")
     for content in ('{"fine_tune_type": "lora"}', "{", "[]", '{"peft_type": null}'):
         (folder / "adapter_config.json").write_text(content)
         assert not peft.is_peft(folder)
 
 
 def test_a_model_takes_one_adapter_only(tiny, one, other, tmp_path):
-    before = logits(load_model(tiny, read_config(tiny)))
-    cases = {"decoder": one, "encoder": other}, {"encoder": one}, {"decoder": one}
-    for number, modes in enumerate(cases):
+    for number, modes in enumerate(
+        ({"decoder": one, "encoder": other}, {"encoder": one})
+    ):
         folder = write_peft(tmp_path / str(number), modes)
-        model = adapted(tiny, folder)
-        assert np.abs(logits(model) - before).max() > 0.1
-        with pytest.raises(AdapterError, match="already"):
-            adapters.load(model, folder)
+        assert "already" in refusal(adapters.load, adapted(tiny, folder), folder)

@@ -132,13 +132,7 @@ def test_unknown_keys_are_named_in_one_warning(tmp_path):
 BAD_TEXT = {
     "num_hidden_layers": [0, -3, 10**9, 10**400, 3.0, "3", True, None],
     "hidden_size": [GONE, 2**40],
-    "vocab_size": [10**12, 1],
-    "num_experts": [2**31],
-    "intermediate_size": [0],
     "moe_intermediate_size": [{}],
-    "top_k_experts": [5],
-    "num_attention_heads": [0],
-    "head_dim": [15],
     "global_head_dim": [2**20],
     "sliding_window": [1, GONE],
     "rms_norm_eps": [0.0, "1e-6"],
@@ -157,10 +151,7 @@ BAD_TOP = {
 TOP: list[tuple[dict[str, Any], str]] = [
     ({"auto_map": {"AutoModel": "m.M"}}, "auto_map asks to run remote code"),
     ({"text_config": GONE}, "text_config is missing"),
-    ({"text_config": [1]}, "text_config must be an object"),
     ({"vision_config": "x"}, "vision_config must be an object"),
-    ({"canvas_length": 10**9}, "to 65536"),
-    ({"eos_token_id": [1, 32]}, "below 32"),
 ]
 TEXT: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 1}, "vocab_size is 1; it must be from 2"),
@@ -169,7 +160,6 @@ TEXT: list[tuple[dict[str, Any], str]] = [
     ({"num_global_key_value_heads": 3}, "of layer 2"),
     ({"head_dim": 15}, "head_dim is 15 in layer 0; must be even"),
     ({"layer_types": [SLIDING, "linear", FULL]}, "layer_types[1] is 'linear'"),
-    ({"layer_types": [SLIDING, [], FULL]}, "layer_types[1]"),
     ({"layer_types": [FULL]}, "names 1 layers but num_hidden_layers is 3"),
     ({"layer_types": {}}, "layer_types must be a list"),
     ({"layer_types": [FULL, FULL, SLIDING]}, "must end with 'full_attention'"),
