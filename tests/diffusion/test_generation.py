@@ -205,3 +205,4 @@ def test_report_of_unfinished_and_of_many_canvases():
     assert "8 canvases (5 + 5 + 5 + 5 + 5 + 5 + 5 + 5 steps)" in few.line()
     many = report_of(*[commit("a", steps=5)] * 8, commit("a", steps=12))
     assert "9 canvases (5.8 steps each, at most 12)" in many.line()
+    assert report.format_bytes(52_345_000_000) == "52.34 GB"
