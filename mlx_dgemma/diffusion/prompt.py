@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_chat, insert_image_tokens
+from ..text.chat import Prompt, encode_chat, insert_image_tokens, is_rendered
 from ..text.tokenizer import Tokenizer
 from .prefix import ImageSpan
 
@@ -50,6 +50,11 @@ def encode_prompt(
     if isinstance(prompt, mx.array | np.ndarray):
         chat = prompt.tolist()
     elif images or videos:
+        if isinstance(prompt, str) and is_rendered(tokenizer, prompt):
+            raise SettingsError(
+                "images go with plain text; this prompt is rendered by a chat template "
+                "already: put text and images into messages"
+            )
         chat = _with_media(prompt, images, videos)
     ids, sources = encode_chat(
         tokenizer,

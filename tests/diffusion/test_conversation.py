@@ -28,13 +28,17 @@ LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "max_tokens": 16}
 LOOSE |= {"prefill_step_size": 32}
 LONG = LOOSE | {"eos": frozenset({999}), "max_tokens": 48}  # always three canvases
 LETTERS = "".join(VOCABULARY[7:])
+MARKERS = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
+PIECES = [*VOCABULARY[:7], *"abcdel{}:12utfghijkm", *MARKERS]
 # as the release's: the reply begins with tokens that no history repeats
 TEMPLATE = (
-    "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}{{ m['content'] | trim }}"
-    "<turn|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn>a{% if not enable_thinking %}nn{% endif %}"
+    "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}"
+    "{% for c in m.get('tool_calls') or [] %}<|tool_call>{{ c['function']['name'] }}"
+    "<tool_call|>{% endfor %}{{ (m['content'] or '') | trim }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>a{% if not enable_thinking %}bb{% endif %}"
     "{% endif %}"
 )
+TOOLS = [{"type": "function", "function": {"name": "ab", "parameters": {}}}]
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +130,16 @@ def test_committed_text_stays_after_an_interruption(chatty, monkeypatch, taken):
 
 def test_stop_string_ends_the_message_and_held_text_is_kept(chatty):
     talk = Conversation(*chatty, **LONG)
-    commits = [e for e in talk.ask("ab", seed=0) if isinstance(e, Commit)]
-    whole = talk.messages[-1]["content"]
-    talk.rewind()
-    assert talk.messages == []
-    list(talk.ask("ab", seed=0, stop=whole[20:23]))
-    assert talk.messages[-1]["content"] == whole[: whole.index(whole[20:23])]
+    first = next(e for e in talk.ask("ab", seed=0) if isinstance(e, Commit)).text
     talk.reset()
-    start = commits[0].text[-1]  # of a stop string, as far as one can tell
-    events = talk.ask("ab", seed=0, stop=[f"{start}never"])
-    first = next(e for e in events if isinstance(e, Commit))
+    list(talk.ask("ab", seed=0, stop=first[10:13]))
+    assert talk.messages[-1]["content"] == first[: first.index(first[10:13])]
+    talk.reset()
+    events = talk.ask("ab", seed=0, stop=[f"{first[-1]}never"])
+    held = next(e for e in events if isinstance(e, Commit))
     events.close()
-    assert first.text == commits[0].text[:-1]
-    assert talk.messages[-1]["content"] == commits[0].text
+    assert held.text == first[:-1]
+    assert talk.messages[-1]["content"] == first
 
 
 def test_past_can_be_changed(chatty):
@@ -233,23 +234,13 @@ def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):
 
 # --- thoughts and calls --------------------------------------------------------------
 
-MARKERS = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
-PIECES = [*VOCABULARY[:7], *"abcdel{}:12utfghijkm", *MARKERS]
-TOOL_TEMPLATE = (
-    "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}"
-    "{% for c in m.get('tool_calls') or [] %}<|tool_call>{{ c['function']['name'] }}"
-    "<tool_call|>{% endfor %}{{ m['content'] or '' }}<turn|>{% endfor %}"
-    "{% if add_generation_prompt %}<|turn>{% endif %}"
-)
-TOOLS = [{"type": "function", "function": {"name": "ab", "parameters": {}}}]
-
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory):
     """A tiny checkpoint whose vocabulary has the markers; turns end with eos 4."""
     folder = write_tiny(tmp_path_factory.mktemp("marked") / "m")
     write_tokenizer(folder, PIECES, [*PIECES[:5], *MARKERS])
-    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return load(folder)
 
 
@@ -257,10 +248,6 @@ def saying(tokenizer, reply: str) -> dict:
     """Settings that pin the reply."""
     tokens = [*tokenizer.encode(reply), 4]
     return {"pinned": dict(enumerate(tokens)), "max_tokens": 32, "steps": 1}
-
-
-def parts_of(events) -> list:
-    return [event.parts for event in events if isinstance(event, Commit)]
 
 
 def test_commits_hold_thoughts_and_stop_strings_end_answers_only(marked):
@@ -275,15 +262,14 @@ def test_commits_hold_thoughts_and_stop_strings_end_answers_only(marked):
 def test_call_is_answered_and_the_conversation_goes_on(marked):
     options = saying(marked[1], "<|tool_call>call:ab{}<tool_call|>")
     talk = Conversation(*marked, tools=TOOLS, **options)
-    events = list(talk.ask("a", seed=0))
-    assert parts_of(events) == [(Call("ab", {}, "call_0"),)]
-    assert events[-1].text == ""
+    *_, commit = talk.ask("a", seed=0)
+    assert (commit.text, commit.parts) == ("", (Call("ab", {}, "call_0"),))
     answer = talk.messages[1]
     assert answer["content"] is None
     assert answer["tool_calls"][0]["function"] == {"name": "ab", "arguments": {}}
     talk.add({"role": "tool", "tool_call_id": "call_0", "content": "12"})
     json.dumps(talk.transcript())
     fresh = stream_generate(*marked, talk.messages, tools=TOOLS, seed=0, **options)
-    assert parts_of(talk.ask(seed=0)) == parts_of(fresh)
+    assert exactly(talk.ask(seed=0)) == exactly(fresh)
     roles = [m["role"] for m in talk.messages]
     assert roles == ["user", "assistant", "tool", "assistant"]
