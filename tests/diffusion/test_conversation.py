@@ -198,8 +198,6 @@ def test_one_answer_at_a_time(chatty):
         talk.reset,
         talk.ask,
         lambda: talk.edit(0, "a"),
-        lambda: setattr(talk, "system", "a"),
-        lambda: setattr(talk, "thinking", True),
         lambda: next(late),
         lambda: talk.load("a"),
     ):

@@ -60,8 +60,8 @@ def test_invalid_pictures_and_places_are_refused(seeing, tiny_model, tmp_path):
     for model, prompt, images, message in (
         (seeing, asked(picture(image), text("2")), (), "2 image tokens and 1 pictures"),
         (seeing, asked(text("2")), (), "1 image tokens and 0 pictures"),
-        (seeing, [3, 4], [image], "images go with a text prompt"),
-        (seeing, "<|turn>a", [image], "go with plain text; this prompt is rendered"),
+        (seeing, [3, 4], [image], "images and videos go with a text prompt"),
+        (seeing, "<|turn>a", [image], "text prompt that is not rendered yet"),
         (seeing, "a", [missing], r"picture 1: .*a\.png"),
         (tiny_model, "a", [image], r"holds pictures, .*reads text only"),
     ):
