@@ -193,14 +193,8 @@ def test_one_answer_at_a_time(chatty):
     talk = Conversation(*chatty, **LOOSE)
     early, late = talk.ask("ab", seed=0), talk.ask("cd", seed=0)
     next(early)
-    for act in (
-        talk.rewind,
-        talk.reset,
-        talk.ask,
-        lambda: talk.edit(0, "a"),
-        lambda: next(late),
-        lambda: talk.load("a"),
-    ):
+    changes = lambda: talk.edit(0, "a"), lambda: next(late), lambda: talk.load("a")
+    for act in (talk.rewind, talk.reset, talk.ask, *changes):
         with pytest.raises(SettingsError, match="an answer is being written; close"):
             act()
     with pytest.raises(SettingsError, match="a running request writes to this prefix"):
