@@ -160,10 +160,11 @@ class Verifier:
         signal, streak = None, mx.zeros((1,), dtype=mx.int32)
         draft = mx.full((1, settings.canvas_length), -1)
         for number, step in enumerate(theirs.canvases[index]):
-            temperatures = mx.array([settings.temperature(number)])
+            temperature = settings.temperature(number)
             logits = self.ours.denoise(ids(step.canvas[None]), prefix, signal)
-            processed = sampler.process(logits, temperatures)
-            entropy = sampler.entropy(processed)
+            processed = logits / temperature
+            logp = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
+            entropy = -mx.sum(mx.exp(logp) * logp, axis=-1)
             argmax = mx.argmax(processed, axis=-1)
             streak = sampler.count_unchanged(argmax, draft, streak)
             stable = streak >= settings.stability
@@ -178,8 +179,7 @@ class Verifier:
                 stopped=bool((stable & confident).item()),
             )
             draft = ids(step.argmax[None])
-            recorded = mx.array(step.logits[None])
-            signal = self.ours.self_condition(sampler.process(recorded, temperatures))
+            signal = self.ours.self_condition(mx.array(step.logits[None]) / temperature)
 
     def row(self, name: str, ours: mx.array, theirs: np.ndarray) -> Row:
         mine = np.array(ours.astype(mx.float32))

@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlx_dgemma
@@ -22,9 +24,8 @@ def test_the_snippet_of_mlx_lm_works(capsys):
     prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
     text = generate(model, tokenizer, prompt=prompt, verbose=True)
     assert text in capsys.readouterr().out
-    streamed = ""
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=512):
-        streamed += response.text
+    responses = stream_generate(model, tokenizer, prompt, max_tokens=512)
+    streamed = "".join(response.text for response in responses)
     assert len(streamed.split()) == len(text.split()) == 4
 
 
@@ -33,9 +34,10 @@ def test_every_form_of_a_prompt_is_put_into_the_template_once():
     options = {"add_generation_prompt": True}
     ids = tokenizer.apply_chat_template(MESSAGES, **options)
     rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
+    forms = MESSAGES, MESSAGES[0]["content"], ids, rendered
     texts = {
         generate(model, tokenizer, prompt, seed=1)
-        for prompt in (MESSAGES, MESSAGES[0]["content"], ids, rendered)
+        for prompt in (*forms, np.array(ids), mx.array(ids))
     }
     assert len(texts) == 1
 

@@ -49,16 +49,16 @@ def tiny_config(**text: Any) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, pieces=VOCABULARY, special=VOCABULARY[:5]) -> None:
     """One token a character, written as tokenizer.json and a chat template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
 
-    ids = {piece: i for i, piece in enumerate(VOCABULARY)}
+    ids = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(p, special=True) for p in VOCABULARY[:5]])
+    tokenizer.add_special_tokens([AddedToken(p, special=True) for p in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))

@@ -12,24 +12,17 @@ from ..settings import Settings
 from . import sampler
 from .events import Step
 from .prefix import Prefix
-from .step import State, StepConfig, StepInputs, StepStats
+from .step import State, StepInputs, StepStats
 
 FAR_FROM_DONE = 10  # mean entropies above this multiple of `confidence`
-
-
-class PendingStep(NamedTuple):
-    """A denoising step that was started, and the row of one canvas in it."""
-
-    state: State
-    stats: StepStats
-    row: int
 
 
 class BatchKey(NamedTuple):
     """Canvases with equal keys take their steps together."""
 
     length: int
-    config: StepConfig
+    sampler: str
+    banned: tuple[int, ...]  # tokens that a canvas must not begin with
 
 
 @dataclass
@@ -48,19 +41,18 @@ class Canvas:
     step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases
     mean: float = math.inf  # nats: mean entropy of the last step reported
-    pending: PendingStep | None = None  # a step started, not yet reported
+    # a step that was started and is not reported yet, and the row in it
+    pending: tuple[State, StepStats, int] | None = None
 
     def start_next(self, state: State) -> None:
         """Start the next canvas from its first state."""
-        self.state, self.row = state, 0
+        self.state, self.row, self.pending = state, 0, None
         self.index, self.step, self.mean = self.index + 1, 0, math.inf
-        self.pending = None
 
     @property
     def batch_key(self) -> BatchKey:
         banned = tuple(sorted(self.settings.eos)) if self.missing_tokens else ()
-        config = StepConfig(self.settings.sampler, banned)
-        return BatchKey(self.state.canvas.shape[1], config)
+        return BatchKey(self.settings.canvas_length, self.settings.sampler, banned)
 
     @property
     def missing_tokens(self) -> int:
@@ -73,23 +65,20 @@ class Canvas:
         more = self.step < self.settings.steps
         return more and self.mean > FAR_FROM_DONE * self.settings.confidence
 
-    def advance(self) -> PendingStep:
-        """Move on to the step that was started, and return it."""
+    def advance(self) -> StepStats:
+        """Move on to the step that was started; return what it reports."""
         assert self.pending is not None
-        taken, self.pending = self.pending, None
-        self.state, self.row = taken.state, taken.row
-        self.step += 1
-        return taken
+        self.state, stats, self.row = self.pending
+        self.pending, self.step = None, self.step + 1
+        return stats
 
-    def wait(self, taken: PendingStep) -> Step:
-        """Wait for a step, and return its event."""
-        state, stats, row = taken
-        arrays = state.draft[row], state.canvas[row], stats.accepted[row]
-        entropy = stats.entropy[row]
-        mx.eval(arrays, entropy, stats.mean, stats.stopped)
-        draft, canvas, accepted = arrays
+    def wait(self, stats: StepStats) -> Step:
+        """Wait for the step the canvas has come to, and return its event."""
+        state, row, step = self.state, self.row, self.step - 1
+        arrays = state.draft, state.canvas, stats.accepted, stats.entropy
+        draft, canvas, accepted, entropy = rows = [array[row] for array in arrays]
+        mx.eval(rows, stats.mean, stats.stopped)
         self.mean = float(np.array(stats.mean)[row])
-        step = self.step - 1
         return Step(
             request=self.request,
             canvas_index=self.index,
@@ -118,7 +107,7 @@ def step_inputs(canvases: list[Canvas]) -> StepInputs:
     """Return keys and settings for the next step of each canvas."""
     purposes = sampler.PROPOSE, sampler.RENOISE
     keys = [
-        [sampler.fold(c.seed, c.index, c.step, p) for p in purposes] for c in canvases
+        sampler.fold(c.seed, c.index, c.step, p) for c in canvases for p in purposes
     ]
     columns = {
         "temperature": [c.settings.temperature(c.step) for c in canvases],
@@ -129,6 +118,6 @@ def step_inputs(canvases: list[Canvas]) -> StepInputs:
         "min_tokens": [c.missing_tokens for c in canvases],
     }
     return StepInputs(
-        keys=mx.array(np.array(keys)),
+        keys=mx.array(np.array(keys).reshape(-1, 2, 2)),
         **{name: mx.array(values, mx.float32) for name, values in columns.items()},
     )

@@ -30,8 +30,8 @@ class Conversation:
     prefill_step_size      prompt tokens encoded at a time
     settings, overrides    as of `stream_generate`
 
-    `system` and `thinking` may be set between answers. `stats` is the Prefilled event
-    of the last answer.
+    `system` and `thinking` may be set at any time, for the next `ask`. `stats` is the
+    Prefilled event of the last answer.
 
     The text of an answer is that of `stream_generate` with the same messages and seed:
     reuse only saves time. Without a chat template the prompt is the messages' text in a
@@ -57,28 +57,10 @@ class Conversation:
         self.settings = (settings or model.settings).replace(**overrides)
         self.prefix = Prefix(model)
         self.stats: Prefilled | None = None
-        self._system, self._thinking = system, thinking
+        self.system, self.thinking = system, thinking
         self._chunk = prefill_step_size
         self._engine = Engine(model)
         self._messages: list[Message] = []  # replaced, never changed in place
-
-    @property
-    def system(self) -> str | None:
-        return self._system
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        self._check_idle()
-        self._system = text
-
-    @property
-    def thinking(self) -> bool:
-        return self._thinking
-
-    @thinking.setter
-    def thinking(self, on: bool) -> None:
-        self._check_idle()
-        self._thinking = on
 
     @property
     def messages(self) -> list[Message]:
@@ -128,12 +110,12 @@ class Conversation:
         """
         self._check_idle()
         before = messages = self._messages
-        if images and not isinstance(content, str):
-            raise SettingsError("images go with a text; put them into its parts")
+        if images:
+            if not isinstance(content, str):
+                raise SettingsError("images go with a text; put them into its parts")
+            pictures = [{"type": "image", "image": image} for image in images]
+            content = [*pictures, {"type": "text", "text": content}]
         if content is not None:
-            if isinstance(content, str) and images:
-                pictures = [{"type": "image", "image": image} for image in images]
-                content = [*pictures, {"type": "text", "text": content}]
             messages = [*before, self._new_message("user", content)]
         last = messages[-1]["role"] if messages else None
         if last is None or (last == "assistant" and not continue_final_message):
@@ -269,7 +251,11 @@ class Conversation:
                 answer = reply_message(merged(parts))
                 if continued:
                     *messages, begun = messages
-                    answer = begun | answer | {"content": _continued(begun, answer)}
+                    content: Any = begun["content"]
+                    new: Any = answer["content"] or ""
+                    if not isinstance(content, str):
+                        content, new = [*content], [{"type": "text", "text": new}]
+                    answer = begun | answer | {"content": content + new}
                 self._messages = [*messages, answer]
 
 
@@ -281,11 +267,3 @@ def _copy(message: Mapping[str, Any]) -> Message:
             dict(part) if isinstance(part, Mapping) else part for part in parts
         ]
     return copied
-
-
-def _continued(begun: Message, answer: Message) -> Any:
-    """Return the content of a message that the model has continued."""
-    content, new = begun["content"], answer["content"] or ""
-    if isinstance(content, str):
-        return content + new
-    return [*content, {"type": "text", "text": new}]

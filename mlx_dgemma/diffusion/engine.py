@@ -19,7 +19,7 @@ from ..model.language import DiffusionGemma, View
 from ..model.vision import Image
 from ..settings import Settings
 from . import sampler
-from .canvas import BatchKey, Canvas, PendingStep, join_states, step_inputs
+from .canvas import BatchKey, Canvas, join_states, step_inputs
 from .events import Commit, Event, Prefilled, Step
 from .prefix import ImageSpan, Prefix, chunk_ends, prefix_keys
 from .step import Pinned, State, stepper_for
@@ -93,9 +93,9 @@ class Engine:
         reused = 0 if prefix is None else prefix.match_prefix(keys, ends)
         new_ends = [end for end in ends if end > reused]
         for start, end in itertools.pairwise([reused, *new_ends]):
-            self._encode(
-                cache, prompt[start:end], self._images(image_spans, start, end)
-            )
+            inside = [span for span in image_spans if start <= span.start < end]
+            images = [self._image(span, start) for span in inside]
+            self._encode(cache, prompt[start:end], images)
             if prefix is not None:
                 prefix.extend(keys[start:end], last=end == len(prompt))
         self.running.append(canvas)  # from now on `cancel` releases the prefix
@@ -161,47 +161,38 @@ class Engine:
         self.model.encode(mx.array([tokens], dtype=mx.int32), cache, images)
         cache.evaluate()
 
-    def _images(
-        self, image_spans: Sequence[ImageSpan], start: int, end: int
-    ) -> list[Image]:
-        """Encode the pictures among the tokens start … end-1."""
-        inside = [span for span in image_spans if start <= span.start < end]
-        if not inside:
-            return []
+    def _image(self, span: ImageSpan, chunk_start: int) -> Image:
         if (vision := self.model.vision) is None:
             raise SettingsError("pictures were given; this checkpoint reads text only")
-        return [
-            Image(
-                span.start - start,
-                vision.encode_image(span.picture.patches, span.picture.positions),
-            )
-            for span in inside
-        ]
+        patches, positions = span.picture.patches, span.picture.positions
+        return Image(span.start - chunk_start, vision.encode_image(patches, positions))
 
     def _advance(self, batch: list[Canvas]) -> list[tuple[Canvas, Step]]:
         """Take a step of a batch, and start the next one if it is likely needed."""
         if new := [canvas for canvas in batch if canvas.pending is None]:
             self._start(new)
-        taken = [canvas.advance() for canvas in batch]
+        stats = [canvas.advance() for canvas in batch]
         if self._ahead and all(canvas.may_run_ahead for canvas in batch):
             self._start(batch)
-        pairs = zip(batch, taken, strict=True)
-        return [(canvas, canvas.wait(pending)) for canvas, pending in pairs]
+        pairs = zip(batch, stats, strict=True)
+        return [(canvas, canvas.wait(one)) for canvas, one in pairs]
 
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of canvases of a batch, without waiting for it."""
-        key = canvases[0].batch_key
-        stepper = stepper_for(self.model, key.config, compiled=self._compiled)
+        length, kind, banned = canvases[0].batch_key
+        stepper = stepper_for(
+            self.model, compiled=self._compiled, sampler=kind, banned=banned
+        )
         pinned = Pinned.of(
             [
-                sampler.pinned_tokens(c.settings.pinned, c.committed, key.length)
+                sampler.pinned_tokens(c.settings.pinned, c.committed, length)
                 for c in canvases
             ]
         )
         view, inputs = self._view(canvases), step_inputs(canvases)
         state, stats = stepper(join_states(canvases), view, inputs, pinned)
         for row, canvas in enumerate(canvases):
-            canvas.pending = PendingStep(state, stats, row)
+            canvas.pending = state, stats, row
         mx.async_eval(state, stats)
 
     def _view(self, canvases: list[Canvas]) -> View:

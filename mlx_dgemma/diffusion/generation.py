@@ -13,21 +13,16 @@ from ..text.chat import Prompt
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine
 from .events import Event
-from .prompt import ImageSource, encode_prompt
+from .prompt import ChatOptions, ImageSource, encode_prompt
 from .report import Report
 from .request import Request
 
 
-class GenerateOptions(SettingsOverrides, total=False):
+class GenerateOptions(ChatOptions, SettingsOverrides, total=False):
     """Keywords of `stream_generate`, for functions that pass them on."""
 
     images: Sequence[ImageSource]
     videos: Sequence[str | Path]
-    system: str | None
-    thinking: bool
-    tools: Sequence[Mapping[str, Any]] | None
-    chat_template_kwargs: Mapping[str, Any] | None
-    continue_final_message: bool
     stop: str | Sequence[str]
     seed: int | None
     prefill_step_size: int

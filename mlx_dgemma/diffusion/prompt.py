@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..text.chat import Prompt, encode_chat, insert_image_tokens
+from ..text.chat import Prompt, encode_chat, insert_image_tokens, is_rendered
 from ..text.tokenizer import Tokenizer
 from .prefix import ImageSpan
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from ..media.images import Picture, Source
 
 ImageSource: TypeAlias = "Source | Picture"
+
+
+class ChatOptions(TypedDict, total=False):
+    """How the chat template renders a prompt; see `stream_generate`."""
+
+    system: str | None
+    thinking: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    continue_final_message: bool
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,7 @@ def encode_prompt(
     *,
     images: Sequence[ImageSource] = (),
     videos: Sequence[str | Path] = (),
-    system: str | None = None,
-    thinking: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    continue_final_message: bool = False,
+    **options: Unpack[ChatOptions],
 ) -> EncodedPrompt:
     """Return a prompt as the engine takes it; arguments as of `stream_generate`.
 
@@ -50,16 +56,18 @@ def encode_prompt(
     if isinstance(prompt, mx.array | np.ndarray):
         chat = prompt.tolist()
     elif images or videos:
-        chat = _with_media(prompt, images, videos)
-    ids, sources = encode_chat(
-        tokenizer,
-        chat,
-        system=system,
-        thinking=thinking,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        continue_final_message=continue_final_message,
-    )
+        # a text comes behind its pictures, as the model was trained
+        if not isinstance(prompt, str) or is_rendered(tokenizer, prompt):
+            raise SettingsError(
+                "images and videos go with a text prompt that is not rendered yet; "
+                "put them into the messages otherwise"
+            )
+        parts: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
+        for video in videos:
+            parts += frame_parts(video)
+        parts.append({"type": "text", "text": prompt})
+        chat = [{"role": "user", "content": parts}]
+    ids, sources = encode_chat(tokenizer, chat, **options)
     pictures = read_images(model, sources) if sources else []
     if model.vision is None:
         return EncodedPrompt(ids)
@@ -71,20 +79,6 @@ def encode_prompt(
         image_spans.append(ImageSpan(ids.index(tokens.image, start), picture))
         start = image_spans[-1].end
     return EncodedPrompt(ids, tuple(image_spans))
-
-
-def _with_media(
-    prompt: Prompt, images: Sequence[ImageSource], videos: Sequence[str | Path]
-) -> Prompt:
-    """Return a text behind its pictures: the order the model was trained with."""
-    if not isinstance(prompt, str):
-        raise SettingsError(
-            "images go with a text prompt; put them into the messages otherwise"
-        )
-    parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]
-    for video in videos:
-        parts += frame_parts(video)
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
 def frame_parts(video: str | Path) -> list[dict[str, Any]]:

@@ -82,8 +82,7 @@ def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
         )
     prefix = Prefix(model)
     try:
-        prefix.keys, prefix.ends = _keys_and_ends(path, header, arrays, model)
-        columns = _check_arrays(path, header, prefix.ends, model)
+        columns = _check(path, header, arrays, prefix)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete it and save it again") from None
     parts: dict[str, LayerKV] = defaultdict(tuple)  # by "full.i" and "sliding.i.c"
@@ -91,8 +90,8 @@ def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
         kind, layer, _, *column = name.split(".")
         parts[".".join([kind, layer, *column])] += (arrays[name],)
     history = [parts[f"full.{i}"] for i in range(len(prefix.cache.history))]
-    layers = prefix.cache.layers
-    sliding = [i for i, layer in enumerate(layers) if layer.lookback is not None]
+    layers = enumerate(prefix.cache.layers)
+    sliding = [i for i, layer in layers if layer.lookback is not None]
     snapshots = [
         Snapshot(c, {i: parts[f"sliding.{i}.{c}"] for i in sliding}) for c in columns
     ]
@@ -147,13 +146,13 @@ def _arrays(cache: PrefixCache) -> dict[str, mx.array]:
     return full | sliding
 
 
-def _keys_and_ends(
+def _check(
     path: Path,
     header: dict[str, TensorInfo],
     arrays: dict[str, mx.array],
-    model: DiffusionGemma,
-) -> tuple[list[int], list[int]]:
-    """Return keys and ends of a prefix, neither empty."""
+    prefix: Prefix,
+) -> list[int]:
+    """Check all arrays, set keys and ends, and return the columns of the snapshots."""
     kinds = {n: (i.dtype, len(i.shape), *i.shape[1:]) for n, i in header.items()}
     if kinds.get("keys") != (mx.int64, 2, 2) or kinds.get("ends") != (mx.int64, 1):
         raise CheckpointError(f"{path}: keys or ends are missing or of a wrong kind")
@@ -162,30 +161,23 @@ def _keys_and_ends(
     rising = all(a < b for a, b in pairwise([0, *ends]))
     if not ends or not rising or ends[-1] != len(keys):
         raise CheckpointError(f"{path}: ends are not those of chunks of the keys")
+    model, length = prefix.model, len(keys)
     if (largest := max(keys)) >= model.config.vocab_size:
         raise CheckpointError(f"{path}: holds id {largest}, which the model lacks")
-    return keys, ends
-
-
-def _check_arrays(
-    path: Path, header: dict[str, TensorInfo], ends: list[int], model: DiffusionGemma
-) -> list[int]:
-    """Check names, shapes and dtypes; return the columns of the snapshots."""
-    one = model.make_cache()
-    model.encode(mx.array([[0]]), one)
-    length, window = ends[-1], model.config.sliding_window
     named = {name.rpartition(".")[2] for name in header if name.startswith("sliding.")}
     columns = [end for end in ends[:-1] if str(end) in named] + [length]
-    expected = {}
-    for name, array in _arrays(one).items():  # of shape (1, K, 1, width)
+    cache, expected = model.make_cache(), {}
+    model.encode(mx.array([[0]]), cache)
+    for name, array in _arrays(cache).items():  # of one token: (1, K, 1, width)
         rows, heads, _, width = array.shape
-        names = {name: length}
+        counts = {name: length}
         if name.startswith("sliding."):
-            stem = name.removesuffix("1")  # the column
-            names = {f"{stem}{column}": min(column, window - 1) for column in columns}
-        for other, count in names.items():
-            shape = (rows, heads, count, width)
+            stem, window = name.removesuffix("1"), model.config.sliding_window
+            counts = {f"{stem}{column}": min(column, window - 1) for column in columns}
+        for other, count in counts.items():
+            shape = rows, heads, count, width
             expected[other] = Expected(shape, (array.dtype,), "this model")
     found = {n: info for n, info in header.items() if n not in ("keys", "ends")}
     check_tensors(path, found, expected)
+    prefix.keys, prefix.ends = keys, ends
     return columns

@@ -37,8 +37,7 @@ class Request:
         check_int("seed", self.seed, 0)
         check_ids(prompt.ids, settings, model.config.vocab_size)
         self.prompt, self.settings, self.chunk = prompt, settings, prefill_step_size
-        parser = ReplyParser(tokenizer, prompt.ids)
-        self.filter = StopFilter(parser, check_stop(stop))
+        self.filter = StopFilter(ReplyParser(tokenizer, prompt.ids), stop)
 
     def run(self, engine: Engine, prefix: Prefix | None = None) -> Generator[Event]:
         """Yield the events of the request; closing the generator cancels it."""
@@ -62,19 +61,6 @@ class Request:
             engine.cancel(prefilled.request)
 
 
-def check_stop(stop: str | Sequence[str]) -> Sequence[str]:
-    """Return stop strings as a sequence.
-
-    Raises SettingsError for anything but non-empty strings.
-    """
-    strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(
-        isinstance(string, str) and string for string in strings
-    ):
-        raise SettingsError(f"stop is {stop!r}; it must be strings that are not empty")
-    return strings
-
-
 class StopFilter:
     """Adds text and parts to commits, and ends the reply at the first stop string.
 
@@ -83,10 +69,15 @@ class StopFilter:
     held back until the next commit decides.
     """
 
-    def __init__(self, parser: ReplyParser, stop: Sequence[str] = ()):
-        self._parser = parser
-        self._stop = stop
-        self._held: list[Part] = []
+    def __init__(self, parser: ReplyParser, stop: str | Sequence[str]):
+        self._stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(self._stop, Sequence) or not all(
+            isinstance(string, str) and string for string in self._stop
+        ):
+            raise SettingsError(
+                f"stop is {stop!r}; it must be strings that are not empty"
+            )
+        self._parser, self._held = parser, list[Part]()
 
     def write(self, commit: Commit) -> Commit:
         """Return the commit with its text, cut and finished at a stop string."""

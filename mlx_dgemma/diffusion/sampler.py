@@ -1,11 +1,11 @@
-"""The arithmetic of one denoising step, as pure functions of arrays.
+"""The decisions of one denoising step, as pure functions of arrays.
 
-    logits ─ process ─► propose ─► accept ─► renoise ─► next canvas
-                  └───► entropy ─────┘           └► stop?
+    entropy ─► accept ─► renoise ─► next canvas
+    argmax ──► reveal, stop?
 
-Knows nothing of the model. The functions work on B rows, each with its own
-temperature, bound and keys; they are transformers' EntropyBoundSampler and
-StableAndConfidentStoppingCriteria (arXiv 2505.24857).
+Knows nothing of the model. The functions work on B rows, each with its own bound and
+keys; they are transformers' EntropyBoundSampler and StableAndConfidentStoppingCriteria
+(arXiv 2505.24857).
 """
 
 import hashlib
@@ -30,18 +30,6 @@ def fold(seed: int, canvas: int, step: int, purpose: str) -> np.ndarray:
 def random_tokens(key: mx.array | np.ndarray, length: int, vocab_size: int) -> mx.array:
     """Return (L,) int32 ids, uniform over the vocabulary."""
     return mx.random.randint(0, vocab_size, (length,), key=mx.array(key))
-
-
-def process(logits: mx.array, temperatures: mx.array) -> mx.array:
-    """(B, L, V) logits over (B,) temperatures -> (B, L, V) float32."""
-    return logits.astype(mx.float32) / temperatures[:, None, None]
-
-
-def entropy(processed: mx.array) -> mx.array:
-    """(B, L, V) processed logits -> (B, L) nats."""
-    logp = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
-    # an impossible token adds 0, not 0 · -inf
-    return -mx.sum(mx.exp(logp) * mx.maximum(logp, mx.finfo(mx.float32).min), axis=-1)
 
 
 def accept(entropies: mx.array, bounds: mx.array) -> mx.array:

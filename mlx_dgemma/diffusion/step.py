@@ -93,15 +93,11 @@ class Pinned(NamedTuple):
         return cls(mx.array(tokens), mx.array(free))
 
 
-class StepConfig(NamedTuple):
-    """How steps are taken, equal for all canvases of a batch."""
-
-    sampler: str = SAMPLERS[0]
-    banned: tuple[int, ...] = ()  # tokens that a canvas must not begin with
-
-
 class Stepper:
     """Takes denoising steps with one model; `traces` counts how often it was traced.
+
+    sampler   as in `Settings`
+    banned    tokens that a canvas must not begin with
 
     It does not keep the model alive.
     """
@@ -111,9 +107,10 @@ class Stepper:
         model: DiffusionGemma,
         *,
         compiled: bool,
-        config: StepConfig = StepConfig(),  # noqa: B008 - immutable
+        sampler: str = SAMPLERS[0],
+        banned: tuple[int, ...] = (),
     ):
-        self._model, self.config = weakref.ref(model), config
+        self._model, self._sampler, self._banned = weakref.ref(model), sampler, banned
         self.traces = 0
         self._compiled = mx.compile(self._trace) if compiled else None
 
@@ -169,33 +166,32 @@ class Stepper:
     ) -> VocabStats:
         """Return the statistics of (B, L) positions, each field (B, L, …)."""
         B, L, D = hidden.shape
-        flat, uniforms = hidden.reshape(B * L, D), uniforms.flatten()
+        flat, uniforms, banned = hidden.reshape(B * L, D), uniforms.flatten(), None
         temperature = mx.broadcast_to(inputs.temperature[:, None], (B, L)).flatten()
-        banned = None
-        if self.config.banned:
+        if self._banned:
             leading = mx.arange(L) < inputs.min_tokens[:, None]
-            banned = Banned(self.config.banned, leading.flatten())
+            banned = Banned(self._banned, leading.flatten())
         if pinned is None:
             found = self.model.vocab_stats(flat, temperature, uniforms, banned)
         else:
             found = self._certain(pinned.tokens)
             if (free := pinned.free).size:
-                some = None if banned is None else banned.select(free)
+                banned = None if banned is None else banned.select(free)
                 at_free = self.model.vocab_stats(
-                    flat[free], temperature[free], uniforms[free], some
+                    flat[free], temperature[free], uniforms[free], banned
                 )
-                found = _replaced(found, free, at_free)
+                for array, new in zip(found.arrays, at_free.arrays, strict=True):
+                    array[free] = new
         return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found.arrays))
 
     def _certain(self, tokens: mx.array) -> VocabStats:
         """Return the statistics of positions that are certain of (B, L) tokens."""
         tokens = mx.maximum(tokens, 0).flatten()
-        zeros = mx.zeros(tokens.shape)
         return VocabStats(
             argmax=tokens,
-            peak=zeros + 1,
-            entropy=zeros,
-            sample=tokens,
+            peak=mx.ones(tokens.shape),
+            entropy=mx.zeros(tokens.shape),
+            sample=mx.array(tokens),  # a copy: the arrays are assigned to
             signal=self.model.embed(tokens[None])[0],
         )
 
@@ -204,7 +200,7 @@ class Stepper:
     ) -> tuple[State, StepStats]:
         """Accept or reveal tokens, renoise the rest, and set the stop flags."""
         draft, tokens, revealed = found.argmax, found.sample, state.revealed
-        if self.config.sampler == "entropy-bound":
+        if self._sampler == "entropy-bound":
             # pinned positions have entropy 0, so they are accepted
             accepted = sampler.accept(found.entropy, inputs.entropy_bound)
         else:  # mlx-vlm's confidence-threshold sampler at its temperature 0
@@ -217,7 +213,7 @@ class Stepper:
         streak = sampler.count_unchanged(draft, state.draft, state.streak)
         mean = mx.mean(found.entropy, axis=-1)
         stopped = (streak >= inputs.stability) & (mean < inputs.confidence)
-        if self.config.sampler == "confidence":
+        if self._sampler == "confidence":
             stopped = stopped | mx.all(accepted, axis=-1)
         after = State(canvas, found.signal, draft, streak, revealed)
         return after, StepStats(accepted, found.entropy, mean, stopped)
@@ -227,23 +223,15 @@ _STEPPERS: dict[int, dict[Any, Stepper]] = {}
 
 
 def stepper_for(
-    model: DiffusionGemma, config: StepConfig, *, compiled: bool
+    model: DiffusionGemma, *, compiled: bool, sampler: str, banned: tuple[int, ...]
 ) -> Stepper:
-    """Return the stepper of a model and config; it is kept as long as the model is."""
+    """Return the `Stepper` of these arguments; it is kept as long as the model is."""
     if id(model) not in _STEPPERS:
         _STEPPERS[id(model)] = {}
         weakref.finalize(model, _STEPPERS.pop, id(model))
-    known = _STEPPERS[id(model)]
-    if (config, compiled) not in known:
-        known[config, compiled] = Stepper(model, compiled=compiled, config=config)
-    return known[config, compiled]
-
-
-def _replaced(stats: VocabStats, at: mx.array, new: VocabStats) -> VocabStats:
-    """Return `stats` with the positions `at` replaced."""
-    arrays = []
-    for old, part in zip(stats.arrays, new.arrays, strict=True):
-        array = mx.array(old)  # a copy: assignment changes its left side
-        array[at] = part
-        arrays.append(array)
-    return VocabStats(*arrays)
+    steppers, key = _STEPPERS[id(model)], (compiled, sampler, banned)
+    if key not in steppers:
+        steppers[key] = Stepper(
+            model, compiled=compiled, sampler=sampler, banned=banned
+        )
+    return steppers[key]

@@ -4,34 +4,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from tiny import VOCABULARY
 
-from mlx_dgemma import (
-    Commit,
-    Prefilled,
-    Step,
-    generate,
-    load,
-    stream_generate,
-)
+from mlx_dgemma import Commit, Prefilled, Step, generate, load, stream_generate
 from mlx_dgemma.diffusion import report
-from mlx_dgemma.diffusion.report import Report, format_bytes
+from mlx_dgemma.diffusion.report import Report
 from mlx_dgemma.diffusion.request import StopFilter
-from mlx_dgemma.errors import HubError, SettingsError
+from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.settings import Settings
 from mlx_dgemma.text.replies import Answer
 
 # without an eos: four canvases
-LONG = {
-    "max_tokens": 64,
-    "steps": 3,
-    "entropy_bound": 8.0,
-    "confidence": 2.0,
-    "eos": {99},
-    "seed": 0,
-}
+LONG = {"max_tokens": 64, "steps": 3, "entropy_bound": 8.0, "confidence": 2.0}
+LONG |= {"eos": {99}, "seed": 0}
 SHORT = LONG | {"max_tokens": 16}
 
 
@@ -55,15 +41,6 @@ def test_stream_and_generate_give_the_same_text(tiny_model, long_text):
     assert all(e.text == "" for e in events if not isinstance(e, Commit))
 
 
-def test_prompts_may_be_text_ids_arrays_or_messages(tiny_model):
-    model, tokenizer = tiny_model
-    text = generate(model, tokenizer, "12ab", **SHORT)
-    messages = [{"role": "user", "content": "12ab"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    for prompt in (messages, ids, np.array(ids), mx.array(ids)):
-        assert generate(model, tokenizer, prompt, **SHORT) == text
-
-
 def test_keywords_win_over_settings_and_those_over_the_checkpoint(tiny_model):
     model, _ = tiny_model
     settings = Settings(canvas_length=16, steps=2, max_tokens=32, eos=frozenset({99}))
@@ -77,15 +54,11 @@ def test_keywords_win_over_settings_and_those_over_the_checkpoint(tiny_model):
 
 def test_verbose_prints_the_text_and_counts(tiny_model, capsys, long_text):
     assert generate(*tiny_model, "ab", verbose=True, **LONG) == long_text
-    printed = capsys.readouterr().out
-    head, text, counts = printed.split("==========")
+    head, text, counts = capsys.readouterr().out.split("==========")
     assert (head, text) == ("", f"\n{long_text}\n")
-    lines = counts.strip().split("\n")
-    assert lines[0].startswith("Prompt: 6 tokens, ")
-    assert lines[1].startswith("Generation: 64 tokens, ")
-    assert all(line.endswith(" tokens-per-sec") for line in lines[:2])
-    assert lines[2].startswith("Denoising: ") and "tokens-per-forward" in lines[2]
-    assert lines[3].startswith("Peak memory: ") and lines[3].endswith(" GB")
+    assert [line.partition(":")[0] for line in counts.strip().split("\n")] == (
+        ["Prompt", "Generation", "Denoising", "Peak memory"]
+    )
 
 
 def test_seed_is_chosen_and_reported(tiny_model):
@@ -102,40 +75,31 @@ def test_impossible_settings_are_refused_before_the_first_event(tiny_model):
         ({"temperature": 1.0}, "'temperature' is no setting"),
         ({"stop": [""]}, "must be strings"),
         ({"stop": 5}, "stop is 5"),
-        ({"prefill_step_size": "8"}, "prefill_step_size is '8'"),
         ({"prefill_step_size": 0}, "prefill_step_size is 0"),
-        ({"steps": 0}, "steps is 0"),
-        ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "seed is True"),
         ({"pinned": {0: 99}}, r"pinned\[0\] is 99"),
     ):
         with pytest.raises(SettingsError, match=message):
             stream_generate(*tiny_model, "ab", **changes)
-        with pytest.raises(SettingsError, match=message):
-            generate(*tiny_model, "ab", **changes)
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_stop_string_ends_text_and_tokens(tiny_model, long_text, size):
+def test_earliest_stop_string_ends_text_and_tokens(tiny_model, long_text):
     """Also across two canvases: then the first one's tokens are out already."""
-    _, tokenizer = tiny_model
-    for start in (0, 5, 9, 11, 30):
-        stop = long_text[start : start + size]
-        events = list(stream_generate(*tiny_model, "ab", stop=stop, **LONG))
-        expected = long_text[: long_text.index(stop)]
+    spans = [(start, start + size) for start in (0, 11, 15) for size in (1, 4)]
+    for stops in [[long_text[a:b]] for a, b in spans] + [
+        [long_text[20:23], long_text[9:12], "never"]
+    ]:
+        events = list(stream_generate(*tiny_model, "ab", stop=stops, **LONG))
+        expected = long_text[: min(long_text.find(s) % 1000 for s in stops)]
         assert text_of(events) == expected
         assert events[-1].finish_reason == "stop"
-        tokens = [t for e in events if isinstance(e, Commit) for t in e.tokens]
-        spans = "".join(e.held for e in events if isinstance(e, Commit))
-        assert tokenizer.decode(tokens) == expected + spans
-
-
-def test_earliest_of_several_stop_strings_wins(tiny_model, long_text):
-    stops = [long_text[20:23], long_text[9:12], "never"]
-    cut = min(long_text.index(s) for s in stops[:2])
-    assert generate(*tiny_model, "ab", stop=stops, **LONG) == long_text[:cut]
-    stop = long_text[-1] + "never"  # the end is not held back for it
-    assert generate(*tiny_model, "ab", stop=[stop], **LONG) == long_text
+        commits = [e for e in events if isinstance(e, Commit)]
+        tokens = [t for e in commits for t in e.tokens]
+        held = "".join(e.held for e in commits)
+        assert tiny_model[1].decode(tokens) == expected + held
+    # the end is not held back for a stop string that never comes
+    stop = long_text[-1] + "never"
+    assert generate(*tiny_model, "ab", stop=stop, **LONG) == long_text
 
 
 class Echo:
@@ -170,15 +134,6 @@ def test_special_tokens_are_hidden_from_text(tiny_model):
     assert generate(*tiny_model, "ab", **options) == VOCABULARY[10] + VOCABULARY[11]
 
 
-def test_closing_the_stream_ends_the_request(tiny_model):
-    stream = stream_generate(*tiny_model, "ab", **LONG)
-    next(stream)
-    next(stream)
-    stream.close()
-    with pytest.raises(StopIteration):
-        next(stream)
-
-
 def test_model_and_events_may_move_between_threads(tiny, tiny_model):
     """Unevaluated arrays would belong to the thread that made them."""
     options = SHORT | {"max_tokens": 32, "pinned": {3: 9}}
@@ -196,41 +151,27 @@ def test_model_and_events_may_move_between_threads(tiny, tiny_model):
     assert all(e.accepted[3].item() and e.entropy[3].item() == 0 for e in steps)
 
 
-def test_names_that_cannot_be_loaded_are_refused_in_one_line(tiny):
-    for name in (tiny, "sudoku4"):
-        with pytest.raises(HubError, match="so it has no revision 'v2'"):
-            load(name, revision="v2")
-    with pytest.raises(HubError, match="File name too long"):
-        load("a" * 5000)
-
-
 # --- report --------------------------------------------------------------------------
 
 
 def step(number):
-    names = [field.name for field in fields(Step)]
-    return Step(**dict.fromkeys(names) | {"step": number})
-
-
-@pytest.fixture
-def report_of(monkeypatch):
-    """A report of events that began two seconds ago, with a peak memory of 3 MB."""
-
-    def make(*events):
-        made = Report(started=100.0)
-        for event in events:
-            made.add(event)
-        return made
-
-    monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
-    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
-    return make
+    return Step(**dict.fromkeys(f.name for f in fields(Step)) | {"step": number})
 
 
 PREFILLED = Prefilled(request=0, seed=9, prompt_tokens=6, seconds=0.5)
 
 
-def test_report_of_a_finished_request(report_of):
+def report_of(*events) -> Report:
+    made = Report(started=100.0)
+    for event in events:
+        made.add(event)
+    return made
+
+
+def test_report_of_a_finished_request(monkeypatch):
+    """That began two seconds ago, with a peak memory of 3 MB."""
+    monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
     first, last = commit("a" * 16, steps=2), commit("abcd", "stop")
     made = report_of(PREFILLED, step(0), step(1), first, step(0), last)
     assert made.line() == (
@@ -245,7 +186,7 @@ def test_report_of_a_finished_request(report_of):
     assert made.finish_reason == "stop"
 
 
-def test_report_of_unfinished_and_of_many_canvases(report_of):
+def test_report_of_unfinished_and_of_many_canvases():
     made = report_of(PREFILLED, step(0), commit("a" * 16), step(0), step(1))
     assert made.tokens_per_forward == pytest.approx(16 / 3)
     assert "1 canvas (1 step) and 2 steps of one not finished ·" in made.line()
@@ -255,8 +196,4 @@ def test_report_of_unfinished_and_of_many_canvases(report_of):
     assert "8 canvases (5 + 5 + 5 + 5 + 5 + 5 + 5 + 5 steps)" in few.line()
     many = report_of(*[commit("a", steps=5)] * 8, commit("a", steps=12))
     assert "9 canvases (5.8 steps each, at most 12)" in many.line()
-
-
-def test_bytes_are_shown_in_decimal_units():
-    shown = {0: "0.0 MB", 999_000_000: "999.0 MB", 52_345_000_000: "52.34 GB"}
-    assert {count: format_bytes(count) for count in shown} == shown
+    assert report.format_bytes(52_345_000_000) == "52.34 GB"

@@ -1,21 +1,21 @@
 """Prompt cache files: a prefix comes back bit for bit; everything else is refused."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from exactly import exactly
 from mlx.utils import tree_flatten
 from tiny import write_tiny
 
 from mlx_dgemma import load
 from mlx_dgemma.adapters.lora import LoRA, adapt
 from mlx_dgemma.diffusion.conversation import Conversation
-from mlx_dgemma.diffusion.engine import Engine
-from mlx_dgemma.diffusion.events import Step
 from mlx_dgemma.diffusion.prefix import Prefix
 from mlx_dgemma.diffusion.prompt_cache import fingerprint, load_prefix, save_prefix
-from mlx_dgemma.errors import CheckpointError, SettingsError
+from mlx_dgemma.errors import CheckpointError
 
 LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "prefill_step_size": 32}
 SAID = ["ab" * 30, "c" * 9, "12" * 20]
@@ -43,56 +43,42 @@ def same_arrays(one, other) -> None:
 
 
 def test_prefix_comes_back_bit_for_bit(tiny_model, saved):
-    model, _ = tiny_model
-    talk, path = saved
-    prefix = load_prefix(path, model)
+    """Loaded in another thread than the one that uses it."""
+    model, (talk, path) = tiny_model[0], saved
+    with ThreadPoolExecutor(1) as pool:
+        prefix = pool.submit(load_prefix, path, model).result()
     assert (prefix.keys, prefix.ends) == (talk.prefix.keys, talk.prefix.ends)
-    assert prefix.cache.length == len(prefix)
     before, after = talk.prefix.cache, prefix.cache
-    assert [m.column for m in before.snapshots] == [m.column for m in after.snapshots]
+    assert after.length == len(prefix)
     for bucketed in (False, True):
         views = [model.view(c, 16, bucketed=bucketed).arrays for c in (before, after)]
         same_arrays(*views)
     for a, b in zip(before.snapshots, after.snapshots, strict=True):
+        assert a.column == b.column
         same_arrays(a.windows, b.windows)
+    after.rewind(after.snapshots[0].column)
+    fresh, canvas = model.make_cache(), mx.array([[5] * 16])
+    for start, end in pairwise([0, *(e for e in prefix.ends if e <= after.length)]):
+        model.encode(mx.array([prefix.keys[start:end]]), fresh)
+    same_arrays(model.denoise(canvas, after), model.denoise(canvas, fresh))
 
 
 def test_conversation_goes_on_where_it_was_saved(tiny_model, saved):
     for turns in (3, 1):  # from its end, and from its middle
-        here = conversation(*tiny_model, turns)
-        there = conversation(*tiny_model, turns)
-        there.prefix = load_prefix(saved[1], tiny_model[0])
-        expected = [e for e in here.ask("34", seed=9) if isinstance(e, Step)]
-        found = [e for e in there.ask("34", seed=9) if isinstance(e, Step)]
-        same_arrays([e.entropy for e in found], [e.entropy for e in expected])
+        here, there = (conversation(*tiny_model, turns) for _ in range(2))
+        there.load(saved[1])
+        expected, found = (exactly(t.ask("34", seed=9)) for t in (here, there))
+        assert found == expected
         assert there.stats is not None and there.stats.reused > 32
-        assert here.messages == there.messages
-
-
-def test_prefix_may_be_loaded_in_one_thread_and_used_in_another(tiny_model, saved):
-    model, _ = tiny_model
-    for mark in range(3):
-        with ThreadPoolExecutor(1) as pool:
-            prefix = pool.submit(load_prefix, saved[1], model).result()
-        column = prefix.cache.snapshots[mark].column
-        prefix.cache.rewind(column)
-        fresh, start = model.make_cache(), 0
-        for end in [end for end in prefix.ends if end <= column]:
-            model.encode(mx.array([prefix.keys[start:end]]), fresh)
-            start = end
-        canvas = mx.array([[5] * 16])
-        same_arrays(model.denoise(canvas, prefix.cache), model.denoise(canvas, fresh))
 
 
 def test_keys_of_pictures_come_back(tiny_model, tmp_path):
     """Negative numbers of any size."""
-    model, _ = tiny_model
-    keys, path = [2, 7, -1, -(2**63), -(2**119) - 5, 8], tmp_path / "a.safetensors"
-    prefix = Prefix(model)
-    model.encode(mx.array([[2, 7, 3, 3, 3, 8]]), prefix.cache)
-    prefix.keys, prefix.ends = list(keys), [6]
+    prefix, path = Prefix(tiny_model[0]), tmp_path / "a.safetensors"
+    tiny_model[0].encode(mx.array([[2, 7, 3, 3, 3, 8]]), prefix.cache)
+    prefix.extend([2, 7, -1, -(2**63), -(2**119) - 5, 8], last=True)
     save_prefix(path, prefix)
-    assert load_prefix(path, model).keys == keys
+    assert load_prefix(path, tiny_model[0]).keys == prefix.keys
 
 
 def test_model_of_full_layers_alone_has_a_cache_file_too(tmp_path):
@@ -106,8 +92,7 @@ def test_model_of_full_layers_alone_has_a_cache_file_too(tmp_path):
 
 
 def test_file_is_replaced_whole_or_not_at_all(tiny_model, saved, tmp_path):
-    model, _ = tiny_model
-    talk, path = saved[0], tmp_path / "a.cache"
+    model, talk, path = tiny_model[0], saved[0], tmp_path / "a.cache"
     for _ in range(2):
         save_prefix(path, talk.prefix)
     assert load_prefix(path, model).keys == talk.prefix.keys
@@ -117,10 +102,6 @@ def test_file_is_replaced_whole_or_not_at_all(tiny_model, saved, tmp_path):
             save_prefix(target, talk.prefix)
     with pytest.raises(CheckpointError, match="nothing is encoded yet"):
         save_prefix(path, Prefix(model))
-    prefix = Prefix(model)
-    Engine(model).admit([2, 3, 4], model.settings, 0, prefix=prefix)
-    with pytest.raises(SettingsError, match="a running request writes"):
-        save_prefix(path, prefix)
     assert {file.name for file in tmp_path.iterdir()} == {"a.cache", "folder"}
 
 
@@ -154,20 +135,14 @@ def _drop(start):
         (_set("keys", np.zeros((0, 2))), "ends are not those of chunks"),
         (_set("ends", []), "ends are not those of chunks"),
         (_set("ends", [0, 5]), "ends are not those of chunks"),
-        (_set("ends", [-1]), "ends are not those of chunks"),
         (_set("ends", [[1]]), "keys or ends are missing or of a wrong kind"),
         (_set("keys", [1], np.int32), "keys or ends are missing or of a wrong kind"),
         (_drop("keys"), "keys or ends are missing or of a wrong kind"),
         (lambda a: a["keys"].__setitem__((3, 1), 32), "holds id 32, which the model"),
-        (lambda a: a.update({"full.0.0": a["full.0.0"][:, :, 1:]}), "full.0.0 has sh"),
-        (
-            lambda a: a.update({"full.0.0": a["full.0.0"].astype(mx.float16)}),
-            "full.0.0 holds mlx.core.float16",
-        ),
+        (_set("full.0.0", 0.0), "full.0.0 has sh"),
         (_drop("full.1.1"), "missing tensors: full.1.1"),
         (_drop("sliding.1.1."), r"missing tensors: sliding.1.1."),
         (_set("sliding.0.0.5", [0]), "unexpected tensors: sliding.0.0.5"),
-        (_set("more", [0]), "unexpected tensors: more"),
     ],
 )
 def test_inconsistent_arrays_are_refused(tiny_model, saved, tmp_path, change, message):

@@ -2,29 +2,12 @@
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.diffusion import sampler
 
 RNG = np.random.default_rng(5)
-
-
-def test_process_divides_each_row_by_its_temperature():
-    logits = mx.array([[[2.0, 4.0]], [[2.0, 4.0]]])
-    processed = sampler.process(logits, mx.array([0.5, 2.0]))
-    np.testing.assert_array_equal(np.array(processed), [[[4, 8]], [[1, 2]]])
-
-
-def test_entropy_is_in_nats_and_ignores_impossible_tokens():
-    logits = RNG.normal(size=(2, 9, 33)).astype(np.float32) * 4
-    e = np.exp(logits.astype(np.float64))
-    p = e / e.sum(axis=-1, keepdims=True)
-    found = np.array(sampler.entropy(mx.array(logits)))
-    np.testing.assert_allclose(found, -(p * np.log(p)).sum(axis=-1), atol=2e-6)
-    some = mx.array([[[0.0, -mx.inf, 0.0, -mx.inf]]])
-    assert sampler.entropy(some).item() == pytest.approx(np.log(2), abs=1e-6)
 
 
 @given(
@@ -93,10 +76,3 @@ def test_random_tokens_cover_the_vocabulary_evenly():
     counts = np.bincount(ids, minlength=32)
     assert len(counts) == 32
     assert ((counts - 2000) ** 2 / 2000).sum() < 61.1  # 31 degrees, p = 0.001
-
-
-def test_pinned_tokens_are_cut_by_canvas():
-    pinned = {0: 5, 7: 6, 8: 7}
-    first = sampler.pinned_tokens(pinned, 0, 8).tolist()
-    assert first == [5, -1, -1, -1, -1, -1, -1, 6]
-    assert sampler.pinned_tokens(pinned, 8, 8).tolist() == [7] + [-1] * 7

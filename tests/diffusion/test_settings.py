@@ -28,17 +28,14 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_values_are_refused_by_name(name):
-    for value in IMPOSSIBLE[name]:
+def test_impossible_values_are_refused_by_name():
+    values = [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]]
+    for name, value in values:
         with pytest.raises(SettingsError, match=name) as error:
             Settings(**{name: value})
         assert "\n" not in str(error.value)
         assert isinstance(error.value, DGemmaError)
         assert isinstance(error.value, ValueError)
-
-
-def test_temperatures_that_overflow_are_refused():
     with pytest.raises(SettingsError, match="last step's temperature must be at least"):
         Settings(t_max=1e-6, t_min=0)
     Settings(t_max=0.8, t_min=0)
@@ -72,12 +69,8 @@ def test_typed_keywords_are_the_settings_and_those_of_stream_generate():
     assert set(GenerateOptions.__annotations__) == keywords | names
 
 
-def test_canvases_cover_max_tokens():
-    for max_tokens, canvases in ((1, 1), (16, 1), (17, 2)):
-        s = Settings(max_tokens=max_tokens, canvas_length=16)
-        assert s.canvases == canvases
-
-
-def test_temperature_falls_linearly_towards_t_min():
-    s = Settings(steps=4, t_max=0.8, t_min=0.4)
+def test_numbers_of_canvases_and_temperatures():
+    counts = [Settings(max_tokens=n, canvas_length=16).canvases for n in (1, 16, 17)]
+    assert counts == [1, 1, 2]
+    s = Settings(steps=4, t_max=0.8, t_min=0.4)  # falls linearly towards t_min
     assert [s.temperature(i) for i in range(4)] == pytest.approx([0.8, 0.7, 0.6, 0.5])
