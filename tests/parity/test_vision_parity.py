@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_model_parity import assert_as_exact, ids, load_all
 
-from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.vision import read_vision, read_vision_weights, vision_shapes
-from mlx_dgemma.model.vision import Image, Vision
+from mlx_dgemma.diffusion.prefix import ImageSpan
+from mlx_dgemma.media.images import ImageBudget, read_picture
+from mlx_dgemma.model.vision import Image
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -30,10 +30,10 @@ def picture(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return pixels, positions
 
 
-def padded(pictures) -> tuple[np.ndarray, np.ndarray]:
+def padded(pictures) -> list[np.ndarray]:
     """Return all images as one batch, padded as the processor pads it."""
     longest = max(len(pixels) for pixels, _ in pictures)
-    pixels, positions = (
+    return [
         np.stack(
             [
                 np.pad(a, [(0, longest - len(a)), (0, 0)], constant_values=value)
@@ -41,8 +41,7 @@ def padded(pictures) -> tuple[np.ndarray, np.ndarray]:
             ]
         )
         for arrays, value in zip(zip(*pictures, strict=True), (0, -1), strict=True)
-    )
-    return pixels, positions
+    ]
 
 
 def prompt_with(sizes) -> tuple[np.ndarray, list[int]]:
@@ -54,15 +53,6 @@ def prompt_with(sizes) -> tuple[np.ndarray, list[int]]:
         tokens += [IMAGE] * (width * height) + [END]
         tokens += RNG.integers(10, 32, RNG.integers(0, 7)).tolist()
     return np.array([[*tokens, 12]]), starts
-
-
-def load_tower(path) -> Vision:
-    config = read_config(path)
-    vision = read_vision(config, "config.json")
-    tower = Vision(vision, config.hidden_size)
-    shapes = vision_shapes(vision, config.hidden_size)
-    tower.load_weights(read_vision_weights(path, shapes), strict=True)
-    return tower
 
 
 def chunks(length: int, size: int, images: list[Image]):
@@ -86,23 +76,20 @@ CASES = [
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prompts_with_images(tmp_path, case, count):
+def test_prompts_with_images(checkpoint, case, count):
     """Images longer than the window of 8, in one chunk and in chunks of 1, 7 and 64."""
-    from make_tiny import make_checkpoint
-
     layout, standardize, clipped = case
     vision = {"standardize": standardize, "num_hidden_layers": 2}
     vision |= {"use_clipped_linears": clipped, "num_key_value_heads": 1}
-    path = make_checkpoint(tmp_path / "m", seed=count, layout=layout, vision=vision)
+    path = checkpoint(seed=count, layout=layout, vision=vision)
     sizes = [SIZES[(count + 2 * i) % len(SIZES)] for i in range(count)]
     tokens, starts = prompt_with(sizes)
     pictures = [picture(size) for size in sizes]
     canvas = RNG.integers(10, 32, (1, 32))
     model, truth, theirs = load_all(path)
-    tower = load_tower(path)
     exact = truth.encode_images(tokens, *padded(pictures))
     reference = theirs.encode_images(tokens, *padded(pictures))
-    soft = [tower(*one) for one in pictures]
+    soft = [model.vision.encode_image(*one) for one in pictures]
     assert_as_exact("soft tokens", mx.concatenate(soft), reference[0], exact[0])
     images = [Image(start, one) for start, one in zip(starts, soft, strict=True)]
     assert max(image.end - image.start for image in images) >= 6
@@ -142,17 +129,13 @@ PICTURES = {
 
 @pytest.mark.parametrize("budget", [70, 280])
 @pytest.mark.parametrize("sizes", PICTURES.values(), ids=PICTURES)
-def test_files_to_logits(tmp_path, sizes, budget):
+def test_files_to_logits(checkpoint, sizes, budget):
     """Compare with transformers' processor and model, from pictures on."""
-    from make_tiny import make_checkpoint
     from transformers.models.gemma4.image_processing_pil_gemma4 import (
         Gemma4ImageProcessorPil,
     )
 
-    from mlx_dgemma.diffusion.prefix import ImageSpan
-    from mlx_dgemma.media.images import ImageBudget, read_picture
-
-    path = make_checkpoint(tmp_path / "m", vision={"position_embedding_size": 1024})
+    path = checkpoint(vision={"position_embedding_size": 1024})
     pictures = [drawn(*size) for size in sizes]
     processor = Gemma4ImageProcessorPil(max_soft_tokens=budget)
     made = processor(pictures, return_tensors="np")
