@@ -28,7 +28,7 @@ _ARGUMENTS = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).paramete
 CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 
 
-def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Oracle":
+def load_oracle(path: Path, dtype: str = "float32") -> "Oracle":
     """Load a Hugging Face folder into transformers, computing in `dtype`."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -45,7 +45,7 @@ def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Ora
         # the only expert implementation that supports float64
         experts_implementation="eager",
     )
-    return Oracle(model.eval().to(device))
+    return Oracle(model.eval())
 
 
 @dataclass
@@ -90,10 +90,9 @@ class Oracle:
         self.model = model
         self.config = model.config
 
-    def tensor(self, array: np.ndarray, *, computed: bool = False) -> torch.Tensor:
-        """Return an array on the model's device; `computed` in its dtype."""
-        dtype = self.model.lm_head.weight.dtype if computed else None
-        return torch.tensor(array).to(self.model.device, dtype)
+    def floats(self, array: np.ndarray) -> torch.Tensor:
+        """Return an array in the dtype of the model."""
+        return torch.tensor(array, dtype=self.model.lm_head.weight.dtype)
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.config.get_text_config(decoder=True))
@@ -104,7 +103,7 @@ class Oracle:
     ) -> tuple[np.ndarray, DynamicCache]:
         """Encode (B, T) ids; return the (B, T, D) last hidden state and the cache."""
         cache = self.new_cache() if cache is None else cache
-        ids = self.tensor(tokens)
+        ids = torch.tensor(tokens)
         output = self.model.model.encoder(input_ids=ids, **{CACHE: cache})
         return to_numpy(output.last_hidden_state), cache
 
@@ -120,8 +119,8 @@ class Oracle:
         none for images.
         """
         encoder, cache = self.model.model.encoder, self.new_cache()
-        ids, placed = self.tensor(tokens), self.tensor(positions)
-        patches = self.tensor(pixels, computed=True)
+        ids, placed = torch.tensor(tokens), torch.tensor(positions)
+        patches = self.floats(pixels)
         masks = encoder.create_masks_for_generate(
             config=self.config,
             inputs_embeds=patches.new_empty((*ids.shape, 0)),
@@ -151,9 +150,9 @@ class Oracle:
         """Return (B, L, V) logits of (B, L) ids, conditioned on a step's logits."""
         signal = None
         if processed_logits is not None:
-            signal = self.tensor(processed_logits, computed=True)
+            signal = self.floats(processed_logits)
         output = self.model(
-            decoder_input_ids=self.tensor(canvas),
+            decoder_input_ids=torch.tensor(canvas),
             self_conditioning_logits=signal,
             **{CACHE: cache},
         )
@@ -200,8 +199,8 @@ class Oracle:
     def router(self, layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (N, E) probabilities and (N, k) sorted choices of (N, D) residuals."""
         router = self.model.model.decoder.layers[layer].router
-        probabilities, _, indices = router(self.tensor(residual, computed=True))
-        return to_numpy(probabilities), np.sort(indices.cpu().numpy(), axis=-1)
+        probabilities, _, indices = router(self.floats(residual))
+        return to_numpy(probabilities), np.sort(indices.numpy(), axis=-1)
 
     def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
         """Run one row through transformers' `generate` and record every draw."""
@@ -273,4 +272,4 @@ def _recording(model, trajectory: Trajectory) -> Iterator[None]:
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Return float64 unchanged, others as float32."""
-    return (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()

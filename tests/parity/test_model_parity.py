@@ -68,6 +68,29 @@ def configuration(number: int, rng: np.random.Generator) -> dict:
 
 RNG = np.random.default_rng(0)
 CONFIGURATIONS = [configuration(number, RNG) for number in range(48)]
+# wide enough for the kernels that a GPU has for real models
+WIDE = [
+    {
+        "dtype": dtype,
+        "prefix": 300,
+        "rows": 1,
+        "options": {"seed": 48, "canvas_length": 256},
+        "text": {
+            "layer_types": [S, S, S, F],
+            "num_attention_heads": 4,
+            "head_dim": 128,
+            "global_head_dim": 256,
+            "num_experts": 16,
+            "top_k_experts": 4,
+            "sliding_window": 128,
+            "hidden_size": 512,
+            "intermediate_size": 320,
+            "moe_intermediate_size": 192,
+            "vocab_size": 4096,
+        },
+    }
+    for dtype in ("float32", "bfloat16")
+]
 
 
 def describe(c: dict) -> str:
@@ -134,7 +157,7 @@ def assert_as_exact(
         )
 
 
-@pytest.mark.parametrize("c", CONFIGURATIONS, ids=describe)
+@pytest.mark.parametrize("c", [*CONFIGURATIONS, *WIDE], ids=describe)
 def test_logits(checkpoint, c):
     case = Case(checkpoint, c, c["dtype"])
     prompt, canvas = case.ids(c["prefix"], c["rows"]), case.canvas(c["rows"])
