@@ -1,7 +1,6 @@
 """Train `sudoku4`, a toy DiffusionGemma that solves 4x4 Sudoku, in transformers.
 
     python convert/train_sudoku.py --out DIR
-    python convert/train_sudoku.py --evaluate DIR --count 500 --steps 1,2,4,8,24
 
 The model is transformers' own, trained through its own forward. One example is a
 prompt of P = 32 tokens and a response of L = 32: 16 digits in four lines, the end of
@@ -202,22 +201,13 @@ def evaluate(model_dir: str | Path, n: int, steps: int) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Train, write it here.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--updates", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--evaluate", "folder", type=click.Path(exists=True))
-@click.option("--count", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--steps", default="1,2,4,8,24", show_default=True)
-def main(out, batch, updates, seed, folder, count, steps):
-    """Train sudoku4, about an hour on one core; or evaluate a checkpoint."""
-    if (out is None) == (folder is None):
-        raise click.UsageError("give either --out DIR or --evaluate DIR")
-    if out is not None:
-        return train(out, updates, batch, seed)
-    for allowed in map(int, steps.split(",")):
-        rate, used = evaluate(folder, count, allowed)
-        click.echo(f"steps {allowed:2d}  solved {rate:6.1%}  used {used:.2f}")
+def main(out, batch, updates, seed):
+    """Train sudoku4, about an hour on one core, and write it to the folder OUT."""
+    train(out, updates, batch, seed)
 
 
 if __name__ == "__main__":
