@@ -21,6 +21,10 @@ import transformers
 from oracle import Oracle, Trajectory, load_oracle, stacked
 from sudoku import held_out
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mlx_dgemma.text.chat import chat_ids
+from mlx_dgemma.text.tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 ASSETS = ROOT / "mlx_dgemma" / "assets"
@@ -77,30 +81,19 @@ def is_well_conditioned(exact: Oracle, trajectory: Trajectory) -> bool:
 
 def prompt_of(puzzle: int) -> list[int]:
     """Return the rendered prompt of a held-out puzzle."""
-    sys.path.insert(0, str(ROOT))
-    from mlx_dgemma.text.chat import chat_ids
-    from mlx_dgemma.text.tokenizer import Tokenizer
-
     text, _ = held_out(len(RUNS))[puzzle]
     return chat_ids(Tokenizer.from_dir(ASSETS / MODEL), text)
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @click.command()
 def main() -> None:
     """Record all golden trajectories anew."""
-    oracle, exact = load_oracle(ASSETS / MODEL), load_oracle(ASSETS / MODEL, "float64")
-    GOLDEN.mkdir(exist_ok=True)
-    provenance = {
-        "date": date.today().isoformat(),
-        "command": "python convert/export_golden.py",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": f"CPU, {platform.machine()}",
-        "model": MODEL,
-        "model_sha256": _sha256(ASSETS / MODEL / "model.safetensors"),
-        "runs": {},
-    }
+    oracle, exact = (load_oracle(ASSETS / MODEL, f"float{n}") for n in (32, 64))
+    runs = {}
     for name, run in RUNS.items():
         settings = dict(run)
         seed, puzzle = settings.pop("seed"), settings.pop("puzzle")
@@ -111,19 +104,23 @@ def main() -> None:
             trajectory = oracle.generate(prompt, seed, **settings)
         file = GOLDEN / f"{name}.npz"
         np.savez_compressed(file, **arrays(trajectory))
-        provenance["runs"][name] = {
-            "seed": seed,
-            "settings": settings,
-            "steps": [len(c) for c in trajectory.canvases],
-            "sha256": _sha256(file),
-        }
-        click.echo(f"{name}: {provenance['runs'][name]['steps']} steps")
+        steps = [len(canvas) for canvas in trajectory.canvases]
+        runs[name] = {"seed": seed, "settings": settings, "steps": steps}
+        runs[name]["sha256"] = sha256(file)
+        click.echo(f"{name}: {steps} steps")
+    provenance = {
+        "date": date.today().isoformat(),
+        "command": "python convert/export_golden.py",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": f"CPU, {platform.machine()}",
+        "model": MODEL,
+        "model_sha256": sha256(ASSETS / MODEL / "model.safetensors"),
+        "runs": runs,
+    }
     text = json.dumps(provenance, indent=2)
     (GOLDEN / "PROVENANCE.json").write_text(text + "\n")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

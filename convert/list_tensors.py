@@ -47,6 +47,7 @@ def _parameter(name: str) -> str:
 
 
 def _natural(name: str) -> list[str | int]:
+    """Sort numbers in names by value."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if part.isdecimal() else part for part in parts]
 

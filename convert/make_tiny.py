@@ -17,8 +17,7 @@ import click
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from tiny_config import generation_config, release_config, write_config, write_json
-from tiny_tokenizer import write_tokenizer
+from toy import release_config, write_files
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 DTYPES = {
@@ -27,6 +26,22 @@ DTYPES = {
     "float16": torch.float16,
 }
 BLOCK = 1 << 22  # random numbers drawn at once: bounds the memory of a large tensor
+
+# the text_config of `--gigabytes`, which chooses the number of layers
+LARGE = {
+    "vocab_size": 131_072,
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_global_key_value_heads": 2,
+    "global_head_dim": 256,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_experts": 64,
+    "top_k_experts": 8,
+    "sliding_window": 1024,
+}
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -91,22 +106,16 @@ def make_checkpoint(
 ) -> Path:
     """Write a random checkpoint to the new folder `path` and return it.
 
-    `layout` is config.json's: "release" (`global_head_dim`,
-    `num_global_key_value_heads`) or "transformers" (`per_layer_config`). `text` and
-    `vision` override the defaults of tiny_config.py. `shard_bytes` splits the weights,
-    with an index. `text_only` leaves out the vision tower and its config. A seed gives
-    the same weights in any layout and shards. Raises FileExistsError, ValueError.
+    `layout` is config.json's: "release" (`global_head_dim`) or "transformers"
+    (`per_layer_config`). `text` and `vision` override the defaults of toy.py.
+    `shard_bytes` splits the weights, with an index. `text_only` leaves out the vision
+    tower. A seed gives the same weights in any layout and shards. Raises
+    FileExistsError, ValueError for keys that the release lacks.
     """
-    if layout not in ("release", "transformers"):
-        raise ValueError(f"layout must be release or transformers, not {layout!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     config = release_config(text, vision, canvas_length, dtype)
     path = Path(path)
     path.mkdir(parents=True)
-    write_config(path, config, layout, text_only)
-    write_json(path / "generation_config.json", generation_config(canvas_length))
-    write_tokenizer(path)
+    write_files(path, config, layout=layout, text_only=text_only)
     weights = {
         name: random_tensor(name, shape, seed, DTYPES[dtype])
         for name, shape in tensor_shapes(config).items()
@@ -118,26 +127,12 @@ def make_checkpoint(
 
 def large_text(gigabytes: float) -> dict:
     """Return `text` overrides for a bfloat16 checkpoint of about `gigabytes` GB."""
-    text = {
-        "vocab_size": 131_072,
-        "hidden_size": 1024,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_global_key_value_heads": 2,
-        "global_head_dim": 256,
-        "intermediate_size": 1024,
-        "moe_intermediate_size": 512,
-        "num_experts": 64,
-        "top_k_experts": 8,
-        "sliding_window": 1024,
-    }
     one, two = (
         2 * sum(map(math.prod, tensor_shapes(release_config(config)).values()))
-        for config in (text | {"num_hidden_layers": n} for n in (1, 2))
+        for config in (LARGE | {"num_hidden_layers": n} for n in (1, 2))
     )
     layers = 1 + round((gigabytes * 1e9 - one) / (two - one))
-    return text | {"num_hidden_layers": max(layers, 1)}
+    return LARGE | {"num_hidden_layers": max(layers, 1)}
 
 
 @click.command()

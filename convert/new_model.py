@@ -12,8 +12,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from tiny_config import generation_config, release_config, write_config, write_json
-from tiny_tokenizer import write_tokenizer
+from toy import release_config, write_files
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.weights import disk_name, expected_shapes
@@ -61,9 +60,7 @@ def main(out, canvas, width, layers, experts, window, steps, seed):
         "sliding_window": window,
     }
     config = release_config(text, canvas_length=canvas)
-    write_config(out, config, "release", text_only=True)
-    write_json(out / "generation_config.json", generation_config(canvas, steps))
-    write_tokenizer(out)
+    write_files(out, config, text_only=True, steps=steps)
     weights = {
         disk_name(name): initial_weight(name, shape, seed)
         for name, shape in expected_shapes(read_config(out)).items()

@@ -4,6 +4,7 @@ The reference of verify.py, export_golden.py and the parity tests. Needs the ext
 `parity`.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +23,12 @@ from transformers import (
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as sampling
 from transformers.utils import logging
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+# the argument that takes the cache; transformers before 5.24: `past_key_values`
+_ARGUMENTS = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 
 
-def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Oracle":
+def load_oracle(path: Path, dtype: str = "float32") -> "Oracle":
     """Load a Hugging Face folder into transformers, computing in `dtype`."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -43,11 +41,11 @@ def load_oracle(path: Path, dtype: str = "float32", device: str = "cpu") -> "Ora
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(
         path,
         config=DiffusionGemmaConfig.from_dict(raw),
-        dtype=DTYPES[dtype],
+        dtype=dtype,
         # the only expert implementation that supports float64
         experts_implementation="eager",
     )
-    return Oracle(model.eval().to(device))
+    return Oracle(model.eval())
 
 
 @dataclass
@@ -91,18 +89,22 @@ class Oracle:
     def __init__(self, model: DiffusionGemmaForBlockDiffusion):
         self.model = model
         self.config = model.config
-        self.device = model.device
+
+    def floats(self, array: np.ndarray) -> torch.Tensor:
+        """Return an array in the dtype of the model."""
+        return torch.tensor(array, dtype=self.model.lm_head.weight.dtype)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.config.get_text_config(decoder=True))
 
     @torch.no_grad()
     def encode(
         self, tokens: np.ndarray, cache: DynamicCache | None = None
     ) -> tuple[np.ndarray, DynamicCache]:
         """Encode (B, T) ids; return the (B, T, D) last hidden state and the cache."""
-        if cache is None:
-            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        output = self.model.model.encoder(
-            input_ids=torch.tensor(tokens, device=self.device), cache=cache
-        )
+        cache = self.new_cache() if cache is None else cache
+        ids = torch.tensor(tokens)
+        output = self.model.model.encoder(input_ids=ids, **{CACHE: cache})
         return to_numpy(output.last_hidden_state), cache
 
     @torch.no_grad()
@@ -116,27 +118,24 @@ class Oracle:
         state and the cache. Masks are made as in `generate`: the encoder itself makes
         none for images.
         """
-        encoder, ids = self.model.model.encoder, torch.tensor(tokens)
-        dtype = encoder.get_input_embeddings().weight.dtype
-        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        encoder, cache = self.model.model.encoder, self.new_cache()
+        ids, placed = torch.tensor(tokens), torch.tensor(positions)
+        patches = self.floats(pixels)
         masks = encoder.create_masks_for_generate(
             config=self.config,
-            inputs_embeds=torch.empty((*ids.shape, 0), dtype=dtype),
+            inputs_embeds=patches.new_empty((*ids.shape, 0)),
             attention_mask=None,
-            cache=cache,
             position_ids=torch.arange(ids.shape[1])[None],
             mm_token_type_ids=(ids == self.config.image_token_id).int(),
+            **{CACHE: cache},
         )
-        soft = encoder.get_image_features(
-            torch.tensor(pixels).to(self.device, dtype),
-            torch.tensor(positions, device=self.device),
-            return_dict=True,
-        )
+        soft = encoder.get_image_features(patches, placed, return_dict=True)
         output = encoder(
-            input_ids=ids.to(self.device),
+            input_ids=ids,
             attention_mask=masks,
-            cache=cache,
-            mm_encoder_outputs={"image": soft},
+            pixel_values=patches,
+            image_position_ids=placed,
+            **{CACHE: cache},
         )
         hidden = to_numpy(output.last_hidden_state)
         return to_numpy(soft.pooler_output), hidden, cache
@@ -149,14 +148,13 @@ class Oracle:
         processed_logits: np.ndarray | None = None,
     ) -> np.ndarray:
         """Return (B, L, V) logits of (B, L) ids, conditioned on a step's logits."""
-        conditioning = None
+        signal = None
         if processed_logits is not None:
-            dtype = self.model.model.decoder.embed_tokens.weight.dtype
-            conditioning = torch.tensor(processed_logits).to(self.device, dtype)
+            signal = self.floats(processed_logits)
         output = self.model(
-            cache=cache,
-            decoder_input_ids=torch.tensor(canvas, device=self.device),
-            self_conditioning_logits=conditioning,
+            decoder_input_ids=torch.tensor(canvas),
+            self_conditioning_logits=signal,
+            **{CACHE: cache},
         )
         return to_numpy(output.logits)
 
@@ -197,14 +195,12 @@ class Oracle:
             return np.ones(canvas.shape)
         return np.min(gaps, axis=0).reshape(canvas.shape)
 
+    @torch.no_grad()
     def router(self, layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (N, E) probabilities and (N, k) sorted choices of (N, D) residuals."""
         router = self.model.model.decoder.layers[layer].router
-        dtype = router.proj.weight.dtype
-        with torch.no_grad():
-            given = torch.tensor(residual).to(self.device, dtype)
-            probabilities, _, indices = router(given)
-        return to_numpy(probabilities), np.sort(to_numpy(indices, exact=True), axis=-1)
+        probabilities, _, indices = router(self.floats(residual))
+        return to_numpy(probabilities), np.sort(indices.numpy(), axis=-1)
 
     def generate(self, prompt: list[int], seed: int, **settings) -> Trajectory:
         """Run one row through transformers' `generate` and record every draw."""
@@ -274,7 +270,6 @@ def _recording(model, trajectory: Trajectory) -> Iterator[None]:
         yield
 
 
-def to_numpy(tensor: torch.Tensor, *, exact: bool = False) -> np.ndarray:
-    """Return float64 and `exact` tensors unchanged, others as float32."""
-    exact = exact or tensor.dtype == torch.float64
-    return (tensor if exact else tensor.float()).cpu().numpy()
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return float64 unchanged, others as float32."""
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()

@@ -10,24 +10,20 @@ import zlib
 
 import numpy as np
 
-GIVENS = (4, 8)
 HELD_OUT = 16  # one puzzle in so many
 
 
 def _all_grids() -> np.ndarray:
-    """Every solved grid, (288, 16) uint8 in 1…4."""
+    """Return every solved grid, (288, 16) uint8 in 1…4."""
     rows = list(itertools.permutations((1, 2, 3, 4)))
-    grids = []
-    for top, second in itertools.permutations(rows, 2):
-        if set(top[:2]) & set(second[:2]) or set(top[2:]) & set(second[2:]):
-            continue
-        for third, last in itertools.permutations(rows, 2):
-            grid = np.array((top, second, third, last))
-            boxes = grid.reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(4, 4)
-            units = np.concatenate([grid.T, boxes])
-            if all(len(set(unit)) == 4 for unit in units.tolist()):
-                grids.append(grid.ravel())
-    return np.array(grids, dtype=np.uint8)
+    halves = [  # two rows whose boxes hold every digit once
+        (top, second)
+        for top, second in itertools.permutations(rows, 2)
+        if not (set(top[:2]) & set(second[:2]) or set(top[2:]) & set(second[2:]))
+    ]
+    grids = [np.array(one + other) for one in halves for other in halves]
+    solved = [g.ravel() for g in grids if (np.sort(g, axis=0).T == (1, 2, 3, 4)).all()]
+    return np.array(solved, dtype=np.uint8)
 
 
 GRIDS = _all_grids()
@@ -37,13 +33,8 @@ AGREE = ((GRIDS[:, None] == GRIDS[None]) @ _BITS).astype(np.uint16)
 
 
 def text(cells: np.ndarray) -> str:
-    """Sixteen cells as four lines of four digits."""
+    """Return sixteen cells as four lines of four digits."""
     return "\n".join("".join(map(str, row)) for row in np.reshape(cells, (4, 4)))
-
-
-def is_held_out(cells: np.ndarray) -> bool:
-    """Whether the puzzle `cells` (16,) belongs to the test side of the split."""
-    return zlib.crc32(np.asarray(cells, dtype=np.uint8).tobytes()) % HELD_OUT == 0
 
 
 def draw(
@@ -57,13 +48,14 @@ def draw(
     while found < count:
         tries = 64 * count if held_out else 4 * count
         grid = rng.integers(len(GRIDS), size=tries)
-        givens = rng.integers(GIVENS[0], GIVENS[1] + 1, size=tries)
+        givens = rng.integers(4, 9, size=tries)
         order = rng.random((tries, 16)).argsort(axis=1).argsort(axis=1)
         shown = order < givens[:, None]
         mask = (shown @ _BITS).astype(np.uint16)[:, None]
         unique = ((AGREE[grid] & mask) == mask).sum(axis=1) == 1
         cells = np.where(shown, GRIDS[grid], 0).astype(np.uint8)[unique]
-        side = np.array([is_held_out(row) == held_out for row in cells], dtype=bool)
+        hashes = np.array([zlib.crc32(row.tobytes()) for row in cells])
+        side = (hashes % HELD_OUT == 0) == held_out
         puzzles.append(cells[side])
         answers.append(GRIDS[grid[unique]][side])
         found += int(side.sum())
@@ -71,7 +63,7 @@ def draw(
 
 
 def held_out(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """`count` different (puzzle, solution) texts that training can never have drawn."""
+    """Return different (puzzle, solution) texts that training can never have drawn."""
     rng, pairs = np.random.default_rng(seed), {}
     while len(pairs) < count:
         for puzzle, answer in zip(*draw(count, rng, held_out=True), strict=True):

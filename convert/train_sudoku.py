@@ -1,7 +1,6 @@
 """Train `sudoku4`, a toy DiffusionGemma that solves 4x4 Sudoku, in transformers.
 
     python convert/train_sudoku.py --out DIR
-    python convert/train_sudoku.py --evaluate DIR --count 500 --steps 1,2,4,8,24
 
 The model is transformers' own, trained through its own forward. One example is a
 prompt of P = 32 tokens and a response of L = 32: 16 digits in four lines, the end of
@@ -10,24 +9,24 @@ the turn, then <eos> to the end of the canvas, all of it supervised.
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import sudoku
 import torch
-from tiny_config import generation_config, release_config, write_config, write_json
-from tiny_tokenizer import (
+from oracle import CACHE
+from torch.nn import functional as F
+from toy import (
     EOS,
     PAD,
     TURN_END,
     VOCAB_SIZE,
     build_tokenizer,
-    write_tokenizer,
+    generation_config,
+    release_config,
+    write_files,
 )
-from torch.nn import functional as F
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,
@@ -38,66 +37,45 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 CANVAS = 32
-TEXT = {
-    "hidden_size": 128,
-    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_global_key_value_heads": 1,
-    "global_head_dim": 64,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "num_experts": 8,
-    "top_k_experts": 2,
-    "sliding_window": 16,
-}
-STEPS = 24  # the checkpoint's cap on denoising steps
+CONFIG = release_config(
+    {
+        "hidden_size": 128,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "sliding_window": 16,
+    },
+    canvas_length=CANVAS,
+)
+STEPS = 24  # the checkpoint's limit of denoising steps
 EPS = 1e-3
 SELF_CONDITIONING = 0.5
 PEAK_RATE = 2e-3
+TOKENIZER = build_tokenizer()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Prompts (B, P), responses (B, L) and a noise level per example (B,)."""
-
-    prompt: torch.Tensor
-    response: torch.Tensor
-    level: torch.Tensor
+def ids(texts: list[str]) -> torch.Tensor:
+    encoded = TOKENIZER.encode_batch(texts, add_special_tokens=False)
+    return torch.tensor([one.ids for one in encoded])
 
 
-class Encoder:
-    """Puzzles and solutions as token ids, in the chat template with thinking off."""
-
-    def __init__(self) -> None:
-        self.tokenizer = build_tokenizer()
-
-    def prompt(self, puzzles: list[str]) -> torch.Tensor:
-        """Return (B, P) prompt ids."""
-        before = "<bos><|turn>user\n"
-        after = "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
-        return self._ids([before + puzzle + after for puzzle in puzzles])
-
-    def response(self, solutions: list[str]) -> torch.Tensor:
-        """Return (B, L) canvases: the grid, the end of the turn, then <eos>."""
-        ids = self._ids([solution + "<turn|>" for solution in solutions])
-        return F.pad(ids, (0, CANVAS - ids.shape[1]), value=EOS)
-
-    def _ids(self, texts: list[str]) -> torch.Tensor:
-        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return torch.tensor([one.ids for one in encoded])
+def prompts(puzzles: list[str]) -> torch.Tensor:
+    """Return (B, P) ids in the chat template, with thinking off."""
+    after = "<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
+    return ids([f"<bos><|turn>user\n{puzzle}{after}" for puzzle in puzzles])
 
 
-def batches(size: int, seed: int) -> Iterator[Batch]:
-    """Yield training batches of new puzzles without end, from a seed."""
-    rng, encoder = np.random.default_rng(seed), Encoder()
-    while True:
-        puzzles, answers = (
-            [sudoku.text(cells) for cells in grids] for grids in sudoku.draw(size, rng)
-        )
-        level = torch.from_numpy(rng.uniform(EPS, 1, size).astype(np.float32))
-        yield Batch(encoder.prompt(puzzles), encoder.response(answers), level)
+def responses(solutions: list[str]) -> torch.Tensor:
+    """Return (B, L) canvases: the grid, the end of the turn, then <eos>."""
+    tokens = ids([solution + "<turn|>" for solution in solutions])
+    return F.pad(tokens, (0, CANVAS - tokens.shape[1]), value=EOS)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -106,42 +84,42 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def losses(
-    model: DiffusionGemmaForBlockDiffusion, batch: Batch
+    model: DiffusionGemmaForBlockDiffusion,
+    prompt: torch.Tensor,
+    clean: torch.Tensor,
+    level: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The denoising loss and the encoder's next-token loss of one batch.
+    """Return the denoising loss and the encoder's next-token loss of one batch.
 
-    The encoder reads the prompt. The decoder denoises the corrupted response twice,
-    the second time with its first guess as signal in half of the examples. Only then
-    does the encoder read the clean response, so no clean token reaches the decoder.
+    Prompts (B, P), responses (B, L), noise levels (B,). The encoder reads the prompt.
+    The decoder denoises the corrupted response twice, the second time with its first
+    guess as signal in half of the examples. Only then does the encoder read the clean
+    response, so no clean token reaches the decoder.
     """
-    clean = batch.response
-    replaced = torch.rand(clean.shape) < batch.level[:, None]
+    replaced = torch.rand(clean.shape) < level[:, None]
     noisy = torch.where(replaced, torch.randint(VOCAB_SIZE, clean.shape), clean)
-    cache = DynamicCache(config=model.config.get_text_config())
-    encoder = model.model.encoder
-    prompt = encoder(input_ids=batch.prompt, cache=cache)
+    cache = {CACHE: DynamicCache(config=model.config.get_text_config())}
+    before = model.model.encoder(input_ids=prompt, **cache)
     with torch.no_grad():
-        guess = model(cache=cache, decoder_input_ids=noisy).logits
+        guess = model(decoder_input_ids=noisy, **cache).logits
     logits = model(
-        cache=cache,
         decoder_input_ids=noisy,
         self_conditioning_logits=guess,
         self_conditioning_mask=torch.rand(len(clean)) < SELF_CONDITIONING,
+        **cache,
     ).logits
-    denoising = cross_entropy(logits, clean)
-
-    response = encoder(input_ids=clean, cache=cache)
-    hidden = torch.cat([prompt.last_hidden_state, response.last_hidden_state], dim=1)
+    after = model.model.encoder(input_ids=clean, **cache)
+    hidden = torch.cat([before.last_hidden_state, after.last_hidden_state], dim=1)
     cap = model.final_logit_softcapping
-    logits = cap * torch.tanh(model.lm_head(hidden[:, :-1]) / cap)
-    tokens = torch.cat([batch.prompt, clean], dim=1)
-    return denoising, cross_entropy(logits, tokens[:, 1:])
+    encoded = cap * torch.tanh(model.lm_head(hidden[:, :-1]) / cap)
+    targets = torch.cat([prompt, clean], dim=1)[:, 1:]
+    return cross_entropy(logits, clean), cross_entropy(encoded, targets)
 
 
 def new_model(seed: int) -> DiffusionGemmaForBlockDiffusion:
-    """An untrained `sudoku4` in float32: 1.6 M weights, 0.04 M of them vision."""
+    """Return an untrained `sudoku4` in float32: 1.6 M weights."""
     torch.manual_seed(seed)
-    config = DiffusionGemmaConfig.from_dict(release_config(TEXT, None, CANVAS))
+    config = DiffusionGemmaConfig.from_dict(CONFIG)
     model = DiffusionGemmaForBlockDiffusion(config)
     encoder, decoder = model.model.encoder.language_model, model.model.decoder
     with torch.no_grad():
@@ -160,19 +138,22 @@ def train(out: Path, steps: int, batch: int, seed: int) -> None:
     AdamW; 100 steps of linear warm-up, then a cosine to zero.
     """
     out.mkdir(parents=True)
-    model = new_model(seed)
+    model, rng = new_model(seed), np.random.default_rng(seed)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-4)
-    began, sums, examples = time.perf_counter(), np.zeros(2), batches(batch, seed)
+    began, sums = time.perf_counter(), np.zeros(2)
     for step in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1, (step + 1) / 100) * cosine
-        denoising, encoding = losses(model, next(examples))
-        (denoising + encoding).backward()
+        grids = sudoku.draw(batch, rng)
+        puzzles, solutions = ([sudoku.text(one) for one in cells] for cells in grids)
+        level = torch.from_numpy(rng.uniform(EPS, 1, batch).astype(np.float32))
+        both = losses(model, prompts(puzzles), responses(solutions), level)
+        sum(both).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        sums += denoising.item(), encoding.item()
+        sums += [loss.item() for loss in both]
         if (step + 1) % 20 == 0:
             seconds = time.perf_counter() - began
             click.echo(
@@ -184,17 +165,12 @@ def train(out: Path, steps: int, batch: int, seed: int) -> None:
             rate, used = solve_rate(model, sudoku.held_out(200, seed=1), STEPS)
             click.echo(f"step {step + 1} solved {rate:.1%} in {used:.2f} steps")
     model.save_pretrained(out)
-    write_config(out, release_config(TEXT, None, CANVAS), "release", text_only=False)
-    write_json(out / "generation_config.json", generation_config(CANVAS, STEPS))
-    write_tokenizer(out)
+    write_files(out, CONFIG, steps=STEPS)
 
 
 @torch.no_grad()
 def solve_rate(
-    model: DiffusionGemmaForBlockDiffusion,
-    pairs: list[tuple[str, str]],
-    steps: int,
-    batch: int = 100,
+    model: DiffusionGemmaForBlockDiffusion, pairs: list[tuple[str, str]], steps: int
 ) -> tuple[float, float]:
     """Return the share of (puzzle, solution) texts solved, and mean steps used.
 
@@ -202,17 +178,15 @@ def solve_rate(
     denoising steps. Solved: the canvas up to its first end is the solution.
     """
     model.eval()
-    encoder = Encoder()
     puzzles, solutions = zip(*pairs, strict=True)
-    prompts, answers = encoder.prompt(puzzles), encoder.response(solutions)
+    asked, answers = prompts(puzzles), responses(solutions)
     config = DiffusionGemmaGenerationConfig(**generation_config(CANVAS, steps))
     length = answers[0].tolist().index(TURN_END) + 1
     solved, used = 0, 0.0
-    for at in range(0, len(prompts), batch):
-        prompt = prompts[at : at + batch]
+    for prompt, answer in zip(asked.split(100), answers.split(100), strict=True):
         result = model.generate(prompt, generation_config=config)
         canvas = result.sequences[:, prompt.shape[1] :]
-        right = canvas[:, :length] == answers[at : at + batch, :length]
+        right = canvas[:, :length] == answer[:, :length]
         solved += int(right.all(dim=1).sum())
         used += float(((canvas != PAD).sum(dim=1) / result.tokens_per_forward).sum())
     model.train()
@@ -227,22 +201,13 @@ def evaluate(model_dir: str | Path, n: int, steps: int) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Train, write it here.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--updates", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--evaluate", "folder", type=click.Path(exists=True))
-@click.option("--count", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--steps", default="1,2,4,8,24", show_default=True)
-def main(out, batch, updates, seed, folder, count, steps):
-    """Train sudoku4, about an hour on one core; or evaluate a checkpoint."""
-    if (out is None) == (folder is None):
-        raise click.UsageError("give either --out DIR or --evaluate DIR")
-    if out is not None:
-        return train(out, updates, batch, seed)
-    for allowed in map(int, steps.split(",")):
-        rate, used = evaluate(folder, count, allowed)
-        click.echo(f"steps {allowed:2d}  solved {rate:6.1%}  used {used:.2f}")
+def main(out, batch, updates, seed):
+    """Train sudoku4, about an hour on one core, and write it to the folder OUT."""
+    train(out, updates, batch, seed)
 
 
 if __name__ == "__main__":

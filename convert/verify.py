@@ -12,8 +12,10 @@ anything differs. Needs the extra `parity`.
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import mlx.core as mx
@@ -40,9 +42,8 @@ CHUNKS = (1, 3, 7)
 TRAJECTORY_STEPS = 8
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class Row(NamedTuple):
+    """One line of the table; NaN differs."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +52,18 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.tolerance  # False for NaN as well
+        return self.difference <= self.tolerance
+
+
+def compare(name: str, ours: mx.array, theirs: np.ndarray) -> Row:
+    mine = np.array(ours.astype(mx.float32))
+    difference = float(np.abs(mine - theirs).max())
+    tolerance = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    return Row(name, mine.shape, difference, tolerance)
+
+
+def ids(array: np.ndarray) -> mx.array:
+    return mx.array(array.astype(np.int32))
 
 
 class Verifier:
@@ -74,50 +86,53 @@ class Verifier:
         yield from self.without_ties(self.chunked, window + 9)
         yield from self.without_ties(self.trajectory, window + 3)
 
-    def without_ties(self, compare: Callable[..., Iterator[Row]], *arguments):
-        """Return the rows of `compare` on random tokens that are clearly routed."""
+    def without_ties(self, comparison: Callable[..., Iterator[Row]], *arguments):
+        """Return rows of a comparison on random tokens that are clearly routed."""
         for draw in range(DRAWS):
             self.random = np.random.default_rng([self.seed, draw])
             with self.oracle.watch_routing() as gaps:
-                rows = list(compare(*arguments))
+                rows = list(comparison(*arguments))
             if min((float(gap.min()) for gap in gaps), default=1.0) > TIED:
                 return rows
         self.ties = True
         return rows
 
-    def tokens(self, length: int) -> np.ndarray:
-        """Return (1, length) random ids."""
-        return self.random.integers(0, self.ours.config.vocab_size, (1, length))
+    def inputs(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a random prompt (1, length) and canvas (1, L)."""
+        config = self.ours.config
+        sizes = (length, config.canvas_length)
+        prompt, canvas = (
+            self.random.integers(0, config.vocab_size, (1, size)) for size in sizes
+        )
+        return prompt, canvas
 
     def both_modes(self, name: str, length: int) -> Iterator[Row]:
         """Compare encoder and decoder behind one prefix."""
-        prompt = self.tokens(length)
-        canvas = self.tokens(self.ours.config.canvas_length)
+        prompt, canvas = self.inputs(length)
         hidden, cache = self.oracle.encode(prompt)
         prefix = self.ours.make_cache()
-        yield self.row(
-            f"{name}: hidden", self.ours.encode_hidden(ids(prompt), prefix), hidden
-        )
+        mine = self.ours.encode_hidden(ids(prompt), prefix)
+        yield compare(f"{name}: hidden", mine, hidden)
         logits = self.oracle.denoise(canvas, cache)
-        mine = self.ours.denoise(ids(canvas), prefix)
-        yield self.row(f"{name}: logits", mine, logits)
+        yield compare(f"{name}: logits", self.ours.denoise(ids(canvas), prefix), logits)
         processed = logits / 0.6
-        conditioned = self.oracle.denoise(canvas, cache, processed)
         signal = self.ours.self_condition(mx.array(processed))
-        mine = self.ours.denoise(ids(canvas), prefix, signal)
-        yield self.row(f"{name}: self-conditioned logits", mine, conditioned)
+        yield compare(
+            f"{name}: self-conditioned logits",
+            self.ours.denoise(ids(canvas), prefix, signal),
+            self.oracle.denoise(canvas, cache, processed),
+        )
 
     def chunked(self, length: int) -> Iterator[Row]:
         """Compare logits behind a prompt encoded in chunks."""
-        prompt = self.tokens(length)
-        canvas = self.tokens(self.ours.config.canvas_length)
+        prompt, canvas = self.inputs(length)
         logits = self.oracle.denoise(canvas, self.oracle.encode(prompt)[1])
         for size in CHUNKS:
             prefix = self.ours.make_cache()
-            for start in range(0, prompt.shape[1], size):
+            for start in range(0, length, size):
                 self.ours.encode(ids(prompt[:, start : start + size]), prefix)
             mine = self.ours.denoise(ids(canvas), prefix)
-            yield self.row(f"encoded {size} at a time: logits", mine, logits)
+            yield compare(f"encoded {size} at a time: logits", mine, logits)
 
     def trajectory(self, length: int) -> Iterator[Row]:
         """Take each step of a `generate` of transformers as well.
@@ -126,25 +141,27 @@ class Verifier:
         do not accumulate; the decisions are ours.
         """
         settings = self.ours.settings.replace(steps=TRAJECTORY_STEPS)
+        eos = sorted(settings.eos)
         theirs = self.oracle.generate(
-            self.tokens(length)[0].tolist(),
-            int(self.random.integers(2**31)),
+            self.inputs(length)[0][0].tolist(),
+            self.seed,
             max_denoising_steps=TRAJECTORY_STEPS,
             max_new_tokens=settings.max_tokens,
-            eos_token_id=sorted(settings.eos),
+            eos_token_id=eos,
         )
-        ours = [
-            step
+        canvases = [
+            list(self.canvas_steps(theirs, index, settings))
             for index in range(len(theirs.canvases))
-            for step in self.canvas_steps(theirs, index, settings)
         ]
-        mine, expected = stacked(ours), stacked(theirs.steps)
+        mine, expected = stacked([*chain(*canvases)]), stacked(theirs.steps)
         for name in ("logits", "entropy"):
-            yield self.row(f"trajectory: {name}", mx.array(mine[name]), expected[name])
-        last = np.cumsum([len(steps) for steps in theirs.canvases]) - 1
-        committed = np.concatenate([ours[step].argmax for step in last])
-        mine["tokens"] = _padded(committed, settings.eos, self.oracle)
-        expected["tokens"] = np.array(theirs.tokens)
+            yield compare(f"trajectory: {name}", mx.array(mine[name]), expected[name])
+        tokens = np.concatenate([steps[-1].argmax for steps in canvases])
+        pad = self.oracle.model.generation_config.pad_token_id
+        if pad is not None:  # transformers pads behind the first end
+            ended = np.cumsum(np.isin(tokens, eos)) > np.isin(tokens, eos)
+            tokens = np.where(ended, pad, tokens)
+        mine["tokens"], expected["tokens"] = tokens, np.array(theirs.tokens)
         for name in ("accepted", "argmax", "stopped", "tokens"):
             different = int((mine[name] != expected[name]).sum())
             shape = expected[name].shape
@@ -181,26 +198,6 @@ class Verifier:
             draft = ids(step.argmax[None])
             signal = self.ours.self_condition(mx.array(step.logits[None]) / temperature)
 
-    def row(self, name: str, ours: mx.array, theirs: np.ndarray) -> Row:
-        mine = np.array(ours.astype(mx.float32))
-        difference = float(np.abs(mine - theirs).max())
-        tolerance = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
-        return Row(name, mine.shape, difference, tolerance)
-
-
-def _padded(tokens: np.ndarray, eos: frozenset[int], oracle: Oracle) -> np.ndarray:
-    """Return committed tokens with padding behind the first eos, as transformers."""
-    ends = np.flatnonzero(np.isin(tokens, sorted(eos)))
-    pad = oracle.model.generation_config.pad_token_id
-    if len(ends) and pad is not None:
-        tokens = tokens.copy()
-        tokens[ends[0] + 1 :] = pad
-    return tokens
-
-
-def ids(array: np.ndarray) -> mx.array:
-    return mx.array(array.astype(np.int32))
-
 
 def print_table(rows: list[Row]) -> None:
     table = Table("compared", "shape", "max |Δ|", "tolerance", "verdict")
@@ -212,10 +209,9 @@ def print_table(rows: list[Row]) -> None:
             f"{row.tolerance:.3g}",
             "[green]ok[/]" if row.passed else "[red]DIFFERS[/]",
         )
-    console = Console()
-    if not console.is_terminal:  # no column is folded in a file
-        console = Console(width=120)
-    console.print(table)
+    # no column is folded in a file
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width).print(table)
 
 
 @click.command()

@@ -4,8 +4,9 @@
 
 Each turn asks for a puzzle; before some turns a past message is edited or a turn is
 taken back. The same messages and seed go through `stream_generate`, which encodes all
-of them, and every number of every step must be equal. Prints Markdown; exits with 1
-when anything differs.
+of them, and every number of every step must be equal. Prints per turn the mean tokens
+of the prompt = tokens reused + tokens encoded, as Markdown; exits with 1 when anything
+differs.
 """
 
 import argparse
@@ -22,11 +23,6 @@ from sudoku import held_out  # noqa: E402
 from mlx_dgemma import Prefilled, Step, load, stream_generate  # noqa: E402
 from mlx_dgemma.diffusion.conversation import Conversation  # noqa: E402
 
-LEGEND = """\
-Each cell: tokens of the prompt = tokens reused + tokens encoded.
-e: a message was edited before that turn. r: a turn was taken back.
-"""
-
 
 def numbers(events) -> list:
     """Return drafts, canvases, entropies and tokens of all events."""
@@ -39,16 +35,14 @@ def numbers(events) -> list:
     ]
 
 
-def change_the_past(talk: Conversation, chance: random.Random) -> str:
-    """Edit a message, take back a turn or neither; return a mark for the table."""
+def change_the_past(talk: Conversation, chance: random.Random) -> None:
+    """Edit a message, take back a turn, or neither."""
     if len(talk.messages) < 4 or chance.random() > 0.4:
-        return ""
+        return
     if chance.random() < 0.5:
-        talk.rewind()
-        return " r"
+        return talk.rewind()
     index = chance.randrange(len(talk.messages) - 1)
     talk.edit(index, talk.messages[index]["content"][::-1])
-    return " e"
 
 
 def main() -> None:
@@ -59,47 +53,36 @@ def main() -> None:
     parser.add_argument("--prefill-step-size", type=int, default=256)
     given = parser.parse_args()
     model, tokenizer = load(given.model)
-    size, chance = given.prefill_step_size, random.Random(0)
-    puzzles = [puzzle for puzzle, _ in held_out(given.conversations * given.turns)]
-    print(LEGEND)
-    head = [f"turn {turn + 1}" for turn in range(given.turns)]
-    print("|", " | ".join(["", *head, "same numbers"]), "|")
-    print("|---" * (given.turns + 2) + "|")
+    chance, whole = random.Random(0), given.conversations * given.turns
+    puzzles = [puzzle for puzzle, _ in held_out(whole)]
     totals = np.zeros((given.turns, 3), int)
-    seconds, same_turns = [0.0, 0.0], 0
+    seconds, same = np.zeros(2), 0
     for number in range(given.conversations):
-        talk = Conversation(model, tokenizer, prefill_step_size=size)
-        cells, same = [], 0
+        size = {"prefill_step_size": given.prefill_step_size}
+        talk = Conversation(model, tokenizer, **size)
         for turn in range(given.turns):
-            how = change_the_past(talk, chance)
+            change_the_past(talk, chance)
             content, seed = puzzles.pop(), 100 * number + turn
             said = [*talk.messages, {"role": "user", "content": content}]
             events = list(talk.ask(content, seed=seed))
-            wanted = list(
-                stream_generate(
-                    model, tokenizer, said, seed=seed, prefill_step_size=size
-                )
-            )
+            wanted = list(stream_generate(model, tokenizer, said, seed=seed, **size))
             same += numbers(events) == numbers(wanted)
             first, other = events[0], wanted[0]
             assert isinstance(first, Prefilled) and isinstance(other, Prefilled)
-            counts = first.prompt_tokens, first.reused, first.encoded
-            totals[turn] += counts
-            seconds[0] += first.seconds
-            seconds[1] += other.seconds
-            cells.append("{} = {} + {}".format(*counts) + how)
-        same_turns += same
-        print("|", " | ".join([str(number), *cells, f"{same} of {given.turns}"]), "|")
+            totals[turn] += first.prompt_tokens, first.reused, first.encoded
+            seconds += first.seconds, other.seconds
+    head = [f"turn {turn + 1}" for turn in range(given.turns)]
     mean = totals / given.conversations
     cells = ["{:.0f} = {:.0f} + {:.0f}".format(*row) for row in mean]
-    whole = given.conversations * given.turns
-    print("|", " | ".join(["mean", *cells, f"{same_turns} of {whole}"]), "|")
+    print("|", " | ".join([*head, "same numbers"]), "|")
+    print("|---" * (given.turns + 1) + "|")
+    print("|", " | ".join([*cells, f"{same} of {whole}"]), "|")
     prompts, reused, encoded = totals.sum(axis=0)
     print(
         f"\n{prompts} tokens of prompts, {reused} of them reused, {encoded} encoded in "
         f"{seconds[0]:.2f} s; all of them in {seconds[1]:.2f} s."
     )
-    sys.exit(same_turns < whole)
+    sys.exit(same < whole)
 
 
 if __name__ == "__main__":

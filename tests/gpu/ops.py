@@ -106,8 +106,8 @@ def numpy(x: mx.array) -> np.ndarray:
 def _elementwise(s: Shapes) -> Iterator[Probe]:
     x = normal(s.L, s.chunk)
     half = x.astype(HALF)
-    yield Probe("exp", lambda: mx.exp(x))
-    yield Probe("tanh", lambda: mx.tanh(x))
+    for call in (mx.exp, mx.tanh, mx.abs, mx.square):
+        yield Probe(call.__name__, partial(call, x))
     yield Probe("log", lambda: mx.log(mx.square(x) + 1))
     yield Probe("power", lambda: mx.power(2.0, x))
     yield Probe("maximum, minimum", lambda: mx.maximum(mx.minimum(x, 0.5), -0.5))
@@ -118,19 +118,16 @@ def _elementwise(s: Shapes) -> Iterator[Probe]:
 
 def _rows(s: Shapes) -> Iterator[Probe]:
     x = normal(s.L, s.chunk // 8)
-    yield Probe("sum", lambda: mx.sum(mx.square(x), axis=-1))
-    yield Probe("mean", lambda: mx.mean(mx.abs(x), axis=-1))
-    yield Probe("max", lambda: mx.max(x, axis=-1))
+    for call in (mx.max, mx.argmax, mx.softmax, mx.logsumexp):
+        yield Probe(call.__name__, partial(call, x, axis=-1))
+    for call in (mx.sum, mx.mean, mx.cumsum):
+        yield Probe(call.__name__, partial(call, mx.square(x), axis=-1))
     yield Probe("any", lambda: mx.any(x > 3.5, axis=-1))
     yield Probe("all", lambda: mx.all(x < 3.5, axis=-1))
-    yield Probe("argmax", lambda: mx.argmax(x, axis=-1))
-    yield Probe("cumsum", lambda: mx.cumsum(mx.square(x), axis=-1))
     yield Probe("scatter", lambda: _scatter(x))
     scores = normal(s.L, s.E)
     ids = mx.array(np.random.default_rng(1).integers(0, s.E, (s.L, s.top)))
     flat = ids.flatten()
-    yield Probe("softmax", lambda: mx.softmax(scores, axis=-1))
-    yield Probe("logsumexp", lambda: mx.logsumexp(scores, axis=-1))
     yield Probe("argpartition", lambda: _sum_of_largest(scores, s.top))
     yield Probe("argsort", lambda: flat[mx.argsort(flat)])
     yield Probe("take_along_axis", lambda: mx.take_along_axis(scores, ids, axis=-1))
@@ -153,17 +150,13 @@ def _products(s: Shapes) -> Iterator[Probe]:
         w = normal(s.chunk // 8, s.D, seed=1, dtype=dtype)
         product = numpy(x) @ numpy(w).T
         yield Probe(f"matmul {name}", partial(mx.matmul, x, w.T), allowed, product)
-    rows, expert = _sorted_pairs(s, s.D)
     stored = normal(s.E, 2 * s.expert, s.D, seed=3, dtype=s.expert_dtype) * s.D**-0.5
-    rows, weight = rows.astype(s.expert_dtype), stored.swapaxes(-1, -2)
 
-    def gather(x: mx.array) -> mx.array:
+    def gather(x: mx.array, expert: mx.array) -> mx.array:
+        weight = stored.swapaxes(-1, -2)
         return mx.gather_mm(x, weight, rhs_indices=expert, sorted_indices=True)
 
-    expected = _by_expert(rows, stored, expert)
-    yield Probe("gather_mm sorted", lambda: gather(rows), ROUNDED, expected)
-    slope = numpy(mx.sum(weight, axis=-1))[np.array(expert)][:, None]
-    yield Probe("gather_mm gradient", _gradient(gather, rows), ROUNDED, slope)
+    yield from _gathered("gather_mm sorted", gather, s, stored, ROUNDED)
 
 
 def _quantized(s: Shapes, q: Quantization) -> Iterator[Probe]:
@@ -196,17 +189,29 @@ def _quantized(s: Shapes, q: Quantization) -> Iterator[Probe]:
         ("down", s.D, s.expert),
     ):
         parts, dense = quantize(s.E, outputs, inputs)
-        rows, expert = _sorted_pairs(s, inputs)
+        gather = partial(_gather_qmm, parts=parts, spec=spec)
+        yield from _gathered(f"gather_qmm {name}", gather, s, dense, QUANTIZED)
 
-        def gather(x: mx.array, parts=parts, expert=expert) -> mx.array:
-            order = {"rhs_indices": expert, "sorted_indices": True}
-            return mx.gather_qmm(x, *parts, transpose=True, **order, **spec)
 
-        expected = _by_expert(rows, dense, expert)
-        yield Probe(f"gather_qmm {name}", partial(gather, rows), QUANTIZED, expected)
-        slope = numpy(mx.sum(dense, axis=1))[np.array(expert)][:, None]
-        gradient = _gradient(gather, rows)
-        yield Probe(f"gather_qmm {name}, gradient", gradient, QUANTIZED, slope)
+def _gather_qmm(x: mx.array, expert: mx.array, parts: tuple, spec: dict) -> mx.array:
+    order = {"rhs_indices": expert, "sorted_indices": True}
+    return mx.gather_qmm(x, *parts, transpose=True, **order, **spec)
+
+
+def _gathered(
+    name: str, gather: Callable, s: Shapes, weight: mx.array, allowed: float
+) -> Iterator[Probe]:
+    """`gather` of sorted rows through (E, out, in) weights, and its gradient."""
+    expert = np.sort(np.random.default_rng(5).integers(0, s.E, s.L * s.top))
+    dtype = HALF if allowed == QUANTIZED else s.expert_dtype
+    rows = normal(len(expert), 1, weight.shape[-1], seed=6, dtype=HALF).astype(dtype)
+    call = partial(gather, expert=mx.array(expert.astype(np.uint32)))
+    x, dense = numpy(rows)[:, 0], numpy(weight)
+    products = [x[expert == e] @ dense[e].T for e in range(s.E)]
+    expected = np.concatenate(products)[:, None]
+    yield Probe(name, partial(call, rows), allowed, expected)
+    slope = dense.sum(axis=1)[expert][:, None]
+    yield Probe(f"{name}, gradient", _gradient(call, rows), allowed, slope)
 
 
 def _attention(s: Shapes) -> Iterator[Probe]:
@@ -267,33 +272,13 @@ def _gradient(function: Callable, x: mx.array) -> Callable[[], mx.array]:
     return lambda: mx.grad(lambda a: mx.sum(function(a)))(x)
 
 
-def _sorted_pairs(s: Shapes, width: int) -> tuple[mx.array, mx.array]:
-    """One (1, width) row per pair of token and expert, and the sorted experts."""
-    experts = np.sort(np.random.default_rng(5).integers(0, s.E, s.L * s.top))
-    rows = normal(len(experts), 1, width, seed=6, dtype=HALF)
-    return rows, mx.array(experts.astype(np.uint32))
-
-
-def _by_expert(rows: mx.array, weight: mx.array, expert: mx.array) -> np.ndarray:
-    """(R, 1, in) rows through the (E, out, in) weights of their experts."""
-    x, order = numpy(rows)[:, 0], np.array(expert)
-    products = [x[order == e] @ numpy(weight[e]).T for e in range(len(weight))]
-    return np.concatenate(products)[:, None]
-
-
 def _plain_attention(q: mx.array, k: mx.array, v: mx.array, seen) -> np.ndarray:
-    queries, keys, values = numpy(q)[0], numpy(k)[0], numpy(v)[0]
+    queries, keys, values = (numpy(x)[0] for x in (q, k, v))
     groups = len(queries) // len(keys)
-    outputs = []
-    for head, query in enumerate(queries):
-        scores = np.where(seen, query @ keys[head // groups].T, -np.inf)
-        outputs.append(_softmax(scores) @ values[head // groups])
-    return np.stack(outputs)[None]
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    keys, values = (np.repeat(x, groups, axis=0) for x in (keys, values))
+    scores = np.where(seen, queries @ keys.swapaxes(1, 2), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ values)[None]
 
 
 def _sum_of_largest(scores: mx.array, count: int) -> mx.array:

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_dgemma import backends
+
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
+
+
+def free_memory() -> int | None:
+    """Return the device memory in bytes that a part may use, if the device says so."""
+    device = backends.current()
+    return device.info_number("free_memory") or device.memory()
 
 
 class Setting(NamedTuple):
@@ -16,13 +24,6 @@ class Setting(NamedTuple):
 
     rehearsal: bool  # toy sizes on the CPU: shows that the code runs
     scratch: Path  # a folder for checkpoints, removed when the part is done
-
-    @property
-    def torch_device(self) -> str:
-        """torch computes on the CUDA device beside MLX, else on the CPU."""
-        import torch
-
-        return "cuda" if not self.rehearsal and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import full
@@ -16,7 +15,7 @@ from parts import GB, ROOT, Part, Setting
 
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
-import solve_rate
+import solve_rate  # finds convert/
 from sudoku import held_out
 
 from mlx_dgemma import backends, convert, load
@@ -24,14 +23,15 @@ from mlx_dgemma import backends, convert, load
 # section -> what its parts do and how they are judged
 SECTIONS = {
     "ops": "each MLX operation at the 26B's shapes, against the CPU or numpy",
-    "parity": "logits of two steps; dense: at most "
-    f"{parity.ALLOWED:g} times transformers' error, quantised: the CPU's",
+    "parity": f"errors of logits are at most {parity.ALLOWED:g} times those of "
+    "transformers on the CPU (dense) and of MLX on the CPU (quantised)",
     "trajectory": "trajectories recorded from transformers, step by step",
     "sudoku": "500 unseen puzzles, of which 99% must be solved",
     "full": "the 26B with random weights: load, prefill 8K tokens, 3 canvases of 16 "
     "steps; beside a canvas of mlx-vlm on the same files, if installed",
     "suite": "the tests of model, sampler and engine, on this device",
 }
+PARITY = "tests/parity/test_model_parity.py"
 TORCH = ("torch", "transformers", "safetensors")
 MODULES = ("tests/test_backends.py", "tests/model", "tests/diffusion")
 # On a CPU all 500 puzzles are solved, dense and quantised. Another device rounds
@@ -44,11 +44,8 @@ def parts() -> Iterator[Part]:
     """Yield every part."""
     for name, family in ops.families().items():
         yield Part(f"ops/{name}", partial(_ops, family=family), memory=8 * GB)
-    for size, dtype, layout in product(parity.SIZES, parity.TIED, parity.LAYOUTS):
-        if size == "tiny" or layout == "release":
-            run = partial(parity.dense, size=size, dtype=dtype, layout=layout)
-            name = f"parity/{size} {dtype} {layout}"
-            yield Part(name, run, memory=4 * GB, needs=TORCH)
+    model = partial(pytest_on_device, paths=(PARITY, "-m", "parity"))
+    yield Part("parity/transformers", model, 4 * GB, needs=TORCH, seconds=600)
     for recipe in parity.RECIPES:
         run = partial(parity.quantized, recipe=recipe)
         yield Part(f"parity/{recipe}", run, memory=2 * GB)
@@ -71,7 +68,7 @@ def _ops(setting: Setting, family: ops.Family) -> dict:
 
 
 def pytest_on_device(setting: Setting, paths: tuple[str, ...]) -> dict:
-    """Run tests on this device; return how many there are and which failed."""
+    """Run pytest on this device; return how many tests there are and which failed."""
     report = setting.scratch / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *paths]
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
@@ -79,7 +76,7 @@ def pytest_on_device(setting: Setting, paths: tuple[str, ...]) -> dict:
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
         for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
+        if {"failure", "error"} & {child.tag for child in case}
     ]
     passed = bool(cases) and not failed
     return {"tests": len(cases), "failed": failed, "passed": passed}

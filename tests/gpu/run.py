@@ -21,7 +21,8 @@ import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import plan  # noqa: E402
 import tables  # noqa: E402
-from parts import Part, Setting  # noqa: E402
+from parts import Part, Setting, free_memory  # noqa: E402
 
 from mlx_dgemma import backends  # noqa: E402
 
@@ -40,27 +41,16 @@ SCRATCH = Path(tempfile.gettempdir())
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
     """Return the device and its choices, and the versions of what is compared."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    installed = {dist.name for dist in distributions()}
     return {
         "device": backends.current().description(),
         "free_memory": free_memory(),
         "backends": backends.describe(),
-        "versions": versions,
+        "versions": {name: version(name) for name in PACKAGES if name in installed},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
     }
-
-
-def free_memory() -> int | None:
-    """Return the device memory in bytes that a part may use, if the device says so."""
-    device = backends.current()
-    return device.info_number("free_memory") or device.memory()
 
 
 MACHINE = Part("machine", describe_machine)
@@ -81,9 +71,10 @@ def run_process(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         command = [sys.executable, __file__, "--part", part.name, str(result)]
+        command += ["--rehearse"] * rehearsal
         try:
             ended = subprocess.run(
-                command + ["--rehearse"] * rehearsal,
+                command,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -91,19 +82,19 @@ def run_process(part: Part, rehearsal: bool, limit: float) -> dict[str, Any]:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            found = {"status": "broke", "why": f"not done after {limit:.0f} s"}
+            found: dict[str, Any] = {
+                "status": "broke",
+                "why": f"not done after {limit:.0f} s",
+            }
         else:
-            found = _outcome(result, ended)
+            lines = ended.stderr.strip().splitlines() or ["no message"]
+            found = {"status": "broke", "why": lines[-1], "trace": lines[-12:]}
+            if ended.returncode == 0 and result.exists():
+                figures = json.loads(result.read_text())
+                verdicts = {True: "passed", False: "failed", None: "measured"}
+                status = verdicts[figures.get("passed")]
+                found = {"status": status, "figures": figures}
     return found | {"seconds": round(time.perf_counter() - begun, 2)}
-
-
-def _outcome(result: Path, ended: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    if ended.returncode != 0 or not result.exists():
-        lines = ended.stderr.strip().splitlines() or ["no message"]
-        return {"status": "broke", "why": lines[-1], "trace": lines[-12:]}
-    figures = json.loads(result.read_text())
-    status = {True: "passed", False: "failed", None: "measured"}[figures.get("passed")]
-    return {"status": status, "figures": figures}
 
 
 def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> bool:
@@ -124,10 +115,9 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
         why = part.obstacle(SCRATCH, free)
         if why is None and left < 10:
             why = "no time was left"
+        one = {"status": "skipped", "why": why}
         if why is None:
             one = run_process(part, rehearsal, min(part.seconds, left))
-        else:
-            one = {"status": "skipped", "why": why}
         found["parts"][part.name] = one
         staged = out.with_name(out.name + ".part")
         staged.write_text(json.dumps(found, indent=1))
@@ -139,15 +129,14 @@ def run(wanted: list[Part], out: Path, *, rehearsal: bool, budget: float) -> boo
 def listing(wanted: list[Part]) -> str:
     """Return one line per part, with what keeps it from running here."""
     device = backends.current()
-    lines, section = [f"on {device.name}: {device.description()}"], ""
-    for part in wanted:
-        if part.section != section:
-            section = part.section
-            lines.append(f"{section}: {plan.SECTIONS[section]}")
-        why = part.obstacle(SCRATCH, free_memory())
-        if device.name == "cpu":
-            why = "no GPU here" + (f"; {why}" if why else "")
-        lines.append(f"  {part.name:<36}" + (f"skip: {why}" if why else ""))
+    no_gpu = "no GPU here" if device.name == "cpu" else None
+    lines = [f"on {device.name}: {device.description()}"]
+    for section, parts in groupby(wanted, key=lambda part: part.section):
+        lines.append(f"{section}: {plan.SECTIONS[section]}")
+        for part in parts:
+            why = [no_gpu, part.obstacle(SCRATCH, free_memory())]
+            skip = "; ".join(filter(None, why))
+            lines.append(f"  {part.name:<36}" + (f"skip: {skip}" if skip else ""))
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The results of a GPU run as Markdown."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 
@@ -13,45 +14,35 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     if found["rehearsal"]:
         yield "A rehearsal on a CPU at toy sizes: these figures mean nothing.\n"
     machine, parts = found["machine"], found["parts"]
-    versions = machine.get("versions", {}).items()
-    installed = ", ".join(f"{name} {version}" for name, version in versions if version)
+    installed = ", ".join(map(" ".join, machine.get("versions", {}).items()))
     yield f"{machine.get('device', 'unknown device')}; {installed}; {found['began']}."
     yield f"`{found['command']}`"
-    sections = dict.fromkeys(name.partition("/")[0] for name in parts)
-    for section in sections:
-        yield from _table(section, parts)
+    names = [name.partition("/") for name, part in parts.items() if "figures" in part]
+    for section, group in groupby(names, key=lambda name: name[0]):
+        rows = {
+            name: parts["".join((s, slash, name))]["figures"]
+            for s, slash, name in group
+        }
+        cells = [{k: _cell(v) for k, v in row.items()} for row in rows.values()]
+        columns = dict.fromkeys(
+            k for row in cells for k, v in row.items() if v is not None
+        )
+        yield "\n| " + " | ".join([section, *columns]) + " |"
+        yield "| --- " * (1 + len(columns)) + "|"
+        for name, row in zip(rows, cells, strict=True):
+            yield " | ".join([f"| {name}", *(row.get(k) or "" for k in columns)]) + " |"
+        yield ""
     for name, part in parts.items():
-        if part["status"] in ("skipped", "broke"):
+        if "why" in part:
             yield f"- {name}: {part['status']}, {part['why']}"
         for failure in part.get("figures", {}).get("failed", []):
             yield f"- {name}: {failure}"
 
 
-def _table(section: str, parts: dict[str, Any]) -> Iterator[str]:
-    """Yield one row per part that ran: every figure that is a number or a word."""
-    rows = {
-        name.partition("/")[2]: part["figures"]
-        for name, part in parts.items()
-        if name.startswith(section + "/") and "figures" in part
-    }
-    columns = dict.fromkeys(
-        key for row in rows.values() for key, value in row.items() if _is_cell(value)
-    )
-    if not rows:
-        return
-    yield "\n| " + " | ".join([section, *columns]) + " |"
-    yield "| --- " * (1 + len(columns)) + "|"
-    for name, row in rows.items():
-        cells = [_cell(row.get(key)) for key in columns]
-        yield "| " + " | ".join([name, *cells]) + " |"
-    yield ""
-
-
-def _is_cell(value: object) -> bool:
-    return isinstance(value, bool | int | float | str)
-
-
-def _cell(value: object) -> str:
+def _cell(value: object) -> str | None:
+    """Return the text of a figure that is a number or a word, else None."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    return f"{value:.4g}" if isinstance(value, float) else str(value or "")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, int | str) else None

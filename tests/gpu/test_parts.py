@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import plan
-from parts import Setting
+from parts import Setting, free_memory
 
 from mlx_dgemma import backends
 
@@ -20,8 +20,7 @@ PARTS = {part.name: part for part in plan.parts() if part.section != "full"}
 def test_part(name, tmp_path):
     part, device = PARTS[name], backends.current()
     assert device.name != "cpu", "`-m gpu` needs a Metal or CUDA device"
-    free = device.info_number("free_memory") or device.memory()
-    why = part.obstacle(tmp_path, free)
+    why = part.obstacle(tmp_path, free_memory())
     if why is not None and "installed" not in why:
         pytest.skip(why)  # a smaller card
     assert why is None

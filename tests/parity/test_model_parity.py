@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.errors import SlowBlasWarning
 from mlx_dgemma.model.cache import PrefixCache
 from mlx_dgemma.model.loading import load_model
 
@@ -37,13 +38,15 @@ def configuration(number: int, rng: np.random.Generator) -> dict:
     dim, full_dim = DIMS[rng.integers(len(DIMS))]
     experts, top = EXPERTS[rng.integers(len(EXPERTS))]
     return {
-        "seed": number,
-        "layout": ["release", "transformers"][number % 2],
         "dtype": [*["float32"] * 3, "bfloat16", "float16"][number % 5],
-        "text_only": number % 7 == 3,
         "prefix": [window - 1, window, window + 1, 3 * window + 5][number // 5 % 4],
         "rows": 1 + number % 3,
-        "canvas_length": [8, 32, 5][number % 3],
+        "options": {
+            "seed": number,
+            "layout": ["release", "transformers"][number % 2],
+            "text_only": number % 7 == 3,
+            "canvas_length": [8, 32, 5][number % 3],
+        },
         "text": {
             "layer_types": PATTERNS[number // 2 % len(PATTERNS)],
             "num_attention_heads": heads,
@@ -65,6 +68,29 @@ def configuration(number: int, rng: np.random.Generator) -> dict:
 
 RNG = np.random.default_rng(0)
 CONFIGURATIONS = [configuration(number, RNG) for number in range(48)]
+# wide enough for the kernels that a GPU has for real models
+WIDE = [
+    {
+        "dtype": dtype,
+        "prefix": 300,
+        "rows": 1,
+        "options": {"seed": 48, "canvas_length": 256},
+        "text": {
+            "layer_types": [S, S, S, F],
+            "num_attention_heads": 4,
+            "head_dim": 128,
+            "global_head_dim": 256,
+            "num_experts": 16,
+            "top_k_experts": 4,
+            "sliding_window": 128,
+            "hidden_size": 512,
+            "intermediate_size": 320,
+            "moe_intermediate_size": 192,
+            "vocab_size": 4096,
+        },
+    }
+    for dtype in ("float32", "bfloat16")
+]
 
 
 def describe(c: dict) -> str:
@@ -72,16 +98,26 @@ def describe(c: dict) -> str:
     kinds = "".join("S" if kind == S else "F" for kind in t["layer_types"])
     experts = f"{t['num_experts']}.{t['top_k_experts']}"
     return (
-        f"{c['seed']:02}-{c['layout'][:2]}-{c['dtype'][:4]}-{kinds}-e{experts}"
+        f"{c['options']['seed']:02}-{c['dtype']}-{kinds}-e{experts}"
         f"-w{t['sliding_window']}-p{c['prefix']}-b{c['rows']}"
     )
 
 
-def write_checkpoint(folder: Path, c: dict, **extra) -> Path:
-    from make_tiny import make_checkpoint
+class Case:
+    """A configuration as our model and transformers in float64 and in its dtype."""
 
-    keys = ("seed", "layout", "dtype", "text_only", "text", "canvas_length")
-    return make_checkpoint(folder / "m", **{k: c[k] for k in keys} | extra)
+    def __init__(self, checkpoint, c: dict, dtype: str = "float32"):
+        path = checkpoint(dtype=dtype, text=c["text"], **c["options"])
+        self.model, self.truth, self.theirs = load_all(path, dtype)
+        self.rng = np.random.default_rng(c["options"]["seed"])
+        self.canvas_length = c["options"]["canvas_length"]
+        self.vocab_size = c["text"]["vocab_size"]
+
+    def ids(self, length: int, rows: int = 1) -> np.ndarray:
+        return self.rng.integers(0, self.vocab_size, (rows, length))
+
+    def canvas(self, rows: int = 1) -> np.ndarray:
+        return self.ids(self.canvas_length, rows)
 
 
 def load_all(path: Path, dtype: str = "float32") -> tuple:
@@ -90,6 +126,7 @@ def load_all(path: Path, dtype: str = "float32") -> tuple:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # every key of transformers' config is known
+        warnings.simplefilter("ignore", SlowBlasWarning)
         ours = load_model(path, read_config(path))
     return ours, load_oracle(path, "float64"), load_oracle(path, dtype)
 
@@ -120,79 +157,73 @@ def assert_as_exact(
         )
 
 
-@pytest.mark.parametrize("c", CONFIGURATIONS, ids=describe)
-def test_logits(tmp_path, c):
-    model, truth, theirs = load_all(write_checkpoint(tmp_path, c), c["dtype"])
-    rng = np.random.default_rng(c["seed"])
-    prompt = rng.integers(0, c["text"]["vocab_size"], (c["rows"], c["prefix"]))
-    canvas = rng.integers(0, c["text"]["vocab_size"], (c["rows"], c["canvas_length"]))
-    true_hidden, true_cache = truth.encode(prompt)
-    hidden, cache = theirs.encode(prompt)
-    prefix = model.make_cache()
-    mine = model.encode_hidden(ids(prompt), prefix)
+@pytest.mark.parametrize("c", [*CONFIGURATIONS, *WIDE], ids=describe)
+def test_logits(checkpoint, c):
+    case = Case(checkpoint, c, c["dtype"])
+    prompt, canvas = case.ids(c["prefix"], c["rows"]), case.canvas(c["rows"])
+    true_hidden, true_cache = case.truth.encode(prompt)
+    hidden, cache = case.theirs.encode(prompt)
+    prefix = case.model.make_cache()
+    mine = case.model.encode_hidden(ids(prompt), prefix)
     if c["dtype"] == "float32":
         assert_as_exact("hidden", mine, hidden, true_hidden)
-    processed = (truth.denoise(canvas, true_cache) / 0.65).astype(np.float32)
-    signal = model.self_condition(mx.array(processed))
+    processed = (case.truth.denoise(canvas, true_cache) / 0.65).astype(np.float32)
+    signal = case.model.self_condition(mx.array(processed))
     for name, given, embedded in (
         ("logits", None, None),
         ("self-conditioned logits", processed, signal),
     ):
-        clear = truth.routing_margins(canvas, true_cache, given) > TIED[c["dtype"]]
+        margins = case.truth.routing_margins(canvas, true_cache, given)
+        clear = margins > TIED[c["dtype"]]
         assert clear.mean() > 0.4 or given is not None
         assert_as_exact(
             name,
-            model.denoise(ids(canvas), prefix, embedded),
-            theirs.denoise(canvas, cache, given),
-            truth.denoise(canvas, true_cache, given),
+            case.model.denoise(ids(canvas), prefix, embedded),
+            case.theirs.denoise(canvas, cache, given),
+            case.truth.denoise(canvas, true_cache, given),
             clear,
         )
 
 
 @pytest.mark.parametrize("c", CONFIGURATIONS[::4], ids=describe)
-def test_rows_of_different_prefix_length(tmp_path, c):
+def test_rows_of_different_prefix_length(checkpoint, c):
     """Each row of one pass is what transformers computes for it alone."""
-    model, truth, theirs = load_all(write_checkpoint(tmp_path, c, dtype="float32"))
-    rng = np.random.default_rng(c["seed"])
-    vocab, window = c["text"]["vocab_size"], c["text"]["sliding_window"]
-    lengths = [window - 1, 2 * window + 3, window, 1]
-    prompts = [rng.integers(0, vocab, (1, max(1, n))) for n in lengths]
-    canvas = rng.integers(0, vocab, (len(lengths), c["canvas_length"]))
-    caches = []
-    for prompt in prompts:
-        caches.append(model.make_cache())
-        model.encode(ids(prompt), caches[-1])
-    joined = PrefixCache.join(model.config, caches)
-    assert joined.lengths == tuple(p.shape[1] for p in prompts)
-    logits = model.denoise(ids(canvas), joined)
-    more = rng.integers(0, vocab, (len(lengths), 4))
-    hidden = model.encode_hidden(ids(more), joined)
+    case, window = Case(checkpoint, c), c["text"]["sliding_window"]
+    lengths = (max(1, window - 1), 2 * window + 3, window, 1)
+    prompts = [case.ids(length) for length in lengths]
+    canvas = case.canvas(len(lengths))
+    caches = [case.model.make_cache() for _ in lengths]
+    for prompt, cache in zip(prompts, caches, strict=True):
+        case.model.encode(ids(prompt), cache)
+    joined = PrefixCache.join(case.model.config, caches)
+    assert joined.lengths == lengths
+    logits = case.model.denoise(ids(canvas), joined)
+    more = case.ids(4, len(lengths))
+    hidden = case.model.encode_hidden(ids(more), joined)
     for row, prompt in enumerate(prompts):
         one = slice(row, row + 1)
-        true_cache, cache = truth.encode(prompt)[1], theirs.encode(prompt)[1]
+        true_cache, cache = (o.encode(prompt)[1] for o in (case.truth, case.theirs))
         assert_as_exact(
             f"row {row}",
             logits[one],
-            theirs.denoise(canvas[one], cache),
-            truth.denoise(canvas[one], true_cache),
+            case.theirs.denoise(canvas[one], cache),
+            case.truth.denoise(canvas[one], true_cache),
         )
         assert_as_exact(
             f"row {row}, encoded further",
             hidden[one],
-            theirs.encode(more[one], cache)[0],
-            truth.encode(more[one], true_cache)[0],
+            case.theirs.encode(more[one], cache)[0],
+            case.truth.encode(more[one], true_cache)[0],
         )
 
 
 @pytest.mark.parametrize("c", CONFIGURATIONS[1::6], ids=describe)
-def test_routers(tmp_path, c):
+def test_routers(checkpoint, c):
     """Probabilities and choices of every router, apart from the layers behind it."""
-    model, truth, _ = load_all(write_checkpoint(tmp_path, c, dtype="float32"))
-    rng = np.random.default_rng(c["seed"])
-    residual = rng.normal(size=(64, c["text"]["hidden_size"])) * 3
-    top = c["text"]["top_k_experts"]
-    for number, layer in enumerate(model.layers):
-        probabilities, chosen = truth.router(number, residual)
+    case, top = Case(checkpoint, c), c["text"]["top_k_experts"]
+    residual = case.rng.normal(size=(64, c["text"]["hidden_size"])) * 3
+    for number, layer in enumerate(case.model.layers):
+        probabilities, chosen = case.truth.router(number, residual)
         indices, weights = layer.router(mx.array(residual.astype(np.float32)))
         order = np.argsort(np.array(indices), axis=-1)
         mine = np.take_along_axis(np.array(indices), order, axis=-1)
@@ -204,45 +235,37 @@ def test_routers(tmp_path, c):
         np.testing.assert_array_equal(mine[clear], chosen[clear])
         expected = np.take_along_axis(probabilities, chosen, axis=-1)
         expected /= expected.sum(axis=-1, keepdims=True)
-        scale = np.array(layer.router.per_expert_scale)
-        np.testing.assert_allclose(
-            np.take_along_axis(np.array(weights), order, axis=-1)[clear],
-            (expected * scale[chosen])[clear],
-            rtol=2e-5,
-        )
+        expected *= np.array(layer.router.per_expert_scale)[chosen]
+        weights = np.take_along_axis(np.array(weights), order, axis=-1)
+        np.testing.assert_allclose(weights[clear], expected[clear], rtol=2e-5)
 
 
 @pytest.mark.parametrize("c", CONFIGURATIONS[2::8], ids=describe)
-def test_canvas_after_canvas(tmp_path, c):
+def test_canvas_after_canvas(checkpoint, c):
     """Committed canvases extend the prefix as in transformers, past the window."""
-    model, truth, theirs = load_all(write_checkpoint(tmp_path, c, dtype="float32"))
-    rng = np.random.default_rng(c["seed"])
-    vocab, length = c["text"]["vocab_size"], c["canvas_length"]
-    prefix, true_cache, cache = model.make_cache(), None, None
-    for size in (c["prefix"], length, length, length):
-        tokens = rng.integers(0, vocab, (1, size))
-        true_cache = truth.encode(tokens, true_cache)[1]
-        cache = theirs.encode(tokens, cache)[1]
-        model.encode(ids(tokens), prefix)
-        canvas = rng.integers(0, vocab, (1, length))
+    case = Case(checkpoint, c)
+    prefix, true_cache, cache = case.model.make_cache(), None, None
+    for size in (c["prefix"], *[case.canvas_length] * 3):
+        tokens = case.ids(size)
+        true_cache = case.truth.encode(tokens, true_cache)[1]
+        cache = case.theirs.encode(tokens, cache)[1]
+        case.model.encode(ids(tokens), prefix)
+        canvas = case.canvas()
         assert_as_exact(
             f"behind {prefix.length}",
-            model.denoise(ids(canvas), prefix),
-            theirs.denoise(canvas, cache),
-            truth.denoise(canvas, true_cache),
+            case.model.denoise(ids(canvas), prefix),
+            case.theirs.denoise(canvas, cache),
+            case.truth.denoise(canvas, true_cache),
         )
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_long_prompts_in_chunks(tmp_path, seed):
+def test_long_prompts_in_chunks(checkpoint, seed):
     """2,500 tokens, encoded 64 and 2,048 at a time, in tiles of bounded scores."""
-    from make_tiny import make_checkpoint
-
     text = {"layer_types": [S, S, F, S, F], "sliding_window": 128}
-    path = make_checkpoint(tmp_path / "m", seed=seed, text=text, canvas_length=32)
+    model, truth, theirs = load_all(checkpoint(seed=seed, text=text))
     rng = np.random.default_rng(seed)
     prompt, canvas = rng.integers(0, 32, (1, 2500)), rng.integers(0, 32, (1, 32))
-    model, truth, theirs = load_all(path)
     exact, reference = (
         one.denoise(canvas, one.encode(prompt)[1]) for one in (truth, theirs)
     )

@@ -23,10 +23,8 @@ def verify(*arguments) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("layout", ["release", "transformers"])
-def test_both_layouts_pass_and_one_change_fails(tmp_path, layout):
-    from make_tiny import make_checkpoint
-
-    path = make_checkpoint(tmp_path / "m", layout=layout)
+def test_both_layouts_pass_and_one_change_fails(checkpoint, tmp_path, layout):
+    path = checkpoint(layout=layout)
     convert(path, tmp_path / "ours")
     code, output = verify("--hf-path", path, "--mlx-path", tmp_path / "ours")
     assert code == 0, output
@@ -43,17 +41,13 @@ def test_both_layouts_pass_and_one_change_fails(tmp_path, layout):
         assert code == 1 and "DIFFERS" in output, name
 
 
-def test_sixteen_bit_files_are_verified_in_float32(tmp_path):
-    from make_tiny import make_checkpoint
-
-    path = make_checkpoint(tmp_path / "m", dtype="bfloat16", seed=3)
+def test_sixteen_bit_files_are_verified_in_float32(checkpoint):
+    path = checkpoint(dtype="bfloat16", seed=3)
     assert verify("--hf-path", path)[0] == 0
 
 
-def test_quantised_files_are_refused(tmp_path):
-    from make_tiny import make_checkpoint
-
-    path = make_checkpoint(tmp_path / "m")
+def test_quantised_files_are_refused(checkpoint, tmp_path):
+    path = checkpoint()
     convert(path, tmp_path / "q", quantize=True, q_bits=8)
     code, output = verify("--hf-path", path, "--mlx-path", tmp_path / "q")
     assert code == 1 and "differs by design" in output
