@@ -284,9 +284,9 @@ BAD = {
     assistant(content="1", thinking="2"): "the answer holds thinking",
     assistant(content="1", reasoning="2"): "the answer holds reasoning",
     assistant(content=[{"type": "image_url", "image_url": {"url": "a"}}]): (
-        "messages[1]: only text can be trained on"
+        "messages[1]: only text is supported"
     ),
-    row({"role": "user", "content": ["12"]}, ANSWERED): "only text can be trained on",
+    row({"role": "user", "content": ["12"]}, ANSWERED): "only text is supported",
     assistant(content="1\ud800"): "a lone surrogate",
     assistant(content="12<turn|>3"): "holds a token that ends it",
     assistant(content="12<eos>"): "holds a token that ends it",
