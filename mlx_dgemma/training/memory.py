@@ -156,32 +156,34 @@ def total(job: Job) -> int:
 def _activations(job: Job, encoded: int, decoded: int) -> tuple[float, float, float]:
     """Return the bytes layers keep, those one works with, and those of all arrays."""
     config, value, full = job.config, job.storage.value_bytes, job.lora is None
+    checkpoint, heads = job.settings.grad_checkpoint, config.num_attention_heads
     width, inner = config.hidden_size, config.intermediate_size
     experts = config.top_k_experts * (width + 3 * config.moe_intermediate_size)
     # the gradient ends in the first layer that is trained, or in the embedding
     first = 0 if full and job.num_layers == -1 else job.layers.start
     kept = working = widest = every = 0.0
     for index, layer in enumerate(config.layers):
-        heads, keys = config.num_attention_heads, layer.kv_heads * layer.head_dim
-        queries = heads * layer.head_dim
-        scores = 0.6 * heads * encoded * config.canvas_length / decoded  # of a token
+        queries, keys = heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        seen = 0.6 * encoded * config.canvas_length / decoded  # keys, on average
         if layer.sliding:
-            scores = min(scores, 1.5 * heads * config.sliding_window)
-        widest = max(widest, scores)
+            seen = min(seen, 1.5 * config.sliding_window)
+        scores = value * heads * seen
+        widest = max(widest, encoded * scores)
         # inputs of trained products, which their gradients need
         inputs = FLOAT * (2 * width + queries + inner) * (index in job.layers)
-        numbers = 11 * width + 3 * inner + 3 * queries + 4 * keys + scores + experts
+        norms = 18 if full else 11  # trained ones need their inputs as well
+        numbers = norms * width + 3 * inner + 3 * queries + 4 * keys + experts
         token = value * numbers + inputs
-        every += (encoded + decoded) * token
-        if job.settings.grad_checkpoint:
+        every += (encoded + decoded) * (token + scores)
+        if checkpoint:
             kept += (encoded + decoded) * value * (width + 2 * keys)
             kept += 2.4 * decoded * inputs
             working = max(working, 1.5 * encoded * token)
         else:
-            kept += (decoded + encoded * (index >= first)) * token
-    every *= 1.5 if job.settings.grad_checkpoint else 0.9
-    every *= (3 if full else 4.5) * FLOAT / value
-    return kept, working + 2 * value * encoded * widest, every
+            kept += (decoded + encoded * (index >= first)) * (token + scores)
+    working += (3 if checkpoint else 2) * widest
+    every *= (1.5 if checkpoint else 0.9) * (3 if full else 4.5) * FLOAT / value
+    return kept, working, every
 
 
 def lines(run: Run) -> list[str]:
