@@ -176,7 +176,7 @@ class Trainer:
             if summed is not None:
                 gradients = tree_map(mx.add, summed, gradients)
             summed = gradients
-            sums.losses = sums.losses + mx.stack([found.denoising, found.encoding])
+            sums.losses = sums.losses + mx.stack(found)
             mx.eval(summed, sums.losses)
             sums.tokens += batch.tokens.size
             self.done += 1

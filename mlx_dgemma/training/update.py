@@ -50,7 +50,7 @@ class Gradients:
                 checkpoint=settings.grad_checkpoint,
             )
             weighted = settings.encoder_loss_weight * found.encoding
-            return found.denoising + weighted, (found.denoising, found.encoding)
+            return found.denoising + weighted, tuple(found)
 
         program = mx.value_and_grad(objective)
         return mx.compile(program) if self.compiled else program
