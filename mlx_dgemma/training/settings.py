@@ -107,13 +107,12 @@ def _check(name: str, value: Any) -> None:
     if name in WORDS and value not in WORDS[name]:
         known = ", ".join(WORDS[name])
         raise SettingsError(f"{name} is {value!r}; supported: {known}")
-    kind, word = (int, "whole number") if name in WHOLE else (int | float, "number")
-    limits = WHOLE.get(name) or NUMBERS.get(name)
-    if limits is None:
+    if name not in WHOLE | NUMBERS:
         return
-    low, high = limits
+    kind, word = (int, "whole number") if name in WHOLE else (int | float, "number")
     if isinstance(value, bool) or not isinstance(value, kind):
         raise SettingsError(f"{name} is {value!r}; it must be a {word}")
+    low, high = (WHOLE | NUMBERS)[name]
     if not low <= value <= high:
         top = "up" if high == math.inf else f"to {high:g}"
         raise SettingsError(f"{name} is {value}; it must be from {low:g} {top}")

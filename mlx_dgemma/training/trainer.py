@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,6 @@ from .update import Gradients, Weights
 STATE, LOG, PICTURE = "training_state.safetensors", "log.jsonl", "loss.png"
 # Settings that may differ when a run is resumed.
 FREE = ("steps_per_report", "steps_per_eval", "save_every", "val_batches")
-
-
-@dataclass
-class _Sums:
-    """What happened since the last report."""
-
-    losses: mx.array = field(default_factory=lambda: mx.zeros((2,)))
-    norm: float = 0.0
-    updates: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -134,15 +123,15 @@ class Trainer:
 
     def events(self) -> Iterator[Event]:
         """Train to the last iteration, or until `stop`, and yield all events."""
-        settings, sums, saved = self.settings, _Sums(), self.done
+        settings, figures, saved = self.settings, [], self.done
         log = Log(self.folder / LOG, self.done, writes=self.rank == 0)
         if self.done == 0 and self.valid is not None:
             yield log.add(self._validate(self.valid))
         while self.done < settings.iters and not self._any_rank_stopped():
-            self._update(sums)
+            figures.append(self._update())
             if self._due(settings.steps_per_report):
-                yield log.add(self._report(sums))
-                sums = _Sums()
+                yield log.add(self._report(figures))
+                figures = []
             if self.valid is not None and self._due(settings.steps_per_eval):
                 yield log.add(self._validate(self.valid))
             if self._due(settings.save_every):
@@ -167,42 +156,44 @@ class Trainer:
         before = self.done - self.settings.grad_accumulation_steps
         return self.done // every > before // every or self.done == self.settings.iters
 
-    def _update(self, sums: _Sums) -> None:
+    def _update(self) -> tuple[float, ...]:
+        """Make an update; return mean losses, gradient norm, tokens and seconds."""
         began, count = time.perf_counter(), self.settings.grad_accumulation_steps
         number, tree, summed = self.done // count, self.weights.tree, None
+        losses, tokens = mx.zeros((2,)), 0
         for _ in range(count):
             batch = self.batches.train(self.train, self.done)
             found, gradients = self.gradients(tree, batch)
             if summed is not None:
                 gradients = tree_map(mx.add, summed, gradients)
-            summed = gradients
-            sums.losses = sums.losses + mx.stack(found)
-            mx.eval(summed, sums.losses)
-            sums.tokens += batch.tokens.size
+            summed, losses = gradients, losses + mx.stack([*found])
+            mx.eval(summed, losses)
+            tokens += batch.tokens.size
             self.done += 1
         gradients = tree_map(lambda g: g / count, summed)
         if self.ranks > 1:
             gradients = average_gradients(gradients, self.group)
-        sums.norm += float(self.weights.update(gradients, number).item())
-        sums.updates += 1
-        sums.seconds += time.perf_counter() - began
+        norm = float(self.weights.update(gradients, number).item())
+        means: Any = (losses / count).tolist()
+        return (*means, norm, tokens, time.perf_counter() - began)
 
-    def _report(self, sums: _Sums) -> Trained:
-        """Return the means over all ranks."""
-        batches = sums.updates * self.settings.grad_accumulation_steps
-        own = mx.concatenate([sums.losses / batches, mx.array([sums.tokens])])
+    def _report(self, figures: list[tuple[float, ...]]) -> Trained:
+        """Return the means of some updates over all ranks."""
+        sums, count = list(map(sum, zip(*figures, strict=True))), len(figures)
+        *_, norm, tokens, seconds = sums
+        own = mx.array([sums[0] / count, sums[1] / count, tokens])
         every: Any = mx.distributed.all_sum(own, group=self.group).tolist()
         denoising, encoding, tokens = every
         self.tokens += int(tokens)
-        last_update = self.done // self.settings.grad_accumulation_steps - 1
+        batches = self.settings.grad_accumulation_steps
         return Trained(
             iteration=self.done,
             denoising=denoising / self.ranks,
             encoding=encoding / self.ranks,
-            norm=sums.norm / sums.updates,
-            learning_rate=self.settings.rate(last_update),
-            iterations_per_second=batches / sums.seconds,
-            tokens_per_second=tokens / sums.seconds,
+            norm=norm / count,
+            learning_rate=self.settings.rate(self.done // batches - 1),
+            iterations_per_second=batches * count / seconds,
+            tokens_per_second=tokens / seconds,
             trained_tokens=self.tokens,
             peak_memory=mx.get_peak_memory(),
         )
