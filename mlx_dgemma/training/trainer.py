@@ -173,7 +173,7 @@ class Trainer:
         gradients = tree_map(lambda g: g / count, summed)
         if self.ranks > 1:
             gradients = average_gradients(gradients, self.group)
-        norm = float(self.weights.update(gradients, number).item())
+        norm: Any = self.weights.update(gradients, number).item()
         means: Any = (losses / count).tolist()
         return (*means, norm, tokens, time.perf_counter() - began)
 
