@@ -1,6 +1,5 @@
 """How many answers are right: rows of JSONL, denoised in batches and compared."""
 
-import json
 import runpy
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from .model.language import DiffusionGemma
 from .settings import Settings, check_int
 from .text.chat import chat_ids
 from .text.tokenizer import Tokenizer
+from .training.data import conversation
 
 BATCH_SIZE = 50
 Progress = Callable[[int, int, int], None]  # steps allowed, answers done, answers
@@ -246,54 +246,9 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _row(row: dict[str, Any], where: str) -> Row:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"tools is {type(tools).__name__}; it must be a list")
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages")
-    elif "prompt" in row and "completion" in row:
-        messages = _messages(row["prompt"], "prompt", "user")
-        messages += _messages(row["completion"], "completion", "assistant")
-    else:
-        raise DataError("has neither messages nor prompt and completion")
-    *before, last = messages
-    if not before:
-        raise DataError("has nothing before the answer; add the user's message")
-    if last["role"] not in ("assistant", "model"):
-        raise DataError(
-            f"its last message is the {last['role']}'s; it must be the assistant's"
-        )
+    *before, last = conversation(row)
     if not (last["content"] or "").strip():
-        raise DataError("its answer is empty")
+        raise DataError("the answer is empty")
     single = len(before) == 1 and before[0]["role"] == "user"
-    return Row(
-        before[0]["content"] if single else before, last["content"], tools, where
-    )
-
-
-def _messages(value: Any, name: str, role: str | None = None) -> list[dict[str, Any]]:
-    """Return messages with joined text parts; a text is one message of `role`."""
-    if isinstance(value, str) and role is not None:
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{name} must be a list of messages, not {_brief(value)}")
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{name}[{index}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f'{where} is {_brief(message)}, not {{"role", "content"}}')
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part for part in content if isinstance(part, dict)]
-            texts = [p["text"] for p in parts if isinstance(p.get("text"), str)]
-            content = "".join(texts) if len(texts) == len(content) else content
-        only_calls = content is None and message.get("tool_calls")
-        if not isinstance(content, str) and not only_calls:
-            raise DataError(f"{where}: content is {_brief(content)}; it must be text")
-        messages.append({**message, "content": content})
-    return messages
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    prompt = before[0]["content"] if single else before
+    return Row(prompt, last["content"], row.get("tools"), where)

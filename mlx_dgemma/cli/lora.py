@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,11 +25,8 @@ from .common import (
 if TYPE_CHECKING:
     from ..adapters.lora import LoRA
     from ..training.record import Trained, Validated
-    from ..training.settings import TrainSettings
+    from ..training.settings import Run
     from ..training.trainer import Trainer
-
-SHARED = ("model", "revision", "data", "adapter_path", "skip_bad")
-OF_TRAINING = ("num_layers", "train_router", "resume", "resume_adapter_file")
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
@@ -112,21 +110,17 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
             raise click.UsageError("--model is missing")
         if given["data"] is None and (given["train"] or given["test"]):
             raise click.UsageError("--data is missing")
-        lora, settings = _lora(given), _settings(given)
-        shared: dict[str, Any] = {name: given[name] for name in SHARED}
-        shared["settings"] = settings
+        run = _run(given)
         if given["estimate"]:
             from ..training import memory
 
-            source = given["model"], given["revision"]
-            shown = memory.lines(*source, settings, lora, given["num_layers"])
-            click.echo("\n".join(shown))
+            click.echo("\n".join(memory.lines(run)))
         if given["train"]:
-            _train(lora=lora, **shared, **{name: given[name] for name in OF_TRAINING})
+            _train(run)
         if given["test"]:
             from ..training.finetune import measure
 
-            losses = measure(batches=given["test_batches"], **shared)
+            losses = measure(run, given["test_batches"])
             click.echo("test: denoising {:.4f}, encoder {:.4f}".format(*losses))
 
 
@@ -142,19 +136,26 @@ def _read_config(context: click.Context, given: dict[str, Any]) -> None:
             given[name] = types[name].type_cast_value(context, value)
 
 
+def _run(given: dict[str, Any]) -> "Run":
+    from ..training.settings import Run, TrainSettings
+
+    settings = {f.name: given[f.name] for f in fields(TrainSettings) if f.name in given}
+    given = given | {"settings": TrainSettings(**settings), "lora": _lora(given)}
+    return Run(**{field.name: given[field.name] for field in fields(Run)})
+
+
 def _lora(given: dict[str, Any]) -> "LoRA | None":
     """Return the adapters that the flags describe; None for a full fine-tuning."""
     from ..adapters.lora import TARGETS, USUAL, LoRA
 
-    full = given["fine_tune_type"] == "full"
-    if full and given["target"]:
-        raise click.UsageError("--target is for --fine-tune-type lora")
-    if given["train_router"] and not full:
+    if given["fine_tune_type"] == "full":
+        if given["target"]:
+            raise click.UsageError("--target is for --fine-tune-type lora")
+        return None
+    if given["train_router"]:
         raise click.UsageError(
             "--train-router is for --fine-tune-type full; take --target"
         )
-    if full:
-        return None
     keys = [key for name in given["target"] or USUAL for key in TARGETS[name]]
     return LoRA(
         rank=given["rank"],
@@ -164,22 +165,13 @@ def _lora(given: dict[str, Any]) -> "LoRA | None":
     )
 
 
-def _settings(given: dict[str, Any]) -> "TrainSettings":
-    from dataclasses import fields
-
-    from ..training.settings import TrainSettings
-
-    names = [field.name for field in fields(TrainSettings)]
-    return TrainSettings(**{name: given[name] for name in names if name in given})
-
-
-def _train(**options: Any) -> None:
+def _train(run: "Run") -> None:
     from ..adapters import folder as adapters
     from ..training.finetune import prepare
     from ..training.record import Saved
 
-    trainer = prepare(**options)
-    iters, data, speaks = trainer.settings.iters, trainer.train, trainer.rank == 0
+    trainer = prepare(run)
+    iters, data, speaks = run.settings.iters, trainer.train, trainer.rank == 0
     if speaks:
         count = adapters.count(adapters.trained(trainer.model))
         click.echo(
@@ -187,7 +179,7 @@ def _train(**options: Any) -> None:
             f"{len(data.bad)} bad rows left out, {data.truncated} answers cut"
         )
     with _interruptible(trainer), _progress(trainer) as show:
-        for event in trainer.run():
+        for event in trainer.events():
             if not isinstance(event, Saved):
                 show(event)
             elif speaks and event.iteration == iters:
@@ -225,42 +217,42 @@ def _interruptible(trainer: "Trainer") -> Iterator[None]:
 @contextmanager
 def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
     """A bar with the time left on a terminal; else a line for each event."""
-    total, done = trainer.settings.iters, trainer.done
-    if not trainer.rank and is_terminal(sys.stderr):
-        from rich import progress
-        from rich.console import Console
-
-        columns = progress.BarColumn(), progress.MofNCompleteColumn()
-        columns += (
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.description}"),
-        )
-        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total, completed=done)
-            yield lambda event: bar.update(
-                task, completed=event.iteration, description=_words(event)
-            )
-        return
-    began = time.monotonic()
+    total, done, began = trainer.settings.iters, trainer.done, time.monotonic()
 
     def say(event: "Trained | Validated") -> None:
         spent = time.monotonic() - began
         left = spent / max(event.iteration - done, 1) * (total - event.iteration)
         click.echo(f"{_words(event)}, {left:.0f} s left", err=True)
 
-    yield (lambda event: None) if trainer.rank else say
+    if trainer.rank or not is_terminal(sys.stderr):
+        yield (lambda event: None) if trainer.rank else say
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda event: bar.update(
+            task, completed=event.iteration, description=_words(event)
+        )
 
 
 def _words(event: "Trained | Validated") -> str:
     from ..training.record import Trained
 
-    kind = "train" if isinstance(event, Trained) else "valid"
-    text = f"iteration {event.iteration}: {kind} denoising {event.denoising:.4f}, "
-    text += f"encoder {event.encoding:.4f}"
-    if isinstance(event, Trained):
-        text += f", {event.tokens_per_second:,.0f} tok/s"
-        text += f", peak {event.peak_memory / 1e9:.2f} GB"
-    return text
+    losses = f"denoising {event.denoising:.4f}, encoder {event.encoding:.4f}"
+    if not isinstance(event, Trained):
+        return f"iteration {event.iteration}: valid {losses}"
+    return (
+        f"iteration {event.iteration}: train {losses}, "
+        f"{event.tokens_per_second:,.0f} tok/s, peak {event.peak_memory / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

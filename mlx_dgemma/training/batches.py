@@ -8,7 +8,7 @@ import numpy as np
 
 from ..checkpoint.config import ModelConfig
 from .corruption import Sample, corrupt, draw_key, order
-from .data import Dataset
+from .data import Dataset, Example
 from .settings import TrainSettings
 
 BUCKET = 32  # prefixes are padded to a multiple of it, so that shapes rarely change
@@ -80,8 +80,9 @@ class Batches:
         """Return this rank's share of micro-batch `step`."""
         size = self.settings.batch_size
         chosen = order(self.settings.seed, len(data), step * size, size)
+        examples = [data.examples[index] for index in chosen]
         own = range(self.rank, size, self.ranks)
-        return self._batch(data, chosen, "train", step, own)
+        return self._batch(examples, "train", step, own)
 
     def fixed(self, data: Dataset, stream: str, batches: int) -> Iterator[Batch]:
         """Yield this rank's share of the first `batches` batches, -1 for all.
@@ -93,25 +94,15 @@ class Batches:
         for start in range(0, count, size):
             own = range(start + self.rank, min(start + size, count), self.ranks)
             if own:  # the last batch may have nothing for a rank
-                yield self._batch(data, range(count), stream, 0, own)
+                yield self._batch(data.examples, stream, 0, own)
 
     def _batch(
-        self,
-        data: Dataset,
-        chosen: Sequence[int],
-        stream: str,
-        step: int,
-        positions: range,
+        self, examples: Sequence[Example], stream: str, step: int, positions: range
     ) -> Batch:
         config, settings = self.config, self.settings
+        size, seed = (config.canvas_length, config.vocab_size), settings.seed
         samples = [
-            corrupt(
-                data.examples[chosen[position]],
-                config.canvas_length,
-                config.vocab_size,
-                settings,
-                draw_key(settings.seed, stream, step, position),
-            )
-            for position in positions
+            corrupt(examples[n], *size, settings, draw_key(seed, stream, step, n))
+            for n in positions
         ]
         return Batch.of(config, samples, mask_prompt=settings.mask_prompt)

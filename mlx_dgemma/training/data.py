@@ -6,7 +6,7 @@ is the prompt, rendered as for generating, so training and use see the same ids.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,9 +127,17 @@ class ExampleReader:
     def example(self, line: str | bytes) -> Example:
         """Return the example in a line of JSON. Raises DataError with a reason."""
         row = parse_object(line)
-        *before, last = _messages(row)
+        *before, last = conversation(row)
+        for key in ("tool_calls", *REASONING):
+            if last.get(key):
+                raise DataError(
+                    f"the answer holds {key}; write it into content as text"
+                )
+        if not last["content"].strip():
+            raise DataError("the answer is empty")
         try:
-            prompt, response = self._encode(before, _answer(last), row.get("tools"))
+            answer = last["content"].strip()
+            prompt, response = self._encode(before, answer, row.get("tools"))
         except RecursionError:
             raise DataError("is nested too deeply") from None
         room = (self.longest - len(prompt)) // self.length * self.length
@@ -162,7 +170,6 @@ class ExampleReader:
             assert isinstance(text, str)
             return text
 
-        prompt = tokenizer.encode(render(before, prompt=True))
         # what the template writes behind an answer, found with a mark in its place
         marked = [*before, {"role": "assistant", "content": MARK}]
         _, found, behind = render(marked, prompt=False).rpartition(MARK)
@@ -170,78 +177,58 @@ class ExampleReader:
             raise DataError("the chat template leaves the answer out")
         response = tokenizer.encode(answer + behind)
         end = next((i for i, token in enumerate(response) if token in self.ends), None)
-        return prompt, [*ids, self.fill] if end is None else response[: end + 1]
+        response = [*ids, self.fill] if end is None else response[: end + 1]
+        return tokenizer.encode(render(before, prompt=True)), response
 
 
-def _messages(row: dict[str, Any]) -> list[dict]:
-    """Return the conversation of a row, its answer last."""
+def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a row, of which the last is the assistant's answer.
+
+    Parts of text are joined. Raises DataError with a reason.
+    """
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"tools is {type(tools).__name__}, not a list")
     if "messages" in row:
-        messages = _conversation(row["messages"], "messages")
+        parts = [("messages", row["messages"])]
     elif "prompt" in row and "completion" in row:
-        messages = []
+        parts = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             value = row[name]
-            if isinstance(value, str):
-                messages.append({"role": role, "content": value})
-            else:
-                messages += _conversation(value, name)
+            text = isinstance(value, str)
+            parts.append((name, [{"role": role, "content": value}] if text else value))
     else:
         raise DataError("has neither messages nor prompt and completion")
+    messages = []
+    for name, value in parts:
+        if not isinstance(value, list) or not value:
+            raise DataError(f"{name} is not a list of messages")
+        messages += [_message(one, f"{name}[{n}]") for n, one in enumerate(value)]
     if len(messages) < 2:
         raise DataError("has nothing before the answer")
+    if (role := messages[-1]["role"]) not in ("assistant", "model"):
+        raise DataError(f"the last message is the {role}'s; it must be the assistant's")
     return messages
 
 
-def _conversation(value: Any, name: str) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{name} is not a list of messages")
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{name}[{index}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where} is no message with role and content")
-        if message["role"] not in (*ROLES, "model"):
-            raise DataError(
-                f"{where}: role is {message['role']!r}; "
-                f"it must be one of {', '.join(ROLES)}"
-            )
-        content = message.get("content")
-        if content is not None:
-            content = _text(content, where)
-        elif not message.get("tool_calls"):
-            raise DataError(f"{where}: has no content")
-        messages.append({**message, "content": content})
-    return messages
-
-
-def _text(content: Any, where: str) -> str:
-    """Return text, or parts of text as one."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise DataError(f"{where}: content is {type(content).__name__}, not text")
-    parts = []
-    for part in content:
-        known = isinstance(part, Mapping) and part.get("type", "text") == "text"
-        if not known or not isinstance(part.get("text"), str):
-            raise DataError(f"{where}: only text can be trained on")
-        parts.append(part["text"])
-    return "".join(parts)
-
-
-def _answer(message: dict[str, Any]) -> str:
-    """Return the text of the last message, which must be an answer of text alone."""
-    if message["role"] not in ("assistant", "model"):
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where} is no message with role and content")
+    if message["role"] not in (*ROLES, "model"):
         raise DataError(
-            f"the last message is the {message['role']}'s; an answer must be"
+            f"{where}: role is {message['role']!r}; "
+            f"it must be one of {', '.join(ROLES)}"
         )
-    for key in ("tool_calls", *REASONING):
-        if message.get(key):
-            raise DataError(f"the answer holds {key}; write it into content as text")
-    answer = message["content"]
-    if not isinstance(answer, str) or not answer.strip():
-        raise DataError("the answer is empty")
-    return answer.strip()
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        texts = [p.get("text") for p in parts if p.get("type", "text") == "text"]
+        content = [text for text in texts if isinstance(text, str)]
+        if len(content) < len(message["content"]):
+            raise DataError(f"{where}: only text is supported")
+        content = "".join(content)
+    if content is None and not message.get("tool_calls"):
+        raise DataError(f"{where}: has no content")
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"{where}: content is {type(content).__name__}, not text")
+    return {**message, "content": content}

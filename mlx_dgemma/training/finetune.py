@@ -1,8 +1,8 @@
 """A fine-tuning from names: a model, a folder of data, a folder for the adapter."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -17,11 +17,10 @@ from .batches import Batches
 from .data import FILES, Dataset, ExampleReader
 from .objective import mean_losses
 from .record import Event, Validated
-from .settings import TrainSettings
+from .settings import Run, TrainSettings
 from .trainer import STATE, Trainer
 
-DEFAULTS = TrainSettings()
-USUAL_LORA = LoRA()
+USUAL_LORA, USUAL_SETTINGS = LoRA(), TrainSettings()
 
 
 def train(
@@ -29,22 +28,47 @@ def train(
     data: str | Path,
     adapter_path: str | Path = "adapters",
     *,
+    lora: LoRA | None = USUAL_LORA,
+    num_layers: int = -1,
+    train_router: bool = False,
+    settings: TrainSettings = USUAL_SETTINGS,
+    resume: bool = False,
+    resume_adapter_file: str | Path | None = None,
+    skip_bad: bool = False,
+    revision: str | None = None,
     on_event: Callable[[Event], None] | None = None,
-    **options: Any,
 ) -> Validated | None:
     """Fine-tune a model on the JSONL files of a folder; return the last validation.
 
-    model           folder, hub id or built-in name
-    data            folder with train.jsonl and, if wanted, valid.jsonl
-    adapter_path    folder that receives the adapter, the state and the log
-    on_event        called with every Trained, Validated and Saved event
-    options         those of `prepare`: lora, settings, resume, …
+    model                     folder, hub id or built-in name
+    data                      folder with train.jsonl and, if wanted, valid.jsonl
+    adapter_path              folder that receives the adapter, the state and the log
+    lora                      None to train the weights themselves
+    num_layers, train_router  of that; a LoRA says its layers itself
+    resume                    continue the run that was stopped in adapter_path
+    resume_adapter_file       begin anew from these trained weights
+    skip_bad                  leave out rows that cannot be used
+    revision                  branch, tag or commit of a hub id
+    on_event                  called with every Trained, Validated and Saved event
 
     `load(model, adapter_path)` then has the result. Raises DGemmaError, one line,
     before the first step; what was saved by then stays whatever comes after.
     """
-    trainer, last = prepare(model, data, adapter_path, **options), None
-    for event in trainer.run():
+    run = Run(
+        model=model,
+        data=data,
+        adapter_path=adapter_path,
+        lora=lora,
+        num_layers=num_layers,
+        train_router=train_router,
+        settings=settings,
+        resume=resume,
+        resume_adapter_file=resume_adapter_file,
+        skip_bad=skip_bad,
+        revision=revision,
+    )
+    trainer, last = prepare(run), None
+    for event in trainer.events():
         if isinstance(event, Validated):
             last = event
         if on_event is not None:
@@ -54,95 +78,54 @@ def train(
     return last
 
 
-def prepare(
-    model: str | Path,
-    data: str | Path,
-    adapter_path: str | Path = "adapters",
-    *,
-    lora: LoRA | None = USUAL_LORA,
-    num_layers: int = -1,
-    train_router: bool = False,
-    settings: TrainSettings = DEFAULTS,
-    resume: bool = False,
-    resume_adapter_file: str | Path | None = None,
-    skip_bad: bool = False,
-    revision: str | None = None,
-) -> Trainer:
+def prepare(run: Run) -> Trainer:
     """Check everything, load the model, and return a trainer before its next update.
-
-    lora                      None to train the weights themselves
-    num_layers, train_router  of that; a LoRA says its layers itself
-    resume                    continue the run that was stopped in adapter_path
-    resume_adapter_file       begin anew from these trained weights
-    skip_bad                  leave out rows that cannot be used
 
     Raises DGemmaError, one line.
     """
-    folder = Path(adapter_path).expanduser()
-    if resume and resume_adapter_file is not None:
+    if run.resume and run.resume_adapter_file is not None:
         raise TrainingError("--resume and --resume-adapter-file exclude one another")
-    if not resume and (folder / STATE).exists():
+    if not run.resume and (run.folder / STATE).exists():
         raise TrainingError(
-            f"{folder}: holds a run already; add --resume, or choose another "
+            f"{run.folder}: holds a run already; add --resume, or choose another "
             "--adapter-path"
         )
-    group, source = mx.distributed.init(), hub.resolve(model, revision)
+    settings, source = run.settings, hub.resolve(run.model, run.revision)
     config, storage = memory.read_shape(source, None)
-    ends, longest = read_generation_config(config, source).eos, settings.max_seq_length
-    tokenizer = Tokenizer.from_dir(source)
-    reader = ExampleReader(tokenizer, config.canvas_length, ends, longest)
+    ends = read_generation_config(config, source).eos
+    tokenizer, length = Tokenizer.from_dir(source), config.canvas_length
+    reader = ExampleReader(tokenizer, length, ends, settings.max_seq_length)
     valid = None
-    if settings.val_batches and (Path(data).expanduser() / FILES["valid"]).exists():
-        valid = _read(reader, data, "valid", skip_bad)
-    examples = _read(reader, data, "train", skip_bad)
-    size, longest = group.size(), examples.longest
-    memory.check(memory.Job(config, storage, settings, lora, num_layers, longest, size))
-    trainer = Trainer(
-        model=load_as_stored(model, revision=revision)[0],
-        settings=settings,
-        train=examples,
-        valid=valid,
-        folder=folder,
-        lora=lora,
-        num_layers=num_layers,
-        train_router=train_router,
-        source={"model": str(model), "data": str(data)},
-        group=group,
-    )
-    if resume:
+    if settings.val_batches and (Path(run.data).expanduser() / FILES["valid"]).exists():
+        valid = _read(reader, run, "valid")
+    train, ranks = _read(reader, run, "train"), mx.distributed.init().size()
+    job = memory.Job(config, storage, settings, run.lora, run.num_layers)
+    memory.check(replace(job, longest=train.longest, ranks=ranks))
+    model, _ = load_as_stored(run.model, revision=run.revision)
+    trainer = Trainer(run, model, train, valid)
+    if run.resume:
         trainer.resume()
-    elif resume_adapter_file is not None:
-        trainer.start_from(Path(resume_adapter_file).expanduser())
+    elif run.resume_adapter_file is not None:
+        trainer.start_from(Path(run.resume_adapter_file).expanduser())
     return trainer
 
 
-def measure(
-    model: str | Path,
-    data: str | Path,
-    adapter_path: str | Path = "adapters",
-    *,
-    batches: int = 500,
-    settings: TrainSettings = DEFAULTS,
-    skip_bad: bool = False,
-    revision: str | None = None,
-) -> tuple[float, float]:
+def measure(run: Run, batches: int = 500) -> tuple[float, float]:
     """Return mean denoising and encoder loss over test.jsonl.
 
-    adapter_path   "" for the base without an adapter
-    batches        how many to measure, -1 for all
+    run.adapter_path   "" for the base without an adapter
+    batches            how many to measure, -1 for all
     """
-    tuned, tokenizer = load(model, adapter_path or None, revision=revision)
-    ends, longest = tuned.settings.eos, settings.max_seq_length
-    reader = ExampleReader(tokenizer, tuned.config.canvas_length, ends, longest)
-    examples = _read(reader, data, "test", skip_bad)
-    order = Batches(tuned.config, settings, mx.distributed.init())
-    return mean_losses(tuned, order, examples, "test", batches)
+    model, tokenizer = load(run.model, run.adapter_path or None, revision=run.revision)
+    ends, longest = model.settings.eos, run.settings.max_seq_length
+    reader = ExampleReader(tokenizer, model.config.canvas_length, ends, longest)
+    data = _read(reader, run, "test")
+    order = Batches(model.config, run.settings, mx.distributed.init())
+    return mean_losses(model, order, data, "test", batches)
 
 
-def _read(
-    reader: ExampleReader, data: str | Path, part: str, skip_bad: bool
-) -> Dataset:
-    folder = Path(data).expanduser()
+def _read(reader: ExampleReader, run: Run, part: str) -> Dataset:
+    folder = Path(run.data).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold {FILES[part]}")
-    return reader.read(folder / FILES[part], skip_bad=skip_bad)
+    return reader.read(folder / FILES[part], skip_bad=run.skip_bad)

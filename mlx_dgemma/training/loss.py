@@ -7,7 +7,6 @@ x are the soft-capped logits, c · tanh(h · Eᵀ / c).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ from ..model.vocab import Embedding
 def cross_entropy(
     embedding: Embedding, hidden: mx.array, targets: mx.array, softcap: float
 ) -> mx.array:
-    """Return log Σ e^x - x[target], (N,) float32 nats, of (N, D) states and (N,) ids.
+    """Return log Σ e^x - x[target], (...) float32 nats, of (..., D) states, (...) ids.
 
     Differentiable in the states and, where E is dense, in E.
     """
@@ -30,21 +29,22 @@ def cross_entropy(
     def tile(hidden: mx.array, targets: mx.array) -> mx.array:
         return _cross_entropy(embedding, hidden, targets, softcap)
 
-    return _tiled(tile, hidden, targets)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _tiled(tile, flat, targets.flatten()).reshape(targets.shape)
 
 
 def signal(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
-    """Return softmax(x) · E · sqrt(D), (N, D), of (N, D) states.
+    """Return softmax(x) · E · sqrt(D), (..., D), of (..., D) states.
 
     The states get no gradient; E gets one where it is dense, as in transformers.
     """
-    return _tiled(lambda h: _signal(embedding, h, softcap), mx.stop_gradient(hidden))
+    flat = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])
+    return _tiled(lambda h: _signal(embedding, h, softcap), flat).reshape(hidden.shape)
 
 
 def _tiled(function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
     """Apply a function to tiles of rows, one tile after another."""
-    rows = backends.current().vocabulary_rows
-    tiles = list[mx.array]()
+    rows, tiles = backends.current().vocabulary_rows, list[mx.array]()
     for start in range(0, len(inputs[0]), rows):
         first, *rest = (array[start : start + rows] for array in inputs)
         if tiles:
@@ -114,7 +114,6 @@ def _cross_entropy(
     return differentiable(forward, backward)(hidden, *dense)[0]
 
 
-@dataclass(frozen=True)
 class _Head:
     """The vocabulary as a head, chunk by chunk.
 
@@ -122,17 +121,18 @@ class _Head:
              embedding is quantised
     """
 
-    embedding: Embedding
-    weight: Sequence[mx.array]
-    dtype: mx.Dtype
-    softcap: float
-
-    @property
-    def chunks(self) -> list[slice]:
-        vocabulary = self.embedding.weight.shape[0]
-        chunk = backends.current().vocabulary_chunk
-        starts = range(0, vocabulary, chunk)
-        return [slice(start, min(start + chunk, vocabulary)) for start in starts]
+    def __init__(
+        self,
+        embedding: Embedding,
+        weight: Sequence[mx.array],
+        dtype: mx.Dtype,
+        softcap: float,
+    ):
+        self.embedding, self.weight = embedding, weight
+        self.dtype, self.softcap = dtype, softcap
+        size, chunk = len(embedding.weight), backends.current().vocabulary_chunk
+        starts = range(0, size, chunk)
+        self.chunks = [slice(start, min(start + chunk, size)) for start in starts]
 
     def logits(
         self, queries: mx.array, rows: slice, after: list[mx.array]

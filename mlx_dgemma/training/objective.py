@@ -7,8 +7,7 @@ for DiffusionGemma (gemma/diffusion, sft_model.py) and NVIDIA's (NeMo AutoModel,
 Self-conditioning is switched off by a signal of zeros, as in transformers.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -19,8 +18,7 @@ from .data import Dataset
 from .passes import AttentionInputs, checkpointed, denoise, encode, plain
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Means over the examples of a batch, in nats per token."""
 
     denoising: mx.array
@@ -39,20 +37,23 @@ def losses(
     encoding     whether to compute the encoder's loss; zero if not
     checkpoint   run layers again for their gradients, which saves memory
     """
-    through = checkpointed if checkpoint else plain
+    run_layer = checkpointed if checkpoint else plain
     tokens, column = batch.tokens, batch.column
+    embedding, softcap = model.embed_tokens, model.config.final_logit_softcapping
     inputs = AttentionInputs.of(model.config, batch.starts, tokens.shape[1])
-    read = tokens if encoding else tokens[:, :column]
-    states, kv = encode(model, read, inputs, through)
+    seen = tokens if encoding else tokens[:, :column]
+    states, kv = encode(model, seen, inputs, run_layer)
     canvas, signal = (batch.noisy, kv, inputs, column), None
     if batch.any_conditioned:
         guess = denoise(model, *canvas, None)
-        signal = _signal(model, guess) * batch.conditioned.astype(guess.dtype)
-    hidden = denoise(model, *canvas, signal, through)
-    denoising = mx.mean(_cross_entropy(model, hidden, tokens[:, column:]))
+        signal = loss.signal(embedding, guess, softcap)
+        signal = signal * batch.conditioned.astype(guess.dtype)
+    hidden = denoise(model, *canvas, signal, run_layer)
+    nats = loss.cross_entropy(embedding, hidden, tokens[:, column:], softcap)
+    denoising = mx.mean(nats)
     if not encoding:
         return Losses(denoising, mx.array(0.0))
-    nats = _cross_entropy(model, states[:, :-1], tokens[:, 1:])
+    nats = loss.cross_entropy(embedding, states[:, :-1], tokens[:, 1:], softcap)
     return Losses(denoising, mx.sum(nats * batch.weights))
 
 
@@ -62,29 +63,8 @@ def mean_losses(
     """Return the mean losses of the first `count` batches, -1 for all, of all ranks."""
     sums = mx.zeros((3,))
     for batch in batches.fixed(data, stream, count):
-        found = losses(model, batch)
-        mean = mx.stack([found.denoising, found.encoding, mx.array(1.0)])
-        sums = sums + mean * len(batch)
+        sums = sums + mx.stack([*losses(model, batch), mx.array(1.0)]) * len(batch)
         mx.eval(sums)
     every: Any = mx.distributed.all_sum(sums, group=batches.group).tolist()
     denoising, encoding, rows = every
     return denoising / rows, encoding / rows
-
-
-def _cross_entropy(
-    model: DiffusionGemma, hidden: mx.array, targets: mx.array
-) -> mx.array:
-    """Return the (B, T) nats of (B, T) ids under (B, T, D) states."""
-    flat, softcap = hidden.reshape(-1, hidden.shape[-1]), _softcap(model)
-    nats = loss.cross_entropy(model.embed_tokens, flat, targets.flatten(), softcap)
-    return nats.reshape(targets.shape)
-
-
-def _signal(model: DiffusionGemma, hidden: mx.array) -> mx.array:
-    """Return the (B, L, D) signal that the (B, L, D) states of a guess give."""
-    flat, softcap = hidden.reshape(-1, hidden.shape[-1]), _softcap(model)
-    return loss.signal(model.embed_tokens, flat, softcap).reshape(hidden.shape)
-
-
-def _softcap(model: DiffusionGemma) -> float:
-    return model.config.final_logit_softcapping

@@ -18,7 +18,7 @@ from ..model.attention import CausalView, Tables, rope_tables
 from ..model.cache import LayerKV, Span
 from ..model.language import DiffusionGemma, Layer, View
 
-Through = Callable[..., Any]  # runs (layer, function, *its arguments)
+RunLayer = Callable[..., Any]  # of a layer, a function and its arguments
 
 
 def plain(layer: Layer, run: Callable[..., Any], *inputs: Any) -> Any:
@@ -72,7 +72,7 @@ def encode(
     model: DiffusionGemma,
     tokens: mx.array,
     inputs: AttentionInputs,
-    through: Through = plain,
+    run_layer: RunLayer = plain,
 ) -> tuple[mx.array, list[LayerKV]]:
     """Return the (B, S, D) normed states of (B, S) ids, and keys and values by layer.
 
@@ -82,7 +82,7 @@ def encode(
     for layer, kind in zip(model.encoder_layers, model.config.layers, strict=True):
         rope = tuple(table[:, :, :columns] for table in inputs.rope[kind])
         run = partial(_encode_layer, layer, rope, inputs.causal[kind])
-        h, layer_kv = through(layer, run, h)
+        h, layer_kv = run_layer(layer, run, h)
         kv.append(layer_kv)
     return model.norm(h), kv
 
@@ -110,7 +110,7 @@ def denoise(
     inputs: AttentionInputs,
     column: int,
     signal: mx.array | None,
-    through: Through = plain,
+    run_layer: RunLayer = plain,
 ) -> mx.array:
     """Return the (B, L, D) normed states of (B, L) noisy ids that begin at `column`.
 
@@ -126,4 +126,4 @@ def denoise(
         view.query_rope.append(tuple(table[:, :, column:end] for table in rope))
         view.key_rope.append(tuple(table[:, :, first:end] for table in rope))
         view.masks.append(inputs.tokens[..., first:end])
-    return model.denoise_hidden(canvas, view, signal, run_layer=through)
+    return model.denoise_hidden(canvas, view, signal, run_layer=run_layer)

@@ -52,8 +52,9 @@ class Log:
         self.path, self.writes = path, writes
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = read(path) if done else []
-            text = "".join(_line(row) for row in rows if row["iteration"] <= done)
+            before = read(path) if done else []
+            rows = [row for row in before if row["iteration"] <= done]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
     def add(self, event: E) -> E:
@@ -61,7 +62,7 @@ class Log:
         if self.writes:
             kind = "train" if isinstance(event, Trained) else "valid"
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"kind": kind, **asdict(event)}))
+                file.write(json.dumps({"kind": kind, **asdict(event)}) + "\n")
         return event
 
 
@@ -71,17 +72,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            row = json.loads(line)  # losses may be NaN
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "iteration" not in row:
-            raise TrainingError(f"{path}:{number}: is not a line of a log")
-        rows.append(row)
+            rows.append(json.loads(line))  # losses may be NaN
+            rows[-1]["iteration"]
+        except (ValueError, TypeError, KeyError):
+            raise TrainingError(f"{path}:{number}: is not a line of a log") from None
     return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
 
 
 def draw(log: Path, picture: Path) -> bool:
@@ -95,9 +90,10 @@ def draw(log: Path, picture: Path) -> bool:
     for part, colour in (("denoising", "C0"), ("encoding", "C1")):
         for kind, style in (("train", "-"), ("valid", "o")):
             chosen = [row for row in rows if row["kind"] == kind]
-            x = [row["iteration"] for row in chosen]
-            y = [row[part] for row in chosen]
-            if x:
+            if chosen:
+                x, y = zip(
+                    *((row["iteration"], row[part]) for row in chosen), strict=True
+                )
                 axes.plot(x, y, style, color=colour, label=f"{part}, {kind}")
     axes.set(xlabel="iteration", ylabel="nats per token", yscale="log")
     axes.grid(alpha=0.3)

@@ -1,21 +1,20 @@
 """Settings of a fine-tuning run; the defaults follow Google and NVIDIA."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..adapters.lora import LoRA
 from ..errors import SettingsError
 
+COUNT = (1, math.inf)
 WHOLE = {  # least and most of whole numbers
-    "iters": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "grad_accumulation_steps": (1, math.inf),
+    **dict.fromkeys(("iters", "batch_size", "grad_accumulation_steps"), COUNT),
+    **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every"), COUNT),
+    "max_seq_length": COUNT,
     "warmup_steps": (0, math.inf),
-    "max_seq_length": (1, math.inf),
-    "steps_per_report": (1, math.inf),
-    "steps_per_eval": (1, math.inf),
     "val_batches": (-1, math.inf),
-    "save_every": (1, math.inf),
     "seed": (0, 2**32 - 1),
 }
 NUMBERS = {
@@ -108,13 +107,33 @@ def _check(name: str, value: Any) -> None:
     if name in WORDS and value not in WORDS[name]:
         known = ", ".join(WORDS[name])
         raise SettingsError(f"{name} is {value!r}; supported: {known}")
-    kind, word = (int, "whole number") if name in WHOLE else (int | float, "number")
-    limits = WHOLE.get(name) or NUMBERS.get(name)
-    if limits is None:
+    if name not in WHOLE | NUMBERS:
         return
-    low, high = limits
+    kind, word = (int, "whole number") if name in WHOLE else (int | float, "number")
     if isinstance(value, bool) or not isinstance(value, kind):
         raise SettingsError(f"{name} is {value!r}; it must be a {word}")
+    low, high = (WHOLE | NUMBERS)[name]
     if not low <= value <= high:
         top = "up" if high == math.inf else f"to {high:g}"
         raise SettingsError(f"{name} is {value}; it must be from {low:g} {top}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A fine-tuning by names: the arguments of `mlx_dgemma.train`, explained there."""
+
+    model: str | Path
+    data: str | Path
+    adapter_path: str | Path = "adapters"
+    lora: LoRA | None = field(default_factory=LoRA)
+    num_layers: int = -1
+    train_router: bool = False
+    settings: TrainSettings = TrainSettings()
+    resume: bool = False
+    resume_adapter_file: str | Path | None = None
+    skip_bad: bool = False
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.adapter_path).expanduser()

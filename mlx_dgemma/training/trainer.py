@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import backends
 from ..adapters import folder as adapters
-from ..adapters.lora import LoRA, adapt, unfreeze
+from ..adapters.lora import adapt, unfreeze
 from ..errors import AdapterError, SettingsError, TrainingError
 from ..files.atomic import save_arrays
 from ..model.language import DiffusionGemma
@@ -27,7 +27,7 @@ from .batches import Batches
 from .data import Dataset
 from .objective import mean_losses
 from .record import Event, Log, Saved, Trained, Validated, draw
-from .settings import TrainSettings
+from .settings import Run
 from .update import Gradients, Weights
 
 STATE, LOG, PICTURE = "training_state.safetensors", "log.jsonl", "loss.png"
@@ -35,58 +35,41 @@ STATE, LOG, PICTURE = "training_state.safetensors", "log.jsonl", "loss.png"
 FREE = ("steps_per_report", "steps_per_eval", "save_every", "val_batches")
 
 
-@dataclass
-class _Sums:
-    """What happened since the last report."""
-
-    losses: mx.array = field(default_factory=lambda: mx.zeros((2,)))
-    norm: float = 0.0
-    updates: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(kw_only=True, eq=False)
 class Trainer:
-    """One run. `run` yields its events; `stop` ends it after the current update.
+    """One run. `events` makes its updates; `stop` ends it after the current one.
 
-    model         gets its adapters, or is unfrozen, here
-    valid         None for no validation
-    folder        receives the adapter, the state and the log
-    lora          None to train the weights themselves, of the last `num_layers` layers
-    train_router  whether their routers are trained as well
-    source        further entries of adapter_config.json: names of model and data
-    compiled      whether batches are traced; None for what the backend prefers
+    model      gets its adapters, or is unfrozen, here
+    valid      None for no validation
+    compiled   whether batches are traced; None for what the backend prefers
     """
 
-    model: DiffusionGemma
-    settings: TrainSettings
-    train: Dataset
-    valid: Dataset | None
-    folder: Path
-    lora: LoRA | None = None
-    num_layers: int = -1
-    train_router: bool = False
-    source: dict[str, str] = field(default_factory=dict)
-    compiled: bool | None = None
-    group: mx.distributed.Group = field(default_factory=mx.distributed.init)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: DiffusionGemma,
+        train: Dataset,
+        valid: Dataset | None = None,
+        *,
+        compiled: bool | None = None,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.run, self.settings, self.folder = run, run.settings, run.folder
+        self.model, self.train, self.valid = model, train, valid
+        self.group = mx.distributed.init() if group is None else group
         self.rank, self.ranks = self.group.rank(), self.group.size()
         if self.settings.batch_size % self.ranks:
             raise SettingsError(
                 f"batch_size is {self.settings.batch_size}; it must be a multiple of "
                 f"the {self.ranks} ranks"
             )
-        if self.lora is not None:
-            adapt(self.model, self.lora, self.settings.seed)
+        if run.lora is not None:
+            adapt(model, run.lora, self.settings.seed)
         else:
-            unfreeze(self.model, self.num_layers, router=self.train_router)
-        if self.compiled is None:
-            self.compiled = backends.current().compiles
-        self.gradients = Gradients(self.model, self.settings, compiled=self.compiled)
-        self.weights = Weights(self.model, self.settings)
-        self.batches = Batches(self.model.config, self.settings, self.group)
+            unfreeze(model, run.num_layers, router=run.train_router)
+        compiled = backends.current().compiles if compiled is None else compiled
+        self.gradients = Gradients(model, self.settings, compiled=compiled)
+        self.weights = Weights(model, self.settings)
+        self.batches = Batches(model.config, self.settings, self.group)
         self.done = 0  # micro-batches
         self.tokens = 0  # trained on by all ranks, as far as reported
         self._stopped = False
@@ -97,9 +80,9 @@ class Trainer:
         config = json.dumps(self.model.config.raw, sort_keys=True)
         settings = asdict(self.settings).items()
         return {name: str(value) for name, value in settings if name not in FREE} | {
-            "lora": str(self.lora),
-            "num_layers": str(self.num_layers),
-            "train_router": str(self.train_router),
+            "lora": str(self.run.lora),
+            "num_layers": str(self.run.num_layers),
+            "train_router": str(self.run.train_router),
             "data": self.train.digest,
             "model": hashlib.sha256(config.encode()).hexdigest()[:16],
         }
@@ -132,23 +115,23 @@ class Trainer:
 
     def start_from(self, path: Path) -> None:
         """Start from trained weights, with a fresh optimizer."""
-        adapters.check_weights(self.model, self.lora, path)
+        adapters.check_weights(self.model, self.run.lora, path)
         arrays: Any = mx.load(str(path))
         if unknown := sorted(set(arrays) - set(adapters.trained(self.model))):
             raise AdapterError(f"{path}: {unknown[0]} is not trained here")
         self.weights.replace(arrays)
 
-    def run(self) -> Iterator[Event]:
+    def events(self) -> Iterator[Event]:
         """Train to the last iteration, or until `stop`, and yield all events."""
-        settings, sums, saved = self.settings, _Sums(), self.done
+        settings, figures, saved = self.settings, [], self.done
         log = Log(self.folder / LOG, self.done, writes=self.rank == 0)
         if self.done == 0 and self.valid is not None:
             yield log.add(self._validate(self.valid))
         while self.done < settings.iters and not self._any_rank_stopped():
-            self._update(sums)
+            figures.append(self._update())
             if self._due(settings.steps_per_report):
-                yield log.add(self._report(sums))
-                sums = _Sums()
+                yield log.add(self._report(figures))
+                figures = []
             if self.valid is not None and self._due(settings.steps_per_eval):
                 yield log.add(self._validate(self.valid))
             if self._due(settings.save_every):
@@ -173,42 +156,44 @@ class Trainer:
         before = self.done - self.settings.grad_accumulation_steps
         return self.done // every > before // every or self.done == self.settings.iters
 
-    def _update(self, sums: _Sums) -> None:
+    def _update(self) -> tuple[float, ...]:
+        """Make an update; return mean losses, gradient norm, tokens and seconds."""
         began, count = time.perf_counter(), self.settings.grad_accumulation_steps
         number, tree, summed = self.done // count, self.weights.tree, None
+        losses, tokens = mx.zeros((2,)), 0
         for _ in range(count):
             batch = self.batches.train(self.train, self.done)
             found, gradients = self.gradients(tree, batch)
             if summed is not None:
                 gradients = tree_map(mx.add, summed, gradients)
-            summed = gradients
-            sums.losses = sums.losses + mx.stack([found.denoising, found.encoding])
-            mx.eval(summed, sums.losses)
-            sums.tokens += batch.tokens.size
+            summed, losses = gradients, losses + mx.stack([*found])
+            mx.eval(summed, losses)
+            tokens += batch.tokens.size
             self.done += 1
         gradients = tree_map(lambda g: g / count, summed)
         if self.ranks > 1:
             gradients = average_gradients(gradients, self.group)
-        sums.norm += float(self.weights.update(gradients, number).item())
-        sums.updates += 1
-        sums.seconds += time.perf_counter() - began
+        norm: Any = self.weights.update(gradients, number).item()
+        means: Any = (losses / count).tolist()
+        return (*means, norm, tokens, time.perf_counter() - began)
 
-    def _report(self, sums: _Sums) -> Trained:
-        """Return the means over all ranks."""
-        batches = sums.updates * self.settings.grad_accumulation_steps
-        own = mx.concatenate([sums.losses / batches, mx.array([sums.tokens])])
+    def _report(self, figures: list[tuple[float, ...]]) -> Trained:
+        """Return the means of some updates over all ranks."""
+        sums, count = list(map(sum, zip(*figures, strict=True))), len(figures)
+        *_, norm, tokens, seconds = sums
+        own = mx.array([sums[0] / count, sums[1] / count, tokens])
         every: Any = mx.distributed.all_sum(own, group=self.group).tolist()
         denoising, encoding, tokens = every
         self.tokens += int(tokens)
-        last_update = self.done // self.settings.grad_accumulation_steps - 1
+        batches = self.settings.grad_accumulation_steps
         return Trained(
             iteration=self.done,
             denoising=denoising / self.ranks,
             encoding=encoding / self.ranks,
-            norm=sums.norm / sums.updates,
-            learning_rate=self.settings.rate(last_update),
-            iterations_per_second=batches / sums.seconds,
-            tokens_per_second=tokens / sums.seconds,
+            norm=norm / count,
+            learning_rate=self.settings.rate(self.done // batches - 1),
+            iterations_per_second=batches * count / seconds,
+            tokens_per_second=tokens / seconds,
             trained_tokens=self.tokens,
             peak_memory=mx.get_peak_memory(),
         )
@@ -226,8 +211,9 @@ class Trainer:
             metadata = self.fingerprint | {"iteration": str(self.done)}
             save_arrays(self.folder / STATE, self.weights.state(), metadata)
             weights: Any = dict(tree_flatten(self.weights.tree))
-            config = adapters.config_of(self.lora, self.num_layers)
-            described = {**self.source, **asdict(self.settings), **config}
+            names = {"model": str(self.run.model), "data": str(self.run.data)}
+            config = adapters.config_of(self.run.lora, self.run.num_layers)
+            described = names | asdict(self.settings) | config
             adapters.save(self.folder, weights, described)
             save_arrays(self.folder / f"{self.done:07}_{adapters.WEIGHTS}", weights)
         return Saved(self.done, self.folder / adapters.WEIGHTS)

@@ -50,7 +50,7 @@ class Gradients:
                 checkpoint=settings.grad_checkpoint,
             )
             weighted = settings.encoder_loss_weight * found.encoding
-            return found.denoising + weighted, (found.denoising, found.encoding)
+            return found.denoising + weighted, tuple(found)
 
         program = mx.value_and_grad(objective)
         return mx.compile(program) if self.compiled else program
@@ -90,15 +90,13 @@ class Weights:
     def replace(self, arrays: Mapping[str, mx.array]) -> None:
         """Take other weights by their paths; the optimizer stays as it is."""
         self.master = tree_map_with_path(
-            lambda path, a: arrays[path].astype(mx.float32) if path in arrays else a,
-            self.master,
+            lambda path, a: arrays.get(path, a).astype(mx.float32), self.master
         )
         self._update_model()
 
     def state(self) -> dict[str, mx.array]:
         """Return all that a later run needs to continue to the same bits."""
-        parts = {"weights": self.master, "optimizer": self.optimizer.state}
-        flat: Any = tree_flatten(parts)
+        flat: Any = tree_flatten(self._state)
         return dict(flat)
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
@@ -106,11 +104,14 @@ class Weights:
 
         The trees keep their order: a norm is a sum in that order, and rounds with it.
         """
-        parts = {"weights": self.master, "optimizer": self.optimizer.state}
-        parts = tree_map_with_path(lambda path, _: arrays[path], parts)
-        self.master, self.optimizer.state = parts["weights"], parts["optimizer"]
+        state = tree_map_with_path(lambda path, _: arrays[path], self._state)
+        self.master, self.optimizer.state = state["weights"], state["optimizer"]
         mx.eval(self.master, self.optimizer.state)
         self._update_model()
+
+    @property
+    def _state(self) -> Tree:
+        return {"weights": self.master, "optimizer": self.optimizer.state}
 
 
 def make_optimizer(settings: TrainSettings) -> optim.Optimizer:

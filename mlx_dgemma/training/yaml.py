@@ -30,10 +30,11 @@ def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     for name in values:
         if name not in known or name in ("config", "debug"):
             raise SettingsError(f"{path}: {name} is no flag of mlx_dgemma.lora")
-    if unknown := sorted(set(lora) - set(LORA)):
-        raise SettingsError(
-            f"{path}: lora_parameters holds {unknown[0]}; known: {', '.join(LORA)}"
-        )
+    for name in lora:
+        if name not in LORA:
+            raise SettingsError(
+                f"{path}: lora_parameters holds {name}; known: {', '.join(LORA)}"
+            )
     if dropout := lora.pop("dropout", 0):
         raise SettingsError(f"{path}: dropout is {dropout}; only 0 is supported")
     return {name: _number(value) for name, value in (values | lora).items()}

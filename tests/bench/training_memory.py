@@ -27,7 +27,7 @@ from mlx_dgemma.performance.cost import Storage
 from mlx_dgemma.performance.synthetic import TINY, synthetic_model
 from mlx_dgemma.training.data import Dataset, Example
 from mlx_dgemma.training.memory import Job, total
-from mlx_dgemma.training.settings import TrainSettings
+from mlx_dgemma.training.settings import Run, TrainSettings
 from mlx_dgemma.training.trainer import Trainer
 
 UPDATES = 2  # the optimizer's memory is there from the second on
@@ -185,18 +185,17 @@ def measured(model: Model, way: Way) -> int:
         for _ in range(EXAMPLES)
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=built,
-            settings=settings_of(model, way),
-            train=Dataset(examples),
-            valid=None,
-            folder=Path(folder),
+        run = Run(
+            model="",
+            data="",
+            adapter_path=folder,
             lora=way.lora,
             num_layers=way.num_layers,
-            compiled=False,
+            settings=settings_of(model, way),
         )
+        trainer = Trainer(run, built, Dataset(examples), compiled=False)
         mx.reset_peak_memory()
-        list(trainer.run())
+        list(trainer.events())
     return mx.get_peak_memory() - before
 
 

@@ -38,17 +38,6 @@ SHAPES = [
 ]
 
 
-def checkpoint(folder: Path, number: int) -> Path:
-    from make_tiny import make_checkpoint
-
-    kinds, width, *_, length = SHAPES[number]
-    text = {"layer_types": kinds, "hidden_size": width, "sliding_window": 8}
-    layout = ["release", "transformers"][number % 2]
-    return make_checkpoint(
-        folder, seed=number, layout=layout, text=text, canvas_length=length
-    )
-
-
 def paths_of(config) -> tuple[str, ...]:
     return tuple(
         f"layers.{index}.{part}"
@@ -99,15 +88,20 @@ def errors(found, wanted) -> list[float]:
 def assert_ours_agrees(path, config, folder, given, wanted) -> None:
     model = load_model(path, config)
     adapters.load(model, folder)
-    worst = max(errors(ours(model, *given, wanted[1]), wanted))
-    print(f"worst {worst:.1e}")
-    assert worst <= ALLOWED
+    assert max(errors(ours(model, *given, wanted[1]), wanted)) <= ALLOWED
 
 
-def inputs(number: int, config) -> list[np.ndarray]:
-    rng = np.random.default_rng(number)
-    sizes = (2, SHAPES[number][5]), (2, config.canvas_length)
-    return [rng.integers(0, config.vocab_size, size) for size in sizes]
+def case(folder: Path, number: int):
+    """Checkpoint, its configuration, and ids of a prompt and a canvas."""
+    from make_tiny import make_checkpoint
+
+    kinds, width, *_, prefix, length = SHAPES[number]
+    text = {"layer_types": kinds, "hidden_size": width, "sliding_window": 8}
+    layout = ["release", "transformers"][number % 2]
+    make_checkpoint(folder, seed=number, layout=layout, text=text, canvas_length=length)
+    config, rng = read_config(folder), np.random.default_rng(number)
+    sizes = (2, prefix), (2, length)
+    return config, [rng.integers(0, config.vocab_size, size) for size in sizes]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +112,8 @@ def test_each_mode_has_its_own_delta(tmp_path, number, lacking):
     from oracle import load_oracle
 
     _, _, rank, alpha, rooted, *_ = SHAPES[number]
-    path = checkpoint(tmp_path / "m", number)
-    config = read_config(path)
+    path = tmp_path / "m"
+    config, given = case(path, number)
     decoder = factors(config, paths_of(config) + ALONE, rank=rank, seed=1)
     encoder = factors(config, paths_of(config), rank=rank, seed=2)
     modes = {"decoder": decoder, "encoder": encoder}
@@ -128,16 +122,15 @@ def test_each_mode_has_its_own_delta(tmp_path, number, lacking):
         tmp_path / "a", modes, r=rank, lora_alpha=alpha, use_rslora=rooted
     )
     scale = alpha / (math.sqrt(rank) if rooted else rank)
-    prompt, canvas = inputs(number, config)
 
     oracle, same = (load_oracle(path, "float64") for _ in range(2))
     stacks = [(o.model.model.decoder, o.model.model.encoder) for o in (oracle, same)]
-    base = truth(oracle, prompt, canvas, ties=True)
+    base = truth(oracle, *given, ties=True)
     add(stacks[0][0], modes.get("decoder", {}), scale)
     add(stacks[0][1].language_model, modes.get("encoder", {}), scale)
-    wanted = truth(oracle, prompt, canvas)
+    wanted = truth(oracle, *given)
 
-    assert_ours_agrees(path, config, folder, (prompt, canvas), wanted)
+    assert_ours_agrees(path, config, folder, given, wanted)
     moved = errors(base, wanted)
     assert (moved[0] > 0.01) == (lacking != "encoder") and min(moved[1:]) > 0.01
 
@@ -146,7 +139,7 @@ def test_each_mode_has_its_own_delta(tmp_path, number, lacking):
         add(stacks[1][0], mode, scale)
         shared = {p: pair for p, pair in mode.items() if p.startswith("layers.")}
         add(stacks[1][1].language_model, shared, scale)
-    both = truth(same, prompt, canvas, ties=True)
+    both = truth(same, *given, ties=True)
     assert max(errors(both, wanted)) > 100 * ALLOWED
 
 
@@ -157,8 +150,8 @@ def test_a_folder_that_peft_itself_saved(tmp_path, number):
     from oracle import load_oracle
 
     _, _, rank, alpha, rooted, *_ = SHAPES[number]
-    path = checkpoint(tmp_path / "m", number)
-    config = read_config(path)
+    path = tmp_path / "m"
+    config, given = case(path, number)
     oracle = load_oracle(path, "float64")
     wanted_layers = "|".join(part.rpartition(".")[2] for part in (*PARTS, *ALONE))
     settings = peft.LoraConfig(
@@ -177,9 +170,8 @@ def test_a_folder_that_peft_itself_saved(tmp_path, number):
             values = torch.randn(weight.shape).float() / weight.shape[1] ** 0.5
             weight.data.copy_(values)
     wrapped.eval()
-    prompt, canvas = inputs(number, config)
-    wanted = truth(oracle, prompt, canvas)
+    wanted = truth(oracle, *given)
     float32 = {name: w.float() for name, w in wrapped.state_dict().items()}
     wrapped.save_pretrained(tmp_path / "a", state_dict=float32)
 
-    assert_ours_agrees(path, config, tmp_path / "a", (prompt, canvas), wanted)
+    assert_ours_agrees(path, config, tmp_path / "a", given, wanted)

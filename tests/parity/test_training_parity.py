@@ -5,6 +5,8 @@ the truth, run row by row without padding; ours is float32, batched and padded. 
 ties, where rounding sends a token elsewhere, are refused by the test itself.
 """
 
+import inspect
+
 import mlx.nn as nn
 import numpy as np
 import pytest
@@ -32,9 +34,7 @@ SHAPES = [
     ([S, S, S, F], (4, 1, 4), (16, 32), (8, 8), 33, (20, 32, 33), 8),
     ([F, F], (8, 2, 2), (8, 24), (16, 4), 2, (4, 4), 12),
     ([S, F], (4, 2, 1), (32, 64), (4, 2), 5, (64, 6), 32),
-    ([S, S, F], (4, 2, 2), (16, 16), (8, 2), 9, (8, 9, 10), 16),
     ([S, F], (2, 2, 1), (24, 48), (5, 2), 3, (2, 17), 7),
-    ([S, F, F], (4, 2, 1), (16, 32), (6, 3), 12, (12, 35), 20),
 ]
 
 
@@ -67,7 +67,10 @@ def truth(path, samples, mask_prompt):
 
     oracle = load_oracle(path, "float64")
     model, cap = oracle.model, oracle.model.final_logit_softcapping
-    total = torch.zeros(2, dtype=torch.float64)
+    encoder, total = model.model.encoder, torch.zeros(2, dtype=torch.float64)
+    # `past_key_values` became `cache` in transformers 5.24
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
     with oracle.watch_routing() as gaps:
         for sample in samples:
             prefix, clean, noisy = (
@@ -75,9 +78,8 @@ def truth(path, samples, mask_prompt):
                 for ids in (sample.prefix, sample.canvas, sample.noisy)
             )
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-            encoder = model.model.encoder
-            before = encoder(input_ids=prefix, past_key_values=cache)
-            given = {"past_key_values": cache, "decoder_input_ids": noisy}
+            before = encoder(input_ids=prefix, **{name: cache})
+            given = {name: cache, "decoder_input_ids": noisy}
             with torch.no_grad():
                 guess = model(**given).logits
             logits = model(
@@ -86,7 +88,7 @@ def truth(path, samples, mask_prompt):
                 self_conditioning_mask=torch.tensor([sample.conditioned]),
             ).logits
             denoising = cross_entropy(logits[0], clean[0])
-            after = encoder(input_ids=clean, past_key_values=cache)
+            after = encoder(input_ids=clean, **{name: cache})
             states = [before.last_hidden_state, after.last_hidden_state]
             states = torch.cat(states, dim=1)[0, :-1]
             first = sample.prompt - 1 if mask_prompt else 0
@@ -136,25 +138,17 @@ def test_losses_and_every_gradient(tmp_path, number):
     model = load_model(path, read_config(path))
     batch = Batch.of(model.config, samples, mask_prompt=mask_prompt)
     for checkpoint in (False, True):
-        assert_the_same(model, batch, checkpoint, expected, theirs)
 
+        def both(model, checkpoint=checkpoint):
+            found = losses(model, batch, checkpoint=checkpoint)
+            return found.denoising + found.encoding, found
 
-def assert_the_same(model, batch, checkpoint, expected, theirs):
-    def both(model):
-        found = losses(model, batch, checkpoint=checkpoint)
-        return found.denoising + found.encoding, found
-
-    (_, found), gradients = nn.value_and_grad(model, both)(model)
-    mine = dict(tree_flatten(gradients))
-    np.testing.assert_allclose(
-        [found.denoising.item(), found.encoding.item()], expected, rtol=1e-5
-    )
-    scalars = {name for name in mine if name.endswith("_scalar")}
-    assert set(mine) - scalars == set(theirs)  # they are buffers there, never trained
-    errors = {}
-    for name, right in theirs.items():
-        wrong = np.linalg.norm(np.array(mine[name]) - right)
-        errors[name] = wrong / max(np.linalg.norm(right), 1e-12)
-    worst = max(errors, key=errors.__getitem__)
-    print(f"{len(errors)} gradients, worst {errors[worst]:.1e} of {worst}")
-    assert errors[worst] <= ALLOWED, worst
+        (_, found), gradients = nn.value_and_grad(model, both)(model)
+        mine = dict(tree_flatten(gradients))
+        found = [found.denoising.item(), found.encoding.item()]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        scalars = {name for name in mine if name.endswith("_scalar")}
+        assert set(mine) - scalars == set(theirs)  # they are buffers there
+        for name, right in theirs.items():
+            wrong = np.linalg.norm(np.array(mine[name]) - right)
+            assert wrong <= ALLOWED * max(np.linalg.norm(right), 1e-12), name

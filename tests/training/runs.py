@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+import mlx_dgemma
+
+ROOT = Path(mlx_dgemma.__file__).parents[1]  # of the package under test
 
 
 def write_rows(folder: Path, *, train: int = 24, valid: int = 5) -> Path:
@@ -29,9 +31,7 @@ def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     """`mlx_dgemma.lora --train` with what makes a run short."""
     flags = {"model": model, "data": data, "adapter-path": out, "batch-size": 4}
     flags |= {"warmup-steps": 3, "learning-rate": 1e-2, "rank": 4, "val-batches": 1}
-    given = [
-        part for name, value in flags.items() for part in (f"--{name}", str(value))
-    ]
+    given = [f"--{name}={value}" for name, value in flags.items()]
     return [sys.executable, "-m", "mlx_dgemma.lora", "--train", *given, *more]
 
 

@@ -7,6 +7,7 @@ letter from the prompt, so a first guess repeats letters and later steps must fi
 """
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit
 from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.training.data import Dataset, Example
+from mlx_dgemma.training.settings import Run
 from mlx_dgemma.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -47,15 +49,9 @@ def sweep(folder, model, levels):
         levels=levels,
         encoder_loss_weight=0,
     )
-    trainer = Trainer(
-        model=model,
-        settings=settings,
-        train=Dataset(tuple(orders(2000))),
-        valid=None,
-        folder=folder,
-        train_router=True,
-    )
-    list(trainer.run())
+    run = Run(model="", data="", adapter_path=folder, lora=None, train_router=True)
+    run = replace(run, settings=settings)
+    list(Trainer(run, model, Dataset(tuple(orders(2000)))).events())
     rates = []
     for steps in (1, 16):
         engine, right = Engine(model), 0

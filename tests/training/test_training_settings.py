@@ -8,14 +8,10 @@ from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.training.settings import TrainSettings
 
 NO_COUNT = [0, -1, 1.5, 2.0, True, "4", None, math.nan, math.inf]
+COUNTS = ("iters", "batch_size", "grad_accumulation_steps", "max_seq_length")
+COUNTS += ("steps_per_report", "steps_per_eval", "save_every")
 REFUSED = {
-    "iters": NO_COUNT,
-    "batch_size": NO_COUNT,
-    "grad_accumulation_steps": NO_COUNT,
-    "max_seq_length": NO_COUNT,
-    "steps_per_report": NO_COUNT,
-    "steps_per_eval": NO_COUNT,
-    "save_every": NO_COUNT,
+    **dict.fromkeys(COUNTS, NO_COUNT),
     "warmup_steps": [-1, 0.5, False, "1", math.inf],
     "seed": [-1, 2**32, 1.0, None, True],
     "val_batches": [-2, 0.5, 25.0, True],
@@ -29,10 +25,7 @@ REFUSED = {
     "lr_schedule": ["linear", "", None],
 }
 ALLOWED = {
-    "iters": [1, 10**9],
-    "batch_size": [1, 4096],
-    "grad_accumulation_steps": [1, 1000],
-    "max_seq_length": [1, 262_144],
+    **{name: [1, 1000] for name in COUNTS},
     "warmup_steps": [0, 10**6],
     "seed": [0, 2**32 - 1],
     "val_batches": [-1, 0, 1],
@@ -53,13 +46,8 @@ def test_values_out_of_range_are_refused_by_name(name):
         with pytest.raises(SettingsError, match=f"^{name} (is|are) ") as caught:
             TrainSettings(**{name: value})
         assert "\n" not in str(caught.value)
-    for value in ALLOWED.get(name, []):
+    for value in ALLOWED[name]:
         TrainSettings(**{name: value})
-
-
-def test_every_setting_has_a_range():
-    switches = {"mask_prompt", "grad_checkpoint"}
-    assert vars(TrainSettings()).keys() == REFUSED.keys() | switches
 
 
 def test_iters_is_a_multiple_of_accumulation_steps():
@@ -79,21 +67,13 @@ def test_cosine_rate_rises_linearly_and_falls_to_a_tenth():
     assert found[:10] == pytest.approx([2 * n / 10 for n in range(1, 11)])
     for n, rate in enumerate(found[10:]):
         assert rate == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi * n / 100)) / 2)
-    assert (found[10], found[60]) == (2.0, pytest.approx(1.1))
     assert TrainSettings(learning_rate=2.0, iters=20).rate(10**6) == pytest.approx(0.2)
-
-
-def test_rate_counts_updates_and_not_iterations():
-    plain = rates(iters=20, warmup_steps=4)
-    assert rates(iters=60, grad_accumulation_steps=3, warmup_steps=4) == plain
+    # by updates, not by micro-batches; a short run never reaches the peak
+    assert rates(iters=330, grad_accumulation_steps=3, warmup_steps=10) == found
+    assert rates(iters=3, warmup_steps=10) == found[:4]
 
 
 def test_constant_rate_stays_at_its_peak_after_warmup():
-    found = rates(iters=20, warmup_steps=5, lr_schedule="constant")
-    assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert found[5:] == [2.0] * 16
+    found = rates(iters=8, warmup_steps=5, lr_schedule="constant")
+    assert found == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0, 2.0, 2.0, 2.0])
     assert rates(iters=5, warmup_steps=0, lr_schedule="constant") == [2.0] * 6
-
-
-def test_run_shorter_than_its_warmup_never_reaches_the_peak():
-    assert rates(iters=3, warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6, 0.8])
