@@ -261,7 +261,7 @@ def test_parts_become_the_message_of_the_history():
     function = {"name": "f", "arguments": {"a": [1]}}
     calls = [{"id": "call_0", "type": "function", "function": function}]
     broken = Malformed("call:f{", "it does not end")
-    for parts, keys in (
+    for parts, said in (
         ([], {"content": ""}),
         (
             [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")],
@@ -271,4 +271,4 @@ def test_parts_become_the_message_of_the_history():
         ([Answer("ok"), called(a=[1])], {"content": "ok", "tool_calls": calls}),
         ([Answer("a "), broken], {"content": "a call:f{"}),
     ):
-        assert reply_message(parts) == {"role": "assistant"} | keys
+        assert reply_message(parts) == {"role": "assistant"} | said
