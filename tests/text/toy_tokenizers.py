@@ -88,6 +88,7 @@ STRIPPING = decoders.Sequence(
         *(decoders.Fuse(), decoders.Strip(" ", 1, 0)),
     ]
 )
+REWRITING = decoders.Sequence([STRIPPING, decoders.Replace("o ", "0")])
 FAST = {
     "byte_level": byte_level,
     "byte_fallback": byte_fallback,
@@ -98,6 +99,7 @@ FAST = {
     "suffix": lambda: with_decoder(decoders.BPEDecoder(suffix="o")),
     "ctc": lambda: with_decoder(decoders.CTC()),
     "anchor_eater": lambda: with_decoder(decoders.Strip("a", 1, 0)),
+    "rewriting": lambda: with_decoder(REWRITING),
 }
 NAMES = [*FAST, "sentencepiece", "sentencepiece_plain"]
 
