@@ -53,17 +53,11 @@ def refusal(source) -> str:
 GRIDS = {  # (soft tokens, width, height) -> (columns, rows)
     (280, 640, 480): (19, 14),
     (280, 1, 1): (16, 16),
-    (280, 1080, 1920): (12, 22),
     (280, 476, 680): (13, 19),  # 14 x 20 but for the rounding of floats
     (70, 385, 22): (34, 2),  # 35 x 2
-    (70, 287, 410): (7, 9),  # 7 x 10
     (280, 2000, 1): (280, 1),
-    (280, 5000, 37): (194, 1),
-    (280, 999, 3): (280, 1),
     (280, 839, 3): (279, 1),
-    (560, 5000, 37): (275, 2),
     (1120, 640, 480): (38, 28),
-    (70, WIDE, HIGH): (10, 7),
 }
 
 
@@ -91,11 +85,9 @@ def test_patches_are_rows_of_pixels_with_channels_last():
         square = pixels[16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
         wanted = (square.astype(np.float64) * (1 / 255)).astype(np.float32)
         np.testing.assert_array_equal(picture.patches[number], wanted.reshape(-1))
-    other = ImageBudget(70, patch=8, pooling=2)
-    picture, (columns, rows) = read_picture(Image.new("RGB", (9, 7)), other), (9, 7)
-    assert other.grid(9, 7) == (columns, rows) and picture.soft_tokens == 63
-    assert picture.patches.shape == (63 * 4, 8 * 8 * 3)
-    assert picture.positions.max(axis=0).tolist() == [2 * columns - 1, 2 * rows - 1]
+    picture = read_picture(Image.new("RGB", (9, 7)), ImageBudget(70, 8, pooling=2))
+    assert picture.soft_tokens == 63 and picture.patches.shape == (63 * 4, 8 * 8 * 3)
+    assert picture.positions.max(axis=0).tolist() == [2 * 9 - 1, 2 * 7 - 1]
 
 
 def test_a_picture_is_resized_by_cubic_filter_over_all_its_pixels():
@@ -127,15 +119,14 @@ STORED = {  # orientation -> how an upright picture lies in the file
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
-def test_exif_turns_a_picture_upright(orientation):
-    image = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
-    exif = image.getexif()
-    exif[ExifTags.Base.Orientation] = orientation
-    for source in (image, saved(image, "PNG", exif=exif, compress_level=1)):
-        np.testing.assert_array_equal(seen(source), PIXELS)
-    if orientation in (5, 6):
-        np.testing.assert_array_equal(seen(saved(image, "WEBP", exif=exif)), PIXELS)
+def test_exif_turns_a_picture_upright():
+    for orientation, pixels in STORED.items():
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = orientation
+        png = saved(image, "PNG", exif=exif, compress_level=1)
+        for source in (image, png, saved(image, "WEBP", exif=exif, method=0)):
+            np.testing.assert_array_equal(seen(source), PIXELS)
 
 
 def test_exif_that_points_at_itself_ends():
@@ -174,11 +165,11 @@ def test_transparency_shows_white(monkeypatch):
         np.testing.assert_array_equal(seen(image), whole)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_is_read(kind):
+def test_the_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (WIDE, HIGH), (n, 99, 200 - n)) for n in (10, 90, 170)]
     options = {"save_all": True, "append_images": frames[1:], "duration": 50}
-    assert (seen(saved(frames[0], kind, **options)) == (10, 99, 190)).all()
+    for kind in ("GIF", "WEBP", "PNG"):
+        assert (seen(saved(frames[0], kind, **options)) == (10, 99, 190)).all()
 
 
 def test_every_kind_of_source_shows_the_same(tmp_path):

@@ -191,9 +191,8 @@ def test_sound_alone_and_unknown_codecs_are_refused(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
-        )
+        sound = np.zeros((1, 1024), np.float32)
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
         frame.rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from toy_tokenizers import MARKED, byte_level, refusal, write
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
-from mlx_dgemma.text.chat import (
-    chat_ids,
-    encode_chat,
-    image_sources,
-    insert_image_tokens,
-)
+from mlx_dgemma.text import chat
+from mlx_dgemma.text.chat import chat_ids, encode_chat
 from mlx_dgemma.text.tokenizer import Tokenizer
 
 BOS = 2
@@ -33,11 +29,22 @@ TEMPLATE = """\
 USER = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "be kind"}
 MODEL = {"role": "assistant", "content": "so"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}
+URL = {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}
+WHAT = {"type": "text", "text": "what?"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "does f"}}
 
 
-def make(folder: Path, template: str | None = TEMPLATE, special=MARKED) -> Tokenizer:
-    byte_level(special).save(str(folder / "tokenizer.json"))
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def image(source):
+    return {"type": "image", "image": source}
+
+
+def make(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
+    byte_level(MARKED).save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<bos>", "pad_token": "<pad>", "add_bos_token": True}
     write(folder, "tokenizer_config.json", config)
     if template is not None:
@@ -59,12 +66,20 @@ def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_a_text_is_one_user_message(tokenizer):
-    ids = chat_ids(tokenizer, "hello")
-    assert shown(tokenizer, ids) == "<bos><|turn>user\nhello<turn|><|turn>model\n"
-    assert ids[0] == BOS and ids.count(BOS) == 1
-    thinking = shown(tokenizer, chat_ids(tokenizer, "a", thinking=True))
-    assert thinking.endswith("model\n<think>")
+def test_prompts_as_the_template_renders_them(tokenizer):
+    hi = "<bos><|turn>user\nhi<turn|>"
+    for prompt, options, text in (
+        ("hi", {}, f"{hi}<|turn>model\n"),
+        ("hi", {"thinking": True}, f"{hi}<|turn>model\n<think>"),
+        ([USER, MODEL], {"continue_final_message": True}, f"{hi}<|turn>assistant\nso"),
+        ([USER, CALL], {}, f"{hi}<|turn>assistant\n<turn|><|turn>model\n"),
+        (user(WHAT, WHAT), {}, "<bos><|turn>user\nwhat?what?<turn|><|turn>model\n"),
+    ):
+        ids = chat_ids(tokenizer, prompt, **options)
+        assert shown(tokenizer, ids) == text
+        assert ids[0] == BOS and ids.count(BOS) == 1
+    assert tokenizer.apply_chat_template([USER], tokenize=False) == hi
+    assert tokenizer.apply_chat_template([USER]) == tokenizer.encode(hi)
 
 
 @pytest.mark.parametrize("prompt", ["hi", [USER]])
@@ -73,15 +88,6 @@ def test_system_is_put_in_front(tokenizer, prompt):
     assert ids == chat_ids(tokenizer, [SYSTEM, USER])
     assert shown(tokenizer, ids).startswith("<bos><|turn>system\nbe kind<turn|>")
     assert prompt in ("hi", [{"role": "user", "content": "hi"}])
-
-
-def test_content_may_be_parts_or_calls_alone(tokenizer):
-    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
-    message = {"role": "user", "content": parts}
-    assert chat_ids(tokenizer, [message]) == chat_ids(tokenizer, "hi")
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}
-    ids = chat_ids(tokenizer, [USER, call])
-    assert "<|turn>assistant\n<turn|>" in shown(tokenizer, ids)
 
 
 def test_ids_are_used_as_they_are(tokenizer, plain):
@@ -109,12 +115,6 @@ def test_a_rendered_prompt_is_not_rendered_again(tokenizer):
     assert shown(tokenizer, chat_ids(tokenizer, " <bos>")).count("<|turn>user") == 1
 
 
-def test_the_model_continues_the_last_message(tokenizer):
-    ids = chat_ids(tokenizer, [USER, MODEL], continue_final_message=True)
-    expected = "<bos><|turn>user\nhi<turn|><|turn>assistant\nso"
-    assert shown(tokenizer, ids) == expected
-
-
 @pytest.mark.parametrize("prompt", ["hi", [USER]])
 def test_tools_and_variables_reach_the_template(tmp_path, prompt):
     tokenizer = make(tmp_path, "{{ tools | tojson }}|{{ mood }}")
@@ -140,18 +140,6 @@ def test_messages_of_tools_are_completed(tmp_path):
         {**answer, "name": "f"},
     ]
     assert call["function"]["arguments"] == '{"a": 1}'
-
-
-def user(*parts):
-    return [{"role": "user", "content": list(parts)}]
-
-
-def image(source):
-    return {"type": "image", "image": source}
-
-
-URL = {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}
-WHAT = {"type": "text", "text": "what?"}
 
 
 @pytest.mark.parametrize(
@@ -229,66 +217,41 @@ def test_messages_need_a_template_and_text_some_token(plain, tmp_path):
     assert "prompt is empty" in refusal(SettingsError, chat_ids, tokenizer, "")
 
 
-def test_apply_chat_template_gives_ids_or_text(tokenizer):
-    text = tokenizer.apply_chat_template([USER], tokenize=False)
-    assert text == "<bos><|turn>user\nhi<turn|>"
-    assert tokenizer.apply_chat_template([USER]) == tokenizer.encode(text)
-    text = tokenizer.apply_chat_template(
-        [USER], add_generation_prompt=True, enable_thinking=True, mood=1, tokenize=False
-    )
-    assert text == "<bos><|turn>user\nhi<turn|><|turn>model\n<think>1"
-
-
-# Images
-
 SPELLED = """\
 {%- for part in messages[-1].content -%}
 {{ '<|image|>' if part.type == 'image' else part.text }}
 {%- endfor -%}|{{ messages | tojson }}"""
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory) -> Tokenizer:
-    return make(tmp_path_factory.mktemp("seeing"), SPELLED)
-
-
-def test_images_are_one_token_each_and_their_sources(seeing):
-    data = object()
+def test_images_are_one_token_each_and_their_sources(tmp_path):
+    tokenizer, data = make(tmp_path, SPELLED), object()
     messages = [
         {"role": "user", "content": [image("a.png"), WHAT]},
         {"role": "user", "content": "and"},
         {"role": "user", "content": (URL, WHAT, image(data))},
     ]
-    ids, sources = encode_chat(seeing, messages, system="be kind")
-    assert sources == image_sources(messages) == ["a.png", "data:,", data]
-    text, _, rendered = shown(seeing, ids).partition("|[")
+    ids, sources = encode_chat(tokenizer, messages, system="be kind")
+    assert sources == chat.image_sources(messages) == ["a.png", "data:,", data]
+    text, _, rendered = shown(tokenizer, ids).partition("|[")
     assert text == "<|image|>what?<|image|>"
-    assert ids.count(seeing.token_id("<|image|>")) == 2
+    assert ids.count(tokenizer.token_id("<|image|>")) == 2
     bare = {"type": "image"}
     assert [m["content"] for m in json.loads("[" + rendered)] == [
         *("be kind", [bare, WHAT], "and", [bare, WHAT, bare]),
     ]
 
 
-def test_images_get_their_room():
+def test_images_get_their_room_and_no_text_can_spell_one():
     for ids, counts, expected in (
         ([1, 2], [], [1, 2]),
         ([1, 7, 2, 7, 7], [2, 1, 3], [1, 8, 7, 7, 9, 2, 8, 7, 9, 8, 7, 7, 7, 9]),
         ((8, 7, 9), (1,), [8, 8, 7, 9, 9]),
     ):
-        assert insert_image_tokens(ids, 7, 8, 9, counts) == expected
-
-
-def test_no_text_can_spell_an_image():
+        assert chat.insert_image_tokens(ids, 7, 8, 9, counts) == expected
     for counts in ([], [4], [4, 4, 4]):
-        why = refusal(SettingsError, insert_image_tokens, [7, 1, 7], 7, 8, 9, counts)
-        assert why == (
-            f"the prompt holds 2 image tokens and {len(counts)} pictures; each picture "
-            "needs one, and no text may spell one"
-        )
-
-
-# Where templates come from
+        room = (chat.insert_image_tokens, [7, 1, 7], 7, 8, 9, counts)
+        why = f"the prompt holds 2 image tokens and {len(counts)} pictures; each pictur"
+        assert refusal(SettingsError, *room).startswith(why)
 
 
 def test_the_template_file_comes_first(tmp_path):
