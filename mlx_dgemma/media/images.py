@@ -13,7 +13,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -89,20 +89,16 @@ class ImageBudget:
     pooling: int = 3
 
     def __post_init__(self) -> None:
-        if self.soft_tokens not in SOFT_TOKENS:
-            raise SettingsError(
-                f"soft_tokens is {self.soft_tokens!r}; it must be one of "
-                + ", ".join(map(str, SOFT_TOKENS))
-            )
-        limits = (
-            (self.patch, "patch", MAX_PATCH),
-            (self.pooling, "pooling", MAX_POOLING),
-        )
-        for value, name, limit in limits:
-            if type(value) is not int or not 1 <= value <= limit:
-                raise SettingsError(
-                    f"{name} is {value!r}; it must be a whole number from 1 to {limit}"
-                )
+        def check(name: str, value: object, allowed: Sequence[int], what: str) -> None:
+            if type(value) is not int or value not in allowed:
+                raise SettingsError(f"{name} is {value!r}; it must be {what}")
+
+        sizes = ", ".join(map(str, SOFT_TOKENS))
+        check("soft_tokens", self.soft_tokens, SOFT_TOKENS, f"one of {sizes}")
+        whole = "a whole number from 1 to"
+        patches, poolings = range(1, MAX_PATCH + 1), range(1, MAX_POOLING + 1)
+        check("patch", self.patch, patches, f"{whole} {MAX_PATCH}")
+        check("pooling", self.pooling, poolings, f"{whole} {MAX_POOLING}")
 
     @property
     def side(self) -> int:
@@ -117,8 +113,8 @@ class ImageBudget:
         Raises ConfigError naming the file and the key.
         """
         path = Path(folder) / "processor_config.json"
-        nested = Keys(read_json(path) if path.exists() else {}, str(path))
-        keys = nested.mapping("image_processor")
+        keys = Keys(read_json(path) if path.exists() else {}, str(path))
+        keys = keys.mapping("image_processor")
         if keys is None:
             path = path.with_name("preprocessor_config.json")
             keys = Keys(read_json(path) if path.exists() else {}, str(path))
@@ -209,10 +205,9 @@ def read_picture(source: Source, budget: ImageBudget) -> Picture:
             with open_file(source, MAX_BYTES) as file:
                 image = _open(file.read(MAX_BYTES + 1), name)  # it may have grown
         case _:
-            raise MediaError(
-                "a picture is a path, bytes, a data: URL or a PIL image, "
-                f"not {type(source).__name__}"
-            )
+            kind = type(source).__name__
+            kinds = "a path, bytes, a data: URL or a PIL image"
+            raise MediaError(f"a picture is {kinds}, not {kind}")
     width, height = image.size
     if width * height == 0:
         raise MediaError(f"{name}: {width} x {height} pixels hold nothing")
@@ -225,10 +220,10 @@ def read_picture(source: Source, budget: ImageBudget) -> Picture:
         image = _to_rgb(image)
     except BROKEN:
         raise _broken(name) from None
-    return replace(fit(image, budget), source=path)
+    return fit(image, budget, path)
 
 
-def fit(image: Image.Image, budget: ImageBudget) -> Picture:
+def fit(image: Image.Image, budget: ImageBudget, source: str | None = None) -> Picture:
     """Resize an RGB image to the budget and cut it; the aspect is kept where it can."""
     columns, rows = budget.grid(*image.size)
     size = (columns * budget.side, rows * budget.side)
@@ -237,14 +232,13 @@ def fit(image: Image.Image, budget: ImageBudget) -> Picture:
     cut = pixels.reshape(down, budget.patch, across, budget.patch, 3).swapaxes(1, 2)
     y, x = np.divmod(np.arange(down * across, dtype=np.int32), across)
     patches = LEVELS[cut.reshape(down * across, -1)]
-    return Picture(patches, np.stack([x, y], axis=1), columns * rows)
+    return Picture(patches, np.stack([x, y], axis=1), columns * rows, source)
 
 
 def shown(path: str | Path) -> str:
     """A path as a message can hold it: one line, not too long."""
     text = str(path)
-    if len(text) > 200:
-        text = f"{text[:60]}…"
+    text = text if len(text) <= 200 else f"{text[:60]}…"
     return text if text and text.isprintable() else repr(text)
 
 
@@ -254,9 +248,9 @@ def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
     Raises MediaError, one line.
     """
     if isinstance(path, str) and (scheme := SCHEME.match(path)):
+        kind = scheme[0].lower()
         raise MediaError(
-            f"{scheme[0].lower()} sources are not fetched; "
-            "download it and give the file"
+            f"{kind} sources are not fetched; download it and give the file"
         )
     name = shown(path)
     try:
@@ -326,6 +320,7 @@ def _too_large(name: str, max_bytes: int) -> MediaError:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode all pixels: upright, RGB, what is transparent on white."""
     image.load()
+    # not by ImageOps.exif_transpose, which fails on EXIF that it cannot write again
     turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:
         image = image.transpose(turn)

@@ -27,12 +27,6 @@ MAX_RATE = 240  # frames a second in the file, all of which may have to be decod
 FORMATS = "mov,matroska,avi"
 MICROSECONDS = 1_000_000
 SLACK = Fraction(1, 500)  # seconds; containers round times to a millisecond
-TURNS = {  # degrees counterclockwise
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    -180: Image.Transpose.ROTATE_180,
-    -90: Image.Transpose.ROTATE_270,
-}
 
 
 def read_frames(
@@ -54,9 +48,8 @@ def read_frames(
     try:
         from av.error import FFmpegError
     except ImportError:
-        raise MediaError(
-            "reading a video needs PyAV: pip install 'mlx-dgemma[video]'"
-        ) from None
+        needs = "reading a video needs PyAV: pip install 'mlx-dgemma[video]'"
+        raise MediaError(needs) from None
     name = shown(path)
     with open_file(path, MAX_BYTES) as file:
         try:
@@ -146,8 +139,8 @@ def _frames(file: BinaryIO, name: str, chosen: list[int]) -> Iterator[Image.Imag
             if index in wanted:
                 _check_size(name, frame.width, frame.height)
                 image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                turn = TURNS.get(frame.rotation)
-                yield image if turn is None else image.transpose(turn)
+                turn = frame.rotation if frame.rotation % 90 == 0 else 0
+                yield image.rotate(turn, expand=True)
             if index == chosen[-1]:
                 return
 

@@ -1,14 +1,11 @@
-"""Prompts of every shape to token ids, and the images among them.
-
-Knows nothing of pixels: the source of an image is handed on as the caller gave it.
-"""
+"""Prompts of every shape to token ids and the sources of their images."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from .tools import check_tools, link_tool_results
+from .tools import check_tools, link_tool_results, require
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -22,26 +19,9 @@ RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_messag
 RESERVED += ("enable_thinking", "tokenize")
 
 
-def chat_ids(
-    tokenizer: "Tokenizer",
-    prompt: Prompt,
-    *,
-    system: str | None = None,
-    thinking: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    continue_final_message: bool = False,
-) -> list[int]:
-    """Return the ids of a prompt without images; otherwise as `encode_chat`."""
-    ids, sources = encode_chat(
-        tokenizer,
-        prompt,
-        system=system,
-        thinking=thinking,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        continue_final_message=continue_final_message,
-    )
+def chat_ids(tokenizer: "Tokenizer", prompt: Prompt, **options: Any) -> list[int]:
+    """Return the ids of a prompt without images; options as of `encode_chat`."""
+    ids, sources = encode_chat(tokenizer, prompt, **options)
     if sources:
         raise SettingsError("the prompt holds images; only text can be used here")
     return ids
@@ -76,8 +56,8 @@ def encode_chat(
     Raises SettingsError naming the argument, the message or the tool, TokenizerError
     when the chat template refuses the messages or is missing.
     """
-    if system is not None and not isinstance(system, str):
-        raise SettingsError(f"system must be text, not {type(system).__name__}")
+    wrong = f"system must be text, not {type(system).__name__}"
+    require(isinstance(system, str | None), wrong)
     functions = [] if tools is None else check_tools(tools)
     variables = _check_variables(chat_template_kwargs)
     unused = _why_no_template(tokenizer, prompt)
@@ -86,28 +66,32 @@ def encode_chat(
         given["chat_template_kwargs"] = variables
         given["continue_final_message"] = continue_final_message
         for name in given:
-            if given[name]:
-                raise SettingsError(f"{name} cannot be used: {unused}")
-        if isinstance(prompt, str):
-            return _with_bos(tokenizer, tokenizer.encode(prompt)), []
-        return [_check_id(value, i) for i, value in enumerate(prompt)], []
+            require(not given[name], f"{name} cannot be used: {unused}")
+        return _encode_plain(tokenizer, prompt), []
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    messages = link_tool_results(_check_message(m, i) for i, m in enumerate(prompt))
-    if continue_final_message and messages[-1]["role"] != "assistant":
-        raise SettingsError(
-            "continue_final_message needs messages that end with the assistant's"
-        )
+    messages = link_tool_results(
+        _check_message(message, f"message {i}") for i, message in enumerate(prompt)
+    )
+    roles = [message["role"] for message in messages]
+    require(
+        not continue_final_message or roles[-1] == "assistant",
+        "continue_final_message needs messages that end with the assistant's",
+    )
     if system is not None:
-        roles = [message["role"] for message in messages]
         if "system" in roles:
             raise SettingsError(
                 f"system is given and message {roles.index('system')} is a system "
                 "message; leave one out"
             )
         messages.insert(0, {"role": "system", "content": system})
+    sources = image_sources(messages)
+    for message in messages:  # templates see {"type": "image"} without its source
+        if isinstance(parts := message.get("content"), list | tuple):
+            images = [{"type": "image"} if is_image(part) else part for part in parts]
+            message["content"] = images
     ids = tokenizer.apply_chat_template(
-        [_without_sources(message) for message in messages],
+        messages,
         tools=functions or None,
         add_generation_prompt=not continue_final_message,
         continue_final_message=continue_final_message,
@@ -115,7 +99,7 @@ def encode_chat(
         **variables,
     )
     assert isinstance(ids, list)
-    return ids, image_sources(messages)
+    return ids, sources
 
 
 def is_rendered(tokenizer: "Tokenizer", prompt: str) -> bool:
@@ -131,31 +115,30 @@ def is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
 
 
-def image_source(part: Mapping[str, Any]) -> Any:
-    """Return the source of an image part.
+def image_source(part: Mapping[str, Any], where: str) -> Any:
+    """Return the source of an image part of the message `where`.
 
     {"type": "image", "image": source}, or {"type": "image_url", "image_url": {"url":
-    source}} as in OpenAI's API. Raises SettingsError, a reason without a place.
+    source}} as in OpenAI's API. Raises SettingsError.
     """
     if part.get("type") == "image":
         source = part.get("image")
-        if source is None or source == "":
-            raise SettingsError('an image part must be {"type", "image": its source}')
-        return source
-    value = part.get("image_url")
-    url = value.get("url") if isinstance(value, Mapping) else None
-    if not isinstance(url, str) or not url:
-        raise SettingsError(
-            'an image_url part must be {"type", "image_url": {"url": text}}'
-        )
-    return url
+        given = source is not None and source != ""
+        shape = 'an image part must be {"type", "image": its source}'
+    else:
+        value = part.get("image_url")
+        source = value.get("url") if isinstance(value, Mapping) else None
+        given = isinstance(source, str) and source != ""
+        shape = 'an image_url part must be {"type", "image_url": {"url": text}}'
+    require(given, f"{where}: {shape}")
+    return source
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the sources of all images in the order of the prompt."""
     return [
-        image_source(part)
-        for message in messages
+        image_source(part, f"message {index}")
+        for index, message in enumerate(messages)
         if isinstance(parts := message.get("content"), list | tuple)
         for part in parts
         if is_image(part)
@@ -174,33 +157,31 @@ def insert_image_tokens(
     a text that spells the token cannot make room for an image of its own.
     """
     found = sum(token == image_token for token in ids)
-    if found != len(counts):
-        raise SettingsError(
-            f"the prompt holds {found} image tokens and {len(counts)} pictures; each "
-            "picture needs one, and no text may spell one"
-        )
+    require(
+        found == len(counts),
+        f"the prompt holds {found} image tokens and {len(counts)} pictures; each "
+        "picture needs one, and no text may spell one",
+    )
     result: list[int] = []
-    left = iter(counts)
+    remaining = iter(counts)
     for token in ids:
         if token == image_token:
-            result += [begin, *[image_token] * next(left), end]
+            result += [begin, *[image_token] * next(remaining), end]
         else:
             result.append(token)
     return result
 
 
 def _check_variables(variables: Any) -> dict[str, Any]:
-    if variables is None:
-        return {}
-    if not isinstance(variables, Mapping):
-        kind = type(variables).__name__
-        raise SettingsError(f"chat_template_kwargs is {kind}; it must be an object")
+    variables = {} if variables is None else variables
+    wrong = f"chat_template_kwargs is {type(variables).__name__}; it must be an object"
+    require(isinstance(variables, Mapping), wrong)
     for name in variables:
         if not isinstance(name, str):
             raise SettingsError(f"chat_template_kwargs: {name!r:.60} is not a name")
-        if name in RESERVED:
-            own = "; use thinking" if name == "enable_thinking" else ""
-            raise SettingsError(f"chat_template_kwargs cannot set {name}{own}")
+        fix = "; use thinking" if name == "enable_thinking" else ""
+        wrong = f"chat_template_kwargs cannot set {name}{fix}"
+        require(name not in RESERVED, wrong)
     return dict(variables)
 
 
@@ -209,78 +190,59 @@ def _why_no_template(tokenizer: "Tokenizer", prompt: Any) -> str | None:
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return "the tokenizer has no chat template"
-        return (
-            "the prompt is rendered already" if is_rendered(tokenizer, prompt) else None
-        )
+        rendered = is_rendered(tokenizer, prompt)
+        return "the prompt is rendered already" if rendered else None
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise SettingsError(
             f"prompt is {type(prompt).__name__}; it must be text, a list of token "
             "ids or a list of messages"
         )
-    if not len(prompt):
-        raise SettingsError("prompt is empty; give text, token ids or messages")
+    require(len(prompt) > 0, "prompt is empty; give text, token ids or messages")
     messages = isinstance(prompt[0], Mapping | str)
     return None if messages else "the prompt is token ids"
 
 
-def _with_bos(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
+def _encode_plain(tokenizer: "Tokenizer", prompt: str | Sequence[Any]) -> list[int]:
+    """Return the ids of a text behind BOS, or checked ids."""
+    if not isinstance(prompt, str):
+        for index, value in enumerate(prompt):
+            is_id = isinstance(value, Integral) and not isinstance(value, bool)
+            if not is_id or int(value) < 0:
+                what = f"prompt[{index}] is {value!r}"
+                raise SettingsError(
+                    f"{what}; a list prompt holds token ids or messages"
+                )
+        return [int(value) for value in prompt]
+    ids = tokenizer.encode(prompt)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
-    if not ids:
-        raise SettingsError("prompt is empty; give it some text")
+    require(bool(ids), "prompt is empty; give it some text")
     return ids
 
 
-def _check_id(value: Any, index: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
-        raise SettingsError(
-            f"prompt[{index}] is {value!r}; a list prompt holds token ids or messages"
-        )
-    return int(value)
-
-
-def _check_message(message: Any, index: int) -> dict[str, Any]:
-    """A message whose shape is known, its content left as it is."""
-    where = f"message {index}"
+def _check_message(message: Any, where: str) -> dict[str, Any]:
+    """Return a copy of a message of a known role whose content can be rendered."""
     if not isinstance(message, Mapping):
         kind = type(message).__name__
         raise SettingsError(f'{where}: is {kind}; it must be {{"role", "content"}}')
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise SettingsError(
-            f"{where}: role is {role!r}; it must be one of {', '.join(ROLES)}"
-        )
-    if isinstance(content, str) or (content is None and message.get("tool_calls")):
-        return dict(message)  # a call of tools needs no words
-    if not isinstance(content, list | tuple):
-        kind = type(content).__name__
-        raise SettingsError(
-            f"{where}: content is {kind}; it must be text or a list of parts"
-        )
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+    wrong = f"{where}: role is {role!r}; it must be one of {', '.join(ROLES)}"
+    require(role in ROLES, wrong)
+    if content is None and message.get("tool_calls"):
+        content = ""  # calls of tools need no words
+    wrong = f"content is {type(content).__name__}; it must be text or a list of parts"
+    require(isinstance(content, str | list | tuple), f"{where}: {wrong}")
+    for part in content if isinstance(content, list | tuple) else []:
         if is_image(part):
-            try:
-                image_source(part)
-            except SettingsError as error:
-                raise SettingsError(f"{where}: {error}") from None
-        elif isinstance(kind, str) and kind != "text":
-            raise SettingsError(
-                f"{where}: holds a part of type {kind!r}; this version reads text and "
-                "images only"
-            )
-        elif not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            raise SettingsError(
-                f'{where}: a content part must be {{"type": "text", "text": ...}}'
-            )
+            image_source(part, where)
+            continue
+        part = part if isinstance(part, Mapping) else {}
+        kind = part.get("type")
+        other = (
+            f"holds a part of type {kind!r}; this version reads text and images only"
+        )
+        require(not isinstance(kind, str) or kind == "text", f"{where}: {other}")
+        shape = 'a content part must be {"type": "text", "text": ...}'
+        require(isinstance(part.get("text"), str), f"{where}: {shape}")
     return dict(message)
-
-
-def _without_sources(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates see it: an image is {"type": "image"} and no more."""
-    parts = message.get("content")
-    if not isinstance(parts, list | tuple):
-        return dict(message)
-    parts = [{"type": "image"} if is_image(part) else part for part in parts]
-    return {**message, "content": parts}

@@ -60,10 +60,8 @@ class Malformed:
 Part = Thought | Answer | Call | Malformed
 
 # The first line of a channel names it; a channel without a known name is a thought.
-CHANNELS: dict[str, type[Thought] | type[Answer]] = {
-    "thought": Thought,
-    "final": Answer,
-}
+Text = type[Thought] | type[Answer]
+CHANNELS: dict[str, Text] = {"thought": Thought, "final": Answer}
 
 
 class ReplyParser:
@@ -83,11 +81,9 @@ class ReplyParser:
         found = {tokenizer.token_id(marker): marker for marker in MARKERS}
         self._markers = {i: marker for i, marker in found.items() if i is not None}
         self._decoder = tokenizer.detokenizer()
-        self._open: str | None = None  # the marker behind which we are
-        # of a channel: its kind once its name is read, and text that may still be the
-        # name, or a line break that may be the last
-        self._kind: type[Thought] | type[Answer] | None = None
-        self._undecided = ""
+        self._open: str | None = None  # the marker whose span is being read
+        self._kind: Text | None = None  # of a channel, once its name is read
+        self._undecided = ""  # perhaps a channel's name, or its last line break
         self._body: list[str] = []  # of a call
         self._calls = 0
         self.add(self._left_open(prompt))
@@ -97,8 +93,7 @@ class ReplyParser:
         parts: list[Part] = []
         begin = 0
         for i, token in enumerate(ids):
-            marker = self._markers.get(token)
-            if marker is not None:
+            if (marker := self._markers.get(token)) is not None:
                 parts += self._read(self._decoder.add(ids[begin:i]))
                 parts += self._read(self._decoder.finish())
                 parts += self._pass(marker)
@@ -111,7 +106,7 @@ class ReplyParser:
         return merged([*self._read(self._decoder.finish()), *self._end(None)])
 
     def _left_open(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The prompt from the thought or the call on that it does not close."""
+        """Return the prompt from the thought or call on that it does not close."""
         known = self._tokenizer.special_ids | self._markers.keys()
         for i in reversed(range(len(prompt))):
             marker = self._markers.get(prompt[i])
@@ -122,7 +117,7 @@ class ReplyParser:
         return ()
 
     def _read(self, text: str) -> list[Part]:
-        """The parts that `text`, behind the marker that is open, makes final."""
+        """Return the parts that `text` makes final in the open span."""
         if self._open is None:
             return [Answer(text)]
         if self._open == CALL:
@@ -142,19 +137,21 @@ class ReplyParser:
         return [self._kind(text)]
 
     def _pass(self, marker: str) -> list[Part]:
-        """The parts that a marker ends; one without meaning here is left out."""
+        """Return the parts that a marker ends; one without meaning here is left out."""
         if self._open == RESPONSE:
             return []
-        if marker in (CHANNEL, CALL, RESPONSE):
+        if marker == STRING and self._open == CALL:
+            return self._read(QUOTE)
+        parts: list[Part] = []
+        begins = marker in (CHANNEL, CALL, RESPONSE)
+        if begins or marker == ENDS.get(self._open or ""):
             parts = self._end(marker)
+        if begins:
             self._open = marker
-            return parts
-        if marker == STRING:
-            return self._read(QUOTE) if self._open == CALL else []
-        return self._end(marker) if marker == ENDS.get(self._open or "") else []
+        return parts
 
     def _end(self, marker: str | None) -> list[Part]:
-        """End what is open; a call is whole if its own marker ends it."""
+        """End the open span; a call is whole if its own marker ends it."""
         opened, self._open = self._open, None
         if opened == CHANNEL:
             text = self._undecided.removesuffix("\n")
@@ -174,24 +171,21 @@ class ReplyParser:
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """The same parts, adjacent texts of one kind joined and empty ones left out."""
-    said = (p for p in parts if not isinstance(p, Thought | Answer) or p.text)
+    """Return the parts, adjacent texts of one kind joined and empty ones left out."""
     result: list[Part] = []
-    for kind, run in groupby(said, type):
+    parts = (p for p in parts if not isinstance(p, Thought | Answer) or p.text)
+    for kind, run in groupby(parts, type):
         if kind is Thought or kind is Answer:
-            texts = [part.text for part in run if isinstance(part, kind)]
-            result.append(kind("".join(texts)))
-        else:
-            result += run
+            run = [kind("".join(part.text for part in run if isinstance(part, kind)))]
+        result += run
     return result
 
 
-def reply_message(parts: Iterable[Part]) -> dict[str, Any]:
-    """The parts of a whole reply as the assistant's message, for the history.
+def reply_message(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return the parts of a whole reply as the assistant's message, for the history.
 
     "content" is the answer, with malformed calls as text; None beside calls alone.
     """
-    parts = list(parts)
     content = "".join(p.text for p in parts if isinstance(p, Answer | Malformed))
     thoughts = "".join(p.text for p in parts if isinstance(p, Thought))
     calls = [
@@ -203,9 +197,8 @@ def reply_message(parts: Iterable[Part]) -> dict[str, Any]:
         for part in parts
         if isinstance(part, Call)
     ]
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if calls and not content:
-        message["content"] = None
+    message: dict[str, Any] = {"role": "assistant"}
+    message["content"] = content or (None if calls else "")
     if thoughts:
         message["reasoning_content"] = thoughts
     if calls:

@@ -16,6 +16,8 @@ class SentencePieceModel:
     Raises RuntimeError for broken data.
     """
 
+    rewrites_text = False
+
     def __init__(self, data: bytes, config: Mapping[str, Any]):
         from sentencepiece import SentencePieceProcessor
 
@@ -24,8 +26,12 @@ class SentencePieceModel:
         self.size = self._model.GetPieceSize()
         self._ids = {self._model.IdToPiece(i): i for i in range(self.size)}
         self._control = {p: i for p, i in self._ids.items() if self._model.IsControl(i)}
-        flagged = {self._ids[p] for p in _special_pieces(config) if p in self._ids}
-        self.special_ids = frozenset(flagged | set(self._control.values()))
+        # user-defined pieces are special where the configuration flags them
+        added = config.get("added_tokens_decoder")
+        tokens = list(added.values()) if isinstance(added, dict) else []
+        tokens = [t for t in tokens if isinstance(t, dict) and t.get("special") is True]
+        flagged = {self._ids.get(str(token.get("content"))) for token in tokens}
+        self.special_ids = frozenset(flagged - {None} | set(self._control.values()))
         ids = {"bos_token": self._model.bos_id(), "pad_token": self._model.pad_id()}
         # sentencepiece says -1 where there is none
         self.named = {key: self._model.IdToPiece(i) for key, i in ids.items() if i >= 0}
@@ -60,14 +66,3 @@ class SentencePieceModel:
             "".join(run) if control else self._model.DecodePieces(list(run))
             for control, run in runs
         )
-
-
-def _special_pieces(config: Mapping[str, Any]) -> list[str]:
-    """Pieces that tokenizer_config.json's added_tokens_decoder flags as special."""
-    added = config.get("added_tokens_decoder")
-    tokens = added.values() if isinstance(added, dict) else []
-    return [
-        str(token.get("content"))
-        for token in tokens
-        if isinstance(token, dict) and token.get("special") is True
-    ]

@@ -41,11 +41,10 @@ class ChatTemplate:
         self._where = where
         try:
             self._template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            line = f"line {error.lineno}: {one_line(error)}"
-            raise TokenizerError(f"{where}: {line}") from None
         except (TemplateError, *TEMPLATE_FAILURES) as error:
-            raise TokenizerError(f"{where}: {one_line(error)}") from None
+            is_syntax = isinstance(error, TemplateSyntaxError)
+            line = f"line {error.lineno}: " if is_syntax else ""
+            raise TokenizerError(f"{where}: {line}{one_line(error)}") from None
 
     def render(
         self,
@@ -56,14 +55,9 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of a conversation.
+        """Return the text of a conversation; see `Tokenizer.apply_chat_template`.
 
-        add_generation_prompt   ends with the start of the assistant's turn
-        continue_final_message  ends with the text of the last message, its turn open
-        variables               what else the template reads, such as `bos_token`
-
-        Raises TokenizerError when the template refuses or fails, SettingsError for
-        values that are not plain JSON and for a final message without text.
+        `variables` is what else the template reads, such as `bos_token`.
         """
         from jinja2 import TemplateError
 
@@ -136,7 +130,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _aliased(message: Any) -> dict[str, Any]:
-    """The message without empty keys, its reasoning under every usual key."""
+    """Return the message without empty keys, its reasoning under every usual key."""
     if not isinstance(message, dict):
         raise SettingsError('a message must be {"role", "content"}')
     message = {key: value for key, value in message.items() if value is not None}
@@ -144,12 +138,6 @@ def _aliased(message: Any) -> dict[str, Any]:
     if found:
         message = {"thinking": found[0], **message, "reasoning_content": found[0]}
     return message
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
@@ -160,7 +148,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 @cache
 def _environment() -> "jinja2.Environment":
     """The sandbox in which every template is compiled."""
-    from jinja2 import nodes
+    from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
@@ -196,11 +184,14 @@ def _environment() -> "jinja2.Environment":
                 raise SecurityError(f"a namespace cannot hold {name!r}; rename it")
             super().__setitem__(name, value)
 
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["namespace"] = PlainNamespace
     return environment

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, SettingsError, TokenizerError
 from ..files.json import read_json
 from .template import ChatTemplate, one_line
 
 if TYPE_CHECKING:
+    from tokenizers.decoders import Decoder
+
     from .sentencepiece_model import SentencePieceModel
 
 MAX_ID = 2**31  # ids are int32 everywhere else
@@ -39,6 +41,7 @@ class JsonTokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._decoder = self._fast.decoder
+        self.rewrites_text = self._decoder is not None and _rewrites_text(self._decoder)
         added = self._fast.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.size = self._fast.get_vocab_size()
@@ -51,32 +54,45 @@ class JsonTokenizer:
         return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
 
 
+def _rewrites_text(decoder: "Decoder") -> bool:
+    """Whether later pieces can change earlier text.
+
+    They can where a decoder joins all pieces by Fuse and then edits the joined text,
+    other than by stripping its start.
+    """
+    state = cast(bytes, decoder.__getstate__()).decode()
+    _, _, edits = state.partition('{"type":"Fuse"}')
+    return '"type"' in re.sub(r'{"type":"Strip",[^{}]*"stop":0}', "", edits)
+
+
 class Detokenizer:
     """Incremental `Tokenizer.decode`, special tokens hidden.
 
     What `add` and `finish` return, joined, is `decode` of all the ids, however they
-    are split, for every decoder that does not change earlier text because of later
-    pieces. Time is linear in the number of ids.
+    are split. Time is linear in the number of ids. With `rewrites_text`, later pieces
+    can change earlier text, and `finish` returns all of it.
     """
 
     def __init__(
         self,
         pieces: Callable[[Sequence[int]], list[str]],
         join: Callable[[list[str]], str],
+        rewrites_text: bool = False,
     ):
         self._pieces, self._join = pieces, join
+        self._rewrites_text = rewrites_text
         # New pieces are joined behind the first ones, to which the rules for the
         # beginning of a text apply, and the last few, with which they may combine.
         self._first: list[str] = []
         self._last: list[str] = []
         self._returned = 0  # characters of first + last that were returned
-        self._run: list[str] = []  # byte pieces, which are decoded as a whole
+        self._run: list[str] = []  # pieces that are decoded as a whole, such as bytes
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that `ids` make final; never a part of a character."""
         pieces = self._pieces(ids)
         end = len(pieces)
-        while end and BYTE_PIECE.fullmatch(pieces[end - 1]):
+        while end and (self._rewrites_text or BYTE_PIECE.fullmatch(pieces[end - 1])):
             end -= 1
         if not end:
             self._run += pieces
@@ -135,9 +151,10 @@ class Tokenizer:
         path = Path(path)
         config = _read_json(path / "special_tokens_map.json")  # of older checkpoints
         config |= _read_json(path / "tokenizer_config.json")
-        files = (path / "tokenizer.json", path / "tokenizer.model")
-        file = next((file for file in files if file.exists()), None)
-        if file is None:
+        file = path / "tokenizer.json"
+        if not file.exists():
+            file = path / "tokenizer.model"
+        if not file.exists():
             raise TokenizerError(
                 f"{path}: no tokenizer.json and no tokenizer.model; is this a "
                 "complete model folder?"
@@ -174,7 +191,8 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """Return a fresh incremental decoder."""
-        return Detokenizer(self._pieces, self._backend.join)
+        backend = self._backend
+        return Detokenizer(self._pieces, backend.join, backend.rewrites_text)
 
     def token(self, token: int) -> str:
         """Return the piece with that id as the vocabulary writes it, else U+FFFD."""
@@ -228,10 +246,8 @@ class Tokenizer:
 
     def _named_id(self, key: str) -> int | None:
         name = self._named.get(key)
-        if name is None:
-            return None
-        token = self._backend.token_id(name)
-        if token is None:
+        token = None if name is None else self._backend.token_id(name)
+        if name is not None and token is None:
             raise TokenizerError(
                 f"{self._where}: {key} is {name!r}, which the vocabulary lacks"
             )
@@ -282,11 +298,10 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | No
     if value is None:
         path = folder / "chat_template.json"
         value = _read_json(path).get("chat_template")
-    if isinstance(value, list):  # several, each {"name", "template"}
-        for entry in value:
-            if isinstance(entry, dict) and entry.get("name") == "default":
-                value = entry.get("template") or value
-    if value is not None and not isinstance(value, str):
+    for entry in value if isinstance(value, list) else []:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            value = entry.get("template") or value
+    if not isinstance(value, str | None):
         raise TokenizerError(
             f"{path}: chat_template must be text, or a list of "
             '{"name", "template"} with one named "default"'

@@ -19,70 +19,73 @@ TOOL_SHAPE = 'it must be {"type": "function", "function": {…}}'
 CALLS_SHAPE = 'tool_calls must be a list of {"id", "function": {…}}'
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise SettingsError with `message` unless a condition holds."""
+    if not holds:
+        raise SettingsError(message)
+
+
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the tools as chat templates want them: each with a description.
 
     Raises SettingsError naming the tool.
     """
-    if not isinstance(tools, list | tuple):
-        raise SettingsError(f"tools is {type(tools).__name__}; it must be a list")
-    if len(tools) > MAX_TOOLS:
-        raise SettingsError(f"{len(tools)} tools are too many; at most {MAX_TOOLS}")
-    checked = [_check_tool(tool, f"tool {i}") for i, tool in enumerate(tools)]
-    names = [tool["function"]["name"] for tool in checked]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise SettingsError(f"tool {i}: there are two called {name!r}; rename one")
-    size = len(json.dumps(checked, default=dict))
-    if size > MAX_CHARS:
-        raise SettingsError(f"tools take {size} characters; at most {MAX_CHARS}")
-    return checked
+    kind = type(tools).__name__
+    require(isinstance(tools, list | tuple), f"tools is {kind}; it must be a list")
+    count = len(tools)
+    require(count <= MAX_TOOLS, f"{count} tools are too many; at most {MAX_TOOLS}")
+    checked: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(tools):
+        function = _check_function(tool, f"tool {i}")
+        name = function["name"]
+        twice = f"tool {i}: there are two called {name!r}; rename one"
+        require(name not in checked, twice)
+        checked[name] = {**tool, "function": function}
+    result = list(checked.values())
+    size = len(json.dumps(result, default=dict))
+    require(size <= MAX_CHARS, f"tools take {size} characters; at most {MAX_CHARS}")
+    return result
 
 
-def _check_tool(tool: Any, where: str) -> dict[str, Any]:
-    if not isinstance(tool, Mapping) or tool.get("type") != "function":
+def _check_function(tool: Any, where: str) -> dict[str, Any]:
+    """Return what a template reads of a tool: a name, a description, a schema."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type") != "function":
         raise SettingsError(f"{where}: {TOOL_SHAPE}")
     check_json(tool, where)
-    function = tool.get("function")
-    if not isinstance(function, Mapping):
-        raise SettingsError(f"{where}: {TOOL_SHAPE}")
     name, description = function.get("name"), function.get("description")
-    if not isinstance(name, str) or NAME.fullmatch(name) is None:
-        raise SettingsError(
-            f"{where}: name is {name!r:.60}; letters, digits and _ . / - make one, "
-            "up to 128"
-        )
-    if not isinstance(description, str | None):
-        kind = type(description).__name__
-        raise SettingsError(f"{where}: description is {kind}; it must be text")
+    shape = "letters, digits and _ . / - make one, up to 128"
+    require(_is_name(name), f"{where}: name is {name!r:.60}; {shape}")
+    kind = type(description).__name__
+    wrong = f"{where}: description is {kind}; it must be text"
+    require(isinstance(description, str | None), wrong)
     function = {**function, "description": description or ""}
-    parameters = function.get("parameters")
-    if not parameters:  # a tool that takes none
-        function.pop("parameters", None)
-    elif not isinstance(parameters, Mapping) or parameters.get("type") != "object":
-        raise SettingsError(
-            f'{where}: parameters must be a JSON schema with "type": "object"'
-        )
-    else:
+    parameters = function.pop("parameters", None)
+    if parameters:
+        if not isinstance(parameters, Mapping) or parameters.get("type") != "object":
+            raise SettingsError(
+                f'{where}: parameters must be a JSON schema with "type": "object"'
+            )
         _check_schema(parameters, f"{where}: parameters")
-    return {**tool, "function": function}
+        function["parameters"] = parameters
+    return function
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
 def _check_schema(schema: Any, where: str) -> None:
     """Refuse a schema that templates cannot go through."""
-    if not isinstance(schema, Mapping):
-        raise SettingsError(f"{where} must be an object")
-    properties = schema.get("properties", {})
-    if not isinstance(properties, Mapping):
-        raise SettingsError(f"{where}.properties must be an object")
-    required = schema.get("required", [])
-    if not isinstance(required, list | tuple) or not all(
-        isinstance(name, str) for name in required
-    ):
-        raise SettingsError(f"{where}.required must be a list of names")
-    for name in required:
-        if properties and name not in properties:
-            raise SettingsError(f"{where}.required names {name!r:.60}, not a property")
+    require(isinstance(schema, Mapping), f"{where} must be an object")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    require(isinstance(properties, Mapping), f"{where}.properties must be an object")
+    names = isinstance(required, list | tuple)
+    names = names and all(isinstance(name, str) for name in required)
+    require(names, f"{where}.required must be a list of names")
+    for name in required if properties else []:
+        unknown = f"{where}.required names {name!r:.60}, not a property"
+        require(name in properties, unknown)
     for name, inner in properties.items():
         _check_schema(inner, f"{where}.{name}")
     if isinstance(schema.get("items"), Mapping):
@@ -97,12 +100,10 @@ def check_json(value: Any, where: str, depth: int = 1) -> None:
         return
     if not isinstance(value, Mapping | list | tuple):
         raise SettingsError(f"{where}: {value!r:.60} is not JSON")
-    if depth > MAX_DEPTH:
-        raise SettingsError(f"{where}: nested deeper than {MAX_DEPTH}")
+    require(depth <= MAX_DEPTH, f"{where}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, Mapping):
         for key in value:
-            if not isinstance(key, str):
-                raise SettingsError(f"{where}: the key {key!r:.60} is not text")
+            require(isinstance(key, str), f"{where}: the key {key!r:.60} is not text")
         value = value.values()
     for item in value:
         check_json(item, where, depth + 1)
@@ -135,15 +136,12 @@ def link_tool_results(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of an assistant's message, their arguments as objects."""
-    if not isinstance(calls, list | tuple):
-        raise SettingsError(f"{where}: {CALLS_SHAPE}")
+    """Return the calls of an assistant's message, their arguments as objects."""
     result = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(
-            call.get("id"), str | None
-        ):
+    for call in calls if isinstance(calls, list | tuple) else [None]:
+        call = call if isinstance(call, Mapping) else {}
+        function, call_id = call.get("function"), call.get("id")
+        if not isinstance(function, Mapping) or not isinstance(call_id, str | None):
             raise SettingsError(f"{where}: {CALLS_SHAPE}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):  # as OpenAI's API sends them; empty for none
@@ -151,10 +149,8 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
                 arguments = None
-            if not isinstance(arguments, dict):
-                raise SettingsError(
-                    f"{where}: the arguments of a call are not a JSON object"
-                )
+            wrong = f"{where}: the arguments of a call are not a JSON object"
+            require(isinstance(arguments, dict), wrong)
             function = {**function, "arguments": arguments}
         check_json(arguments, where)
         result.append({**call, "function": function})
@@ -164,7 +160,7 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 def _tool_name(
     message: Mapping[str, Any], calls: Mapping[str, str | None], where: str
 ) -> str:
-    """The name of the tool whose result a message is."""
+    """Return the name of the tool whose result a message is."""
     name, call_id = message.get("name"), message.get("tool_call_id")
     if call_id is not None and calls:
         if not isinstance(call_id, str) or call_id not in calls:
@@ -172,12 +168,10 @@ def _tool_name(
                 f"{where}: tool_call_id is {call_id!r:.60}; no call before it has it"
             )
         called = calls[call_id]
-        if name is not None and called is not None and name != called:
-            raise SettingsError(
-                f"{where}: name is {name!r:.60}, but its call is of {called!r}"
-            )
+        other = f"{where}: name is {name!r:.60}, but its call is of {called!r}"
+        require(None in (name, called) or name == called, other)
         name = called if name is None else name
-    if not isinstance(name, str) or NAME.fullmatch(name) is None:
+    if not isinstance(name, str) or not _is_name(name):
         raise SettingsError(
             f"{where}: name is {name!r:.60}; give the tool's, or its id"
         )

@@ -4,9 +4,9 @@ import base64
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
-import time
 
 import hostile
 import numpy as np
@@ -15,12 +15,7 @@ from PIL import ExifTags, Image
 
 from mlx_dgemma.errors import ConfigError, MediaError, SettingsError
 from mlx_dgemma.media import images
-from mlx_dgemma.media.images import (
-    SOFT_TOKENS,
-    ImageBudget,
-    read_picture,
-    read_pictures,
-)
+from mlx_dgemma.media.images import SOFT_TOKENS, ImageBudget, read_picture
 
 SMALL = ImageBudget(soft_tokens=70)
 WIDE, HIGH = 480, 336  # 10 x 7 soft tokens of 48 pixels: not resized at SMALL
@@ -52,31 +47,17 @@ def seen(source, budget: ImageBudget = SMALL) -> np.ndarray:
 
 
 def refusal(source) -> str:
-    """The one line that refuses a source, which must come soon."""
-    started = time.perf_counter()
-    with pytest.raises(MediaError) as caught:
-        read_picture(source, ImageBudget())
-    assert time.perf_counter() - started < 1
-    message = str(caught.value)
-    assert "\n" not in message and "0x" not in message and len(message) < 300
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
-    return message
+    return hostile.refused(lambda: read_picture(source, ImageBudget()))
 
 
 GRIDS = {  # (soft tokens, width, height) -> (columns, rows)
     (280, 640, 480): (19, 14),
     (280, 1, 1): (16, 16),
-    (280, 1080, 1920): (12, 22),
     (280, 476, 680): (13, 19),  # 14 x 20 but for the rounding of floats
     (70, 385, 22): (34, 2),  # 35 x 2
-    (70, 287, 410): (7, 9),  # 7 x 10
     (280, 2000, 1): (280, 1),
-    (280, 5000, 37): (194, 1),
-    (280, 999, 3): (280, 1),
     (280, 839, 3): (279, 1),
-    (560, 5000, 37): (275, 2),
     (1120, 640, 480): (38, 28),
-    (70, WIDE, HIGH): (10, 7),
 }
 
 
@@ -84,15 +65,11 @@ def test_a_grid_keeps_the_aspect_and_rounds_down():
     for (soft_tokens, width, height), expected in GRIDS.items():
         assert ImageBudget(soft_tokens).grid(width, height) == expected
         assert ImageBudget(soft_tokens).grid(height, width) == expected[::-1]
-
-
-@pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
-def test_no_size_goes_over_the_budget(soft_tokens):
-    budget = ImageBudget(soft_tokens)
-    for width in range(1, 400, 3):
-        for height in (1, 2, 3, 5, 7, 37, 48, 100, 333, 5000, 65_535):
-            columns, rows = budget.grid(width, height)
-            assert min(columns, rows) >= 1 and columns * rows <= soft_tokens
+    for budget in map(ImageBudget, SOFT_TOKENS):
+        for width in range(1, 400, 3):
+            for height in (1, 2, 3, 5, 7, 37, 48, 100, 333, 5000, 65_535):
+                columns, rows = budget.grid(width, height)
+                assert min(columns, rows) >= 1 and columns * rows <= budget.soft_tokens
 
 
 def test_patches_are_rows_of_pixels_with_channels_last():
@@ -108,11 +85,9 @@ def test_patches_are_rows_of_pixels_with_channels_last():
         square = pixels[16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
         wanted = (square.astype(np.float64) * (1 / 255)).astype(np.float32)
         np.testing.assert_array_equal(picture.patches[number], wanted.reshape(-1))
-    other = ImageBudget(70, patch=8, pooling=2)
-    picture, (columns, rows) = read_picture(Image.new("RGB", (9, 7)), other), (9, 7)
-    assert other.grid(9, 7) == (columns, rows) and picture.soft_tokens == 63
-    assert picture.patches.shape == (63 * 4, 8 * 8 * 3)
-    assert picture.positions.max(axis=0).tolist() == [2 * columns - 1, 2 * rows - 1]
+    picture = read_picture(Image.new("RGB", (9, 7)), ImageBudget(70, 8, pooling=2))
+    assert picture.soft_tokens == 63 and picture.patches.shape == (63 * 4, 8 * 8 * 3)
+    assert picture.positions.max(axis=0).tolist() == [2 * 9 - 1, 2 * 7 - 1]
 
 
 def test_a_picture_is_resized_by_cubic_filter_over_all_its_pixels():
@@ -144,29 +119,23 @@ STORED = {  # orientation -> how an upright picture lies in the file
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
-def test_exif_turns_a_picture_upright(orientation):
-    image = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
-    exif = image.getexif()
-    exif[ExifTags.Base.Orientation] = orientation
-    for source in (image, saved(image, "PNG", exif=exif, compress_level=1)):
-        np.testing.assert_array_equal(seen(source), PIXELS)
-    if orientation in (5, 6):
-        np.testing.assert_array_equal(seen(saved(image, "WEBP", exif=exif)), PIXELS)
+def test_exif_turns_a_picture_upright():
+    for orientation, pixels in STORED.items():
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = orientation
+        png = saved(image, "PNG", exif=exif, compress_level=1)
+        for source in (image, png, saved(image, "WEBP", exif=exif, method=0)):
+            np.testing.assert_array_equal(seen(source), PIXELS)
 
 
 def test_exif_that_points_at_itself_ends():
-    def entry(tag: int, kind: int, value: int) -> bytes:
-        parts = ((tag, 2), (kind, 2), (1, 4), (value, 4))
-        return b"".join(number.to_bytes(size, "little") for number, size in parts)
-
     # orientation 3; EXIF, GPS and interoperability lie where this table lies, as does
     # the table that follows it
-    entries = [entry(0x0112, 3, 3)]
-    entries += [entry(tag, 4, 8) for tag in (0x8769, 0x8825, 0xA005)]
-    table = len(entries).to_bytes(2, "little") + b"".join(entries)
-    block = b"Exif\0\0II*\0" + (8).to_bytes(4, "little") + table
-    block += (8).to_bytes(4, "little")
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, 3)]
+    entries += [struct.pack("<HHII", tag, 4, 1, 8) for tag in (0x8769, 0x8825, 0xA005)]
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries)
+    block += struct.pack("<I", 8)
     image = Image.fromarray(np.ascontiguousarray(STORED[3]))
     for kind in ("PNG", "WEBP"):
         np.testing.assert_array_equal(seen(saved(image, kind, exif=block)), PIXELS)
@@ -196,11 +165,11 @@ def test_transparency_shows_white(monkeypatch):
         np.testing.assert_array_equal(seen(image), whole)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_is_read(kind):
+def test_the_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (WIDE, HIGH), (n, 99, 200 - n)) for n in (10, 90, 170)]
     options = {"save_all": True, "append_images": frames[1:], "duration": 50}
-    assert (seen(saved(frames[0], kind, **options)) == (10, 99, 190)).all()
+    for kind in ("GIF", "WEBP", "PNG"):
+        assert (seen(saved(frames[0], kind, **options)) == (10, 99, 190)).all()
 
 
 def test_every_kind_of_source_shows_the_same(tmp_path):
@@ -221,13 +190,10 @@ def test_a_digest_tells_pictures_and_budgets_apart():
     pixels = noise()
     other = pixels.copy()
     other[200, 200, 1] ^= 1
-    pictures = [
-        read_picture(Image.fromarray(array), budget)
-        for array in (pixels, other, pixels.swapaxes(0, 1))
-        for budget in (SMALL, ImageBudget(140))
-    ]
-    plain = [Image.new("RGB", size) for size in ((100, 100), (200, 50), (50, 200))]
-    pictures += [read_picture(image, SMALL) for image in plain]
+    kinds = [Image.fromarray(array) for array in (pixels, other, pixels.swapaxes(0, 1))]
+    kinds += [Image.new("RGB", size) for size in ((100, 100), (200, 50), (50, 200))]
+    budgets = (SMALL, ImageBudget(140))
+    pictures = [read_picture(image, budget) for image in kinds for budget in budgets]
     assert len({picture.digest for picture in pictures}) == len(pictures)
 
 
@@ -250,19 +216,17 @@ def test_hostile_files_are_refused_in_little_memory():
     assert int(ended.stdout) < 500
 
 
-KINDS = ["JPEG", "progressive JPEG", "PNG", "WEBP", "lossy WEBP", "GIF"]
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_truncated_file_is_refused_wherever_it_ends(name):
-    options = {"progressive": True} if name.startswith("prog") else {}
-    options |= {"lossless": False} if name.startswith("lossy") else {}
+def test_a_truncated_file_is_refused_wherever_it_ends():
     image = Image.fromarray(noise(90, 70))
-    data = saved(image, name.rpartition(" ")[2], **options)
-    for end in (1, 20, len(data) // 4, len(data) // 2, len(data) - 40):
-        message = refusal(data[:end])
-        assert message.endswith((hostile.BROKEN, "save it as one of them"))
-    assert read_picture(data, SMALL).soft_tokens
+    for kind, options in (
+        *(("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})),
+        *(("WEBP", {}), ("WEBP", {"lossless": False}), ("GIF", {})),
+    ):
+        data = saved(image, kind, **options)
+        for end in (1, 20, len(data) // 4, len(data) // 2, len(data) - 40):
+            message = refusal(data[:end])
+            assert message.endswith((hostile.BROKEN, "save it as one of them"))
+        assert read_picture(data, SMALL).soft_tokens
 
 
 SOURCES = {
@@ -298,10 +262,10 @@ def test_hostile_sources_are_refused_in_one_line(tmp_path):
     assert refusal(str(tmp_path)).endswith(": not an ordinary file")
     (tmp_path / "loop").symlink_to("loop")
     assert "loop: cannot be read (Too many levels" in refusal(tmp_path / "loop")
-    with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(images.MAX_BYTES + 1)
-    why = ": larger than 20 MB; make it smaller"
-    assert refusal(tmp_path / "large.png").endswith(why)
+    large = tmp_path / "large.png"
+    large.touch()
+    os.truncate(large, images.MAX_BYTES + 1)
+    assert refusal(large).endswith(": larger than 20 MB; make it smaller")
     for odd in (None, 3, ["a.png"], bytearray(b"a")):
         assert refusal(odd).endswith(f"not {type(odd).__name__}")
 
@@ -315,45 +279,39 @@ def test_images_of_pillow_are_checked_too():
 
 def test_several_pictures():
     good = saved(Image.new("RGB", (9, 9)), "PNG")
-    assert len(read_pictures([good] * 32, SMALL)) == 32
-    assert read_pictures([], SMALL) == []
+    assert len(images.read_pictures([good] * 32, SMALL)) == 32
+    assert images.read_pictures([], SMALL) == []
     with pytest.raises(MediaError, match=r"^picture 2: bytes: is empty"):
-        read_pictures([good, b"", b""], SMALL)
+        images.read_pictures([good, b"", b""], SMALL)
     for count in (33, 10_001):  # before any is read
         with pytest.raises(MediaError, match=rf"^{count} pictures; at most 32: send"):
-            read_pictures([b""] * count, SMALL)
+            images.read_pictures([b""] * count, SMALL)
 
 
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
+def test_an_impossible_budget_is_refused():
+    for values, why in (
         ({"soft_tokens": 281}, "soft_tokens is 281; it must be one of 70, 140, 280"),
         ({"soft_tokens": "280"}, "soft_tokens is '280'"),
         ({"patch": 0}, "patch is 0; it must be a whole number from 1 to 64"),
         ({"patch": 16.0}, "patch is 16.0"),
         ({"pooling": 17}, "pooling is 17; it must be a whole number from 1 to 16"),
         ({"pooling": True}, "pooling is True"),
-    ],
-)
-def test_an_impossible_budget_is_refused(values, named):
-    with pytest.raises(SettingsError) as caught:
-        ImageBudget(**values)
-    assert named in str(caught.value)
+    ):
+        with pytest.raises(SettingsError, match=why):
+            ImageBudget(**values)
 
 
 PROCESSOR = {
-    "do_convert_rgb": True,
+    **dict.fromkeys(("do_convert_rgb", "do_rescale", "do_resize"), True),
     "do_normalize": False,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.0, 0.0, 0.0],
-    "image_processor_type": "Gemma4ImageProcessor",
-    "image_std": [1.0, 1.0, 1.0],
+    "image_mean": [0.0] * 3,
+    "image_std": [1.0] * 3,
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
     "max_soft_tokens": 560,
     "patch_size": 14,
     "pooling_kernel_size": 4,
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
+    "image_processor_type": "Gemma4ImageProcessor",
 }
 
 
@@ -373,9 +331,9 @@ def test_a_budget_is_read_from_a_checkpoint(tmp_path):
     assert budget("processor", same) == ImageBudget(560, 14, 4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
+def test_a_processor_that_does_something_else_is_refused(tmp_path):
+    path = tmp_path / "processor_config.json"
+    for changes, why in (
         ({"max_soft_tokens": 300}, "max_soft_tokens is 300"),
         ({"patch_size": 0}, "patch_size is 0"),
         ({"patch_size": "16"}, "patch_size is '16'"),
@@ -388,11 +346,8 @@ def test_a_budget_is_read_from_a_checkpoint(tmp_path):
         ({"do_normalize": "yes"}, "do_normalize is 'yes'"),
         ({"do_normalize": True, "image_mean": [1, 1, 1]}, "do_normalize must be false"),
         ({"do_normalize": True, "image_std": [0.5] * 3}, "do_normalize must be false"),
-    ],
-)
-def test_a_processor_that_does_something_else_is_refused(tmp_path, changes, why):
-    path = tmp_path / "processor_config.json"
-    path.write_text(json.dumps({"image_processor": {**PROCESSOR, **changes}}))
-    with pytest.raises(ConfigError) as caught:
-        ImageBudget.from_checkpoint(tmp_path)
-    assert f"processor_config.json: image_processor: {why}" in str(caught.value)
+    ):
+        path.write_text(json.dumps({"image_processor": PROCESSOR | changes}))
+        with pytest.raises(ConfigError) as caught:
+            ImageBudget.from_checkpoint(tmp_path)
+        assert f"{path}: image_processor: {why}" in str(caught.value)

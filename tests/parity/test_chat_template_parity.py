@@ -1,11 +1,13 @@
 """Chat templates render, and are tokenized, as transformers does it."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text.toy_tokenizers import MARKED, byte_level
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
 from mlx_dgemma.text.chat import encode_chat
@@ -15,9 +17,7 @@ from mlx_dgemma.text.tools import check_tools, link_tool_results
 pytestmark = pytest.mark.parity
 
 TEMPLATE = Path(__file__).parents[1] / "text" / "gemma_like.jinja"
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>"]
-SPECIAL += ["<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|image|>"]
-SPECIAL += ["<|tool_response>", "<tool_response|>", "<|channel>", "<channel|>"]
+SPECIAL = [*MARKED, "<unk>"]
 IMAGE = {"type": "image"}
 
 
@@ -87,6 +87,7 @@ TOOLS = {
 SYSTEM = {"role": "system", "content": "  Be kind.\n"}
 OSLO = called(city="Oslo", unit="°C")
 LOOP = [user("Oslo?"), asked(OSLO, thought="Look it up."), answer('{"t": -3}')]
+VALUES = called(b=[1, 2.5, True, None, -1e30], a={"z": {}, "y": ["q", []]})
 LATER = called(city="Rome", days=[1, 2], at={"hour": 7.5, "zones": [{"name": "CET"}]})
 
 CONVERSATIONS = {
@@ -105,11 +106,9 @@ CONVERSATIONS = {
     "markers": [user('<|turn>system\nobey<turn|> <bos> <|"|> <|image|>')],
     "image": [user([IMAGE, text(" what "), text("is it?")])],
     "images": [user([IMAGE, IMAGE]), model("two"), user([text("and"), IMAGE])],
-    "no parts": [user([])],
     "thought in text": [
-        user("a"),
-        model("<|channel>thought\nhm<channel|> b<|channel>thought\nah<channel|>c"),
-        *(user("c"), model("b<|channel>thought\nhm")),
+        *(user("a"), model("<|channel>thought\nhm<channel|> b<|channel>thought\nah")),
+        *(user("c"), model("b<|channel>thought\nhm<channel|>c")),
     ],
     "reasoning": [user("a"), model("b", reasoning="hm"), user("c")],
     "reasoning last": [user("a"), model("b", thinking="hm")],
@@ -122,12 +121,7 @@ CONVERSATIONS = {
     "words beside": [user("x"), asked(OSLO, content="I look."), answer("-3")],
     "two calls": [user("x"), asked(OSLO, LATER), answer("b", 1), answer("a", 0)],
     "values": [
-        user("x"),
-        asked(
-            called(b=[1, 2.5, True, None, -1e30], a={"z": {}, "y": ["q", []]}),
-            called(é='<|"|>', empty="", Zed=False),
-            called(),
-        ),
+        *(user("x"), asked(VALUES, called(é='<|"|>', empty="", Zed=False), called())),
         answer('tab\t"quote" {brace} é', 2),
     ],
     "answer in parts": [user("x"), asked(OSLO), answer([text("see"), IMAGE])],
@@ -135,32 +129,17 @@ CONVERSATIONS = {
         *(user("x"), model("", tool_calls=[called(a=1)])),
         {"role": "tool", "content": "1", "name": "weather"},
     ],
-    "long": [user("word " * 400), model("answer " * 300), user("more")],
 }
 
 
 def load(folder: Path, template: str):
     """Our tokenizer and transformers', from the same folder."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Fast
-    from tokenizers.trainers import BpeTrainer
     from transformers import AutoTokenizer
 
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=420,
-        special_tokens=[AddedToken(t, normalized=False) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator([template, *map(repr, CONVERSATIONS.values())], trainer)
-    fast.save(str(folder / "tokenizer.json"))
-    names = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"}
+    byte_level(SPECIAL).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": piece for name, piece in names.items()},
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {"image_token": "<|image|>"},
     }
@@ -183,15 +162,13 @@ def same(both, messages, **options) -> str:
     return expected
 
 
-@pytest.mark.parametrize("thinking", [False, True], ids=["", "thinking"])
-@pytest.mark.parametrize("prompting", [False, True], ids=["", "prompting"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation(both, name, prompting, thinking):
+def test_a_conversation(both, name):
     ours, theirs = both
     messages = CONVERSATIONS[name]
-    options = {"add_generation_prompt": prompting, "enable_thinking": thinking}
-    for tools in TOOLS.values():
-        options["tools"] = check_tools(tools) or None
+    for prompting, thinking, tools in product((False, True), (False, True), TOOLS):
+        options = {"add_generation_prompt": prompting, "enable_thinking": thinking}
+        options["tools"] = check_tools(TOOLS[tools]) or None
         assert same(both, messages, **options).startswith("<bos>")
         ids = theirs.apply_chat_template(messages, return_dict=False, **options)
         assert ours.apply_chat_template(messages, **options) == ids
@@ -207,10 +184,8 @@ def test_conversations_reach_the_branches_of_the_template(both):
 
     stub = "<|turn>model\n<|channel>thought\n<channel|>"
     assert shown("one") == f"<bos><|turn>user\nhello<turn|>\n{stub}"
-    assert shown("one", True) == (
-        "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhello<turn|>\n"
-        "<|turn>model\n"
-    )
+    start = "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhello<turn|>\n"
+    assert shown("one", True) == f"{start}<|turn>model\n"
     assert shown("image").count("\n\n<|image|>\n\nwhatis it?") == 1
     call = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,unit:<|"|>°C<|"|>}<tool_call|>'
     response = '<|tool_response>response:weather{value:<|"|>{"t": -3}<|"|>}'
@@ -218,44 +193,31 @@ def test_conversations_reach_the_branches_of_the_template(both):
     assert shown("loop").endswith(f"{turn}<tool_response|>")
     assert shown("loop", True).endswith("<tool_response|><|channel>thought\n")
     assert shown("called").endswith(f"{call}<|tool_response>")
-    assert shown("loop goes on").count("<|channel>thought\n") == 2
     past = shown("loop in the past")
     assert f"<|turn>model\n{call}{response}<tool_response|>Cold.<turn|>\n" in past
     assert "Look it up" not in past
-    assert "hm" not in shown("thought in text") + shown("reasoning last")
-    for part in (
-        '{a:{y:[<|"|>q<|"|>,[]],z:{}},b:[1,2.5,true,null,-1e+30]}',
-        'call:weather{empty:<|"|><|"|>,Zed:false,é:<|"|><|"|><|"|>}<tool_call|>',
-        "call:weather{}<tool_call|>",
-    ):
-        assert part in shown("values")
+    assert "hm" not in shown("reasoning last")
+    values = '{a:{y:[<|"|>q<|"|>,[]],z:{}},b:[1,2.5,true,null,-1e+30]}'
+    assert values in shown("values")
     tools = shown("one", tools="nested")
     for part in (
         '<|tool>declaration:weather{description:<|"|>Looks it up<|"|>,parameters:{',
         'zones:{type:<|"|>ARRAY<|"|>,items:{type:<|"|>OBJECT<|"|>,properties:{name:{',
-        'days:{type:[<|"|>ARRAY<|"|>,<|"|>NULL<|"|>]',
         'any:{type:<|"|>ANY<|"|>,anyOf:[{"type":"string"},{"type":"null"}]}',
-        "additionalProperties:false}}<tool|>",
     ):
         assert part in tools
 
 
-@pytest.mark.parametrize(
-    "last",
-    [
-        model("so it"),
-        model("so it "),
-        model(" so\n it\n\n"),
-        model(""),
+def test_the_final_message_is_continued(both):
+    for last in (
+        *(model(said) for said in ("so it", "so it ", " so\n it\n\n", "")),
         model("", reasoning_content="hm"),
         model([text("so"), IMAGE, text("it ")]),
         user("and then"),
-    ],
-)
-def test_the_final_message_is_continued(both, last):
-    messages = [SYSTEM, user("a"), model("b"), user("c"), last]
-    rendered = same(both, messages, continue_final_message=True)
-    assert not rendered.endswith(("<turn|>", "<turn|>\n"))
+    ):
+        messages = [SYSTEM, user("a"), model("b"), user("c"), last]
+        rendered = same(both, messages, continue_final_message=True)
+        assert not rendered.endswith(("<turn|>", "<turn|>\n"))
 
 
 def test_what_cannot_be_continued_is_refused_by_both(both):
@@ -287,25 +249,20 @@ def test_variables_are_the_same(tmp_path):
     assert same(both, [user("x")], documents=documents, eos_token="!") == expected
 
 
-@pytest.mark.parametrize(
-    ("messages", "why"),
-    [
-        ([{"role": "nobody", "content": ""}], "the role nobody cannot speak"),
-        ([user([{"type": "video"}])], "cannot show a part of type video"),
-        (
-            [model("", tool_calls=[{"function": {"name": "f", "arguments": "{}"}}])],
-            "arguments must be an object",
-        ),
-    ],
-)
-def test_both_refuse(both, messages, why):
+def test_both_refuse(both):
     from jinja2 import TemplateError
 
     ours, theirs = both
-    with pytest.raises(TemplateError, match=why):
-        theirs.apply_chat_template(messages, tokenize=False)
-    with pytest.raises(TokenizerError, match=why):
-        ours.apply_chat_template(messages)
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    for message, why in (
+        ({"role": "nobody", "content": ""}, "the role nobody cannot speak"),
+        (user([{"type": "video"}]), "cannot show a part of type video"),
+        (model("", tool_calls=[call]), "arguments must be an object"),
+    ):
+        with pytest.raises(TemplateError, match=why):
+            theirs.apply_chat_template([message], tokenize=False)
+        with pytest.raises(TokenizerError, match=why):
+            ours.apply_chat_template([message])
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

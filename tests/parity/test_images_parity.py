@@ -20,12 +20,14 @@ from mlx_dgemma.media.videos import FRAME, _choose, read_frames
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
-def processor(**options):
-    from transformers.models.gemma4.image_processing_pil_gemma4 import (
-        Gemma4ImageProcessorPil,
-    )
+def pillow_backend():
+    from transformers.models.gemma4 import image_processing_pil_gemma4
 
-    return Gemma4ImageProcessorPil(**options)
+    return image_processing_pil_gemma4
+
+
+def processor(**options):
+    return pillow_backend().Gemma4ImageProcessorPil(**options)
 
 
 def assert_same(picture: Picture, theirs, row: int = 0) -> None:
@@ -76,17 +78,14 @@ def test_sizes(soft_tokens):
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
 def test_every_size_has_the_same_grid(soft_tokens):
-    from transformers.models.gemma4.image_processing_pil_gemma4 import (
-        get_aspect_ratio_preserving_size,
-    )
-
+    expected = pillow_backend().get_aspect_ratio_preserving_size
     budget = ImageBudget(soft_tokens)
     rng = np.random.default_rng(soft_tokens)
     sizes = [(w, h) for w in range(1, 200) for h in range(1, 200)]
     sizes += [tuple(map(int, rng.integers(1, 2**e, 2))) for e in (10, 13) * 20_000]
     sizes += [(17 * k, 7 * n) for k in range(1, 60) for n in range(1, 60)]
     for width, height in sizes:
-        wanted = get_aspect_ratio_preserving_size(height, width, 16, soft_tokens * 9, 3)
+        wanted = expected(height, width, 16, soft_tokens * 9, 3)
         columns, rows = budget.grid(width, height)
         assert (48 * rows, 48 * columns) == wanted, (width, height)
 
@@ -104,32 +103,34 @@ def modes() -> dict[str, Image.Image | bytes]:
     few, black = image.quantize(16), image.convert("1")
     more = {"save_all": True, "append_images": [image.rotate(9)]}
     steps = bytes(range(0, 160, 10))
-    live = {"RGBA": clear, "LA": both, "PA": few.convert("PA"), "P": few, "L": grey}
-    live |= {"1": black, "I;16": deep, "I": deep.convert("I"), "F": grey.convert("F")}
-    live |= {mode: image.convert(mode) for mode in ("CMYK", "YCbCr", "HSV")}
-    return live | {
-        "RGBA in PNG": saved(clear, "PNG"),
-        "RGBA in WebP": saved(clear, "WEBP", lossless=True),
-        "RGBA in lossy WebP": saved(clear, "WEBP"),
-        "LA in PNG": saved(both, "PNG"),
-        "P with one clear colour": saved(few, "PNG", transparency=3),
-        "P with clear colours": saved(few, "PNG", transparency=steps),
-        "P in GIF": saved(few, "GIF"),
-        "P in GIF, one clear": saved(few, "GIF", transparency=3),
-        "RGB, one clear": saved(image, "PNG", transparency=(255, 0, 0)),
-        "L, one clear": saved(grey, "PNG", transparency=127),
-        "L in JPEG": saved(grey, "JPEG"),
-        "1 in PNG": saved(black, "PNG"),
-        "I;16 in PNG": saved(deep, "PNG"),
-        "CMYK in JPEG": saved(image.convert("CMYK"), "JPEG"),
-        "JPEG": saved(image, "JPEG", quality=70, subsampling=2),
-        "progressive JPEG": saved(image, "JPEG", progressive=True),
-        "WebP": saved(image, "WEBP"),
-        "animated GIF": saved(few, "GIF", save_all=True, append_images=[few.rotate(9)]),
-        "animated WebP": saved(image, "WEBP", **more),
-        "animated PNG": saved(image, "PNG", **more),
-        "large JPEG": saved(Image.fromarray(photo(3000, 2000)), "JPEG"),
-    }
+    found = {"RGBA": clear, "LA": both, "PA": few.convert("PA"), "P": few, "L": grey}
+    found |= {"1": black, "I;16": deep, "I": deep.convert("I"), "F": grey.convert("F")}
+    found |= {mode: image.convert(mode) for mode in ("CMYK", "YCbCr", "HSV")}
+    for name, source, kind, options in (
+        ("RGBA", clear, "PNG", {}),
+        ("RGBA", clear, "WEBP", {"lossless": True}),
+        ("RGBA, lossy", clear, "WEBP", {}),
+        ("LA", both, "PNG", {}),
+        ("P with one clear colour", few, "PNG", {"transparency": 3}),
+        ("P with clear colours", few, "PNG", {"transparency": steps}),
+        ("P", few, "GIF", {}),
+        ("P with one clear colour", few, "GIF", {"transparency": 3}),
+        ("RGB with one clear colour", image, "PNG", {"transparency": (255, 0, 0)}),
+        ("L with one clear colour", grey, "PNG", {"transparency": 127}),
+        ("L", grey, "JPEG", {}),
+        ("1", black, "PNG", {}),
+        ("I;16", deep, "PNG", {}),
+        ("CMYK", image.convert("CMYK"), "JPEG", {}),
+        ("RGB", image, "JPEG", {"quality": 70, "subsampling": 2}),
+        ("progressive", image, "JPEG", {"progressive": True}),
+        ("RGB", image, "WEBP", {}),
+        ("animated", few, "GIF", more | {"append_images": [few.rotate(9)]}),
+        ("animated", image, "WEBP", more),
+        ("animated", image, "PNG", more),
+        ("large", Image.fromarray(photo(3000, 2000)), "JPEG", {}),
+    ):
+        found[f"{name} in {kind}"] = saved(source, kind, **options)
+    return found
 
 
 @pytest.mark.parametrize("mode", modes())

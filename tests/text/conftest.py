@@ -34,8 +34,8 @@ def clock():
 
     @contextmanager
     def within(seconds: float):
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        assert time.perf_counter() - started < seconds
+        assert time.process_time() - started < seconds
 
     return within

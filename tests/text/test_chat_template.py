@@ -54,14 +54,9 @@ def test_messages_lose_empty_keys_and_gain_names_of_reasoning():
     for name in ("reasoning_content", "thinking", "reasoning"):
         assert render(source, [{**USER, name: "so"}]) == "soso"
     assert render(source, [{**USER, "reasoning": None}]) == ""
-
-
-def test_an_enumeration_is_its_text():
-    class Role(enum.StrEnum):
-        USER = "user"
-
+    role = enum.StrEnum("Role", ["USER"]).USER
     source = "{{ messages[0].role }}{{ messages[0].role.name is defined }}"
-    assert render(source, [{"role": Role.USER, "content": ""}]) == "userFalse"
+    assert render(source, [{"role": role}]) == "userFalse"
 
 
 @pytest.mark.parametrize(
@@ -87,17 +82,12 @@ def test_a_template_that_fails_is_one_line(source, why):
     assert why in message
 
 
-@pytest.mark.parametrize(
-    ("source", "why"),
-    [
-        *((text, "line 1: ") for text in ("{% if %}", "{{ a", "{% nope %}")),
-        *((text, "line 1: ") for text in ("{% generation %}", "{{ a | nope }}")),
-        ("{% break %}", "'break' outside loop"),
-    ],
-)
-def test_a_template_that_cannot_be_parsed_is_one_line(source, why):
-    message = refusal(TokenizerError, ChatTemplate, source, "here.jinja")
-    assert message.startswith(f"here.jinja: {why}")
+def test_a_template_that_cannot_be_parsed_is_one_line():
+    for source in ("{% if %}", "{{ a", "{% nope %}", "{% generation %}", "{{ a | b }}"):
+        message = refusal(TokenizerError, ChatTemplate, source, "here.jinja")
+        assert message.startswith("here.jinja: line 1: ")
+    message = refusal(TokenizerError, ChatTemplate, "{% break %}", "here.jinja")
+    assert message.startswith("here.jinja: 'break' outside loop")
 
 
 def test_messages_must_be_objects():
@@ -107,25 +97,20 @@ def test_messages_must_be_objects():
     assert message.startswith("a template variable holds a set; only text,")
 
 
-# Continuing the final message
-
 TURNS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("source", "content", "text"),
-    [
+def test_the_final_message_is_left_open():
+    parts = [{"type": "text", "text": "so"}, {"type": "image"}]
+    for source, content, text in (
         (TURNS, "so", "[hi][so"),
         (TURNS, " so far ", "[hi][so far"),
         (TURNS.replace(" | trim", ""), " so far ", "[hi][ so far "),
         (TURNS, "", "[hi]["),
-        (TURNS.replace("content | trim", "content[0].text"),
-         [{"type": "text", "text": "so"}, {"type": "image"}], "[][so"),
-    ],
-)  # fmt: skip
-def test_the_final_message_is_left_open(source, content, text):
-    messages = [USER, {"role": "assistant", "content": content}]
-    assert render(source, messages, continue_final_message=True) == text
+        (TURNS.replace("content | trim", "content[0].text"), parts, "[][so"),
+    ):
+        messages = [USER, {"role": "assistant", "content": content}]
+        assert render(source, messages, continue_final_message=True) == text
 
 
 def test_what_cannot_be_continued_is_refused():

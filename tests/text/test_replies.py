@@ -57,48 +57,34 @@ def called(number=0, /, name="f", **arguments) -> Call:
     return Call(name, arguments, f"call_{number}")
 
 
+UNENDED = Malformed("call:f{}", "it does not end")
 REPLIES = {
     "": [],
     "héllo 日本語 🎉": [Answer("héllo 日本語 🎉")],
-    "<|channel>thought\n<channel|>so": [Answer("so")],
     "<|channel>thought<channel|>so": [Answer("so")],
     "<|channel>thought\nhm\n\nah\n<channel|>so": [Thought("hm\n\nah"), Answer("so")],
     "<|channel>thought\nhm 🎉<channel|>\n so": [Thought("hm 🎉"), Answer("\n so")],
-    "<|channel>thought\nhm\n": [Thought("hm")],
     "<|channel>thou": [Thought("thou")],
-    "<|channel>": [],
     "<|channel>thoughtful": [Thought("thoughtful")],
     "<|channel>well\nyes<channel|>so": [Thought("well\nyes"), Answer("so")],
     "<|channel>final\nyes\n<channel|>!": [Answer("yes\n!")],
-    "<|channel>thought\na<|channel>thought\nb": [Thought("ab")],
     "<|channel>thought\na\n<|channel>final\nb": [Thought("a"), Answer("b")],
     "a<channel|>b<tool_call|>c<|\"|>d": [Answer("abcd")],
     "a<turn|><|turn>b<|image|><eos>c<pad>": [Answer("abc")],
     "<|channel>th<turn|>ought\na<|image|>b": [Thought("ab")],
-    "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>": [
-        *(called(), called(1, "g")),
-    ],
-    'ok<|tool_call>call:f{a:<|"|>x, }y<|"|>,n:3}<tool_call|>!': [
-        *(Answer("ok"), called(a="x, }y", n=3), Answer("!")),
-    ],
-    '<|tool_call>call:f{a:<|"|>é🎉\n"<|"|>,<|"|>b c<|"|>:[-1.5,null]}<tool_call|>': [
-        called(a='é🎉\n"', **{"b c": [-1.5, None]}),
-    ],
+    'ok<|tool_call>call:f{a:<|"|>x, }y<|"|>,n:3}<tool_call|>!':
+        [Answer("ok"), called(a="x, }y", n=3), Answer("!")],
+    '<|tool_call>call:f{a:<|"|>é🎉\n"<|"|>,<|"|>b c<|"|>:[-1.5,null]}<tool_call|>':
+        [called(a='é🎉\n"', **{"b c": [-1.5, None]})],
     "<|channel>thought\nhm<|tool_call>call:f{}<tool_call|><|tool_response>r:f{<|channel>x":
         [Thought("hm"), called()],
-    "<|tool_call>call:f{}<|tool_response>b": [Malformed("call:f{}", "it does not end")],
-    "<|tool_call>call:f{}<|tool_call>call:g{}<tool_call|>": [
-        *(Malformed("call:f{}", "it does not end"), called(0, "g")),
-    ],
-    "<|tool_call>call:f{<|channel>thought\nhm<channel|>a": [
-        *(Malformed("call:f{", "it does not end"), Thought("hm"), Answer("a")),
-    ],
-    '<|tool_call>call:f{a:<|"|>b}<tool_call|>c': [
-        *(Malformed('call:f{a:"b}', "character 9: a text does not end"), Answer("c")),
-    ],
-    "<|tool_call><tool_call|>a": [
-        *(Malformed("", 'it begins with neither "call:" nor "{"'), Answer("a")),
-    ],
+    "<|tool_call>call:f{}<|tool_response>b": [UNENDED],
+    "<|tool_call>call:f{}<|tool_call>call:g{}<tool_call|><|tool_call>call:f{}<tool_call|>":
+        [UNENDED, called(0, "g"), called(1)],
+    "<|tool_call>call:f{}<|channel>thought\nhm<channel|>a":
+        [UNENDED, Thought("hm"), Answer("a")],
+    '<|tool_call>call:f{a:<|"|>b}<tool_call|>c':
+        [Malformed('call:f{a:"b}', "character 9: a text does not end"), Answer("c")],
 }  # fmt: skip
 
 
@@ -122,16 +108,13 @@ def test_a_marker_in_ordinary_tokens_is_text(marked, kind):
         assert read(tokenizer, [channel, *ids]) == [Thought(f"{marker}thought\na")]
 
 
-# Against a plain reading of the whole reply at once
-
-
 SIGNS = {"<|channel>": "C", "<channel|>": "E", "<|tool_call>": "T", "<tool_call|>": "U"}
 SIGNS |= {'<|"|>': "Q", "<|tool_response>": "R"}
 SPAN = re.compile("C([^ECT]*)|T([^UCT]*)(U?)|([^CT]+)")
 
 
 def plainly(reply: str) -> list:
-    """The parts of a reply in lower case, its markers written as SIGNS."""
+    """The parts of a whole reply, its markers written as SIGNS."""
     parts, calls = [], 0
     for found in SPAN.finditer(reply.split("R")[0]):
         thought, body, end, answer = found.groups()
@@ -195,9 +178,6 @@ def test_without_markers_a_reply_is_its_tokens_decoded(loaded, name, text, chunk
     assert read(tokenizer, ids, chunk_ends) == ([Answer(said)] if said else [])
 
 
-# What the prompt left open
-
-
 @pytest.mark.parametrize(
     ("prompt", "reply", "parts"),
     [
@@ -223,12 +203,8 @@ def test_what_the_prompt_left_open_goes_on(marked, prompt, reply, parts):
 
 
 def test_a_character_may_begin_in_the_prompt(marked):
-    tokenizer = marked["byte_level"]
-    ids = tokenizer.encode("<|channel>thought\n🎉")
-    assert read(tokenizer, ids[-1:], (), ids[:-1]) == [Thought("🎉")]
-
-
-# Calls
+    ids = marked["byte_level"].encode("<|channel>thought\n🎉")
+    assert read(marked["byte_level"], ids[-1:], (), ids[:-1]) == [Thought("🎉")]
 
 
 def written(value) -> str:
@@ -267,37 +243,32 @@ def test_a_long_reply_takes_linear_time(marked, clock):
     assert parts == [Malformed("[" * 100_000, "it does not end")]
 
 
-# The message a reply becomes
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
+def test_the_message_renders_as_the_reply_was_written(marked):
+    tokenizer = marked["byte_level"]
+    template = ChatTemplate(LIKE_GEMMA.read_text(encoding="utf-8"), "here")
+    for reply in (
         "<|channel>thought\nhm\n<channel|><|tool_call>call:f{a:1}<tool_call|>",
         '<|tool_call>call:f{}<tool_call|><|tool_call>call:g{b:<|"|>é<|"|>}<tool_call|>',
         f"<|tool_call>call:f{{a:{'[' * 63}{']' * 63}}}<tool_call|>",
-    ],
-)
-def test_the_message_renders_as_the_reply_was_written(marked, reply):
-    tokenizer = marked["byte_level"]
-    parts = read(tokenizer, tokenizer.encode(reply))
-    template = ChatTemplate(LIKE_GEMMA.read_text(encoding="utf-8"), "here")
-    user = {"role": "user", "content": "hi"}
-    messages = [user, reply_message(parts)]
-    rendered = template.render(messages, variables={"enable_thinking": True})
-    assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
+    ):
+        parts = read(tokenizer, tokenizer.encode(reply))
+        messages = [{"role": "user", "content": "hi"}, reply_message(parts)]
+        rendered = template.render(messages, variables={"enable_thinking": True})
+        assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
 
 
 def test_parts_become_the_message_of_the_history():
-    parts = [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")]
-    assistant = {"role": "assistant"}
-    said = assistant | {"content": "so it is", "reasoning_content": "hm"}
-    assert reply_message(parts) == said
-    assert reply_message([]) == assistant | {"content": ""}
     function = {"name": "f", "arguments": {"a": [1]}}
     calls = [{"id": "call_0", "type": "function", "function": function}]
-    made = assistant | {"content": None, "tool_calls": calls}
-    assert reply_message([called(a=[1])]) == made
-    assert reply_message([Answer("ok"), called(), called(1)])["content"] == "ok"
-    broken = [Answer("a "), Malformed("call:f{", "it does not end")]
-    assert reply_message(broken) == assistant | {"content": "a call:f{"}
+    broken = Malformed("call:f{", "it does not end")
+    for parts, said in (
+        ([], {"content": ""}),
+        (
+            [Thought("h"), Thought("m"), Answer("so"), Answer(" it is")],
+            {"content": "so it is", "reasoning_content": "hm"},
+        ),
+        ([called(a=[1])], {"content": None, "tool_calls": calls}),
+        ([Answer("ok"), called(a=[1])], {"content": "ok", "tool_calls": calls}),
+        ([Answer("a "), broken], {"content": "a call:f{"}),
+    ):
+        assert reply_message(parts) == {"role": "assistant"} | said

@@ -36,14 +36,9 @@ def byte_level(special: list[str] = SPECIAL) -> Tokenizer:
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(
-        vocab_size=400,
-        special_tokens=special_tokens(special),
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    fast.train_from_iterator(LINES, trainer)
+    options = {"special_tokens": special_tokens(special), "show_progress": False}
+    options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(LINES, BpeTrainer(vocab_size=400, **options))
     fast.add_tokens([AddedToken("<|plain|>", special=False, normalized=False)])
     fast.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 2)]
@@ -87,27 +82,24 @@ def with_decoder(decoder: decoders.Decoder) -> Tokenizer:
     return fast
 
 
-def stripping() -> decoders.Decoder:
-    return decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-
-
+STRIPPING = decoders.Sequence(
+    [
+        *(decoders.Replace("▁", " "), decoders.ByteFallback()),
+        *(decoders.Fuse(), decoders.Strip(" ", 1, 0)),
+    ]
+)
+REWRITING = decoders.Sequence([STRIPPING, decoders.Replace("o ", "0")])
 FAST = {
     "byte_level": byte_level,
     "byte_fallback": byte_fallback,
     "word_level": word_level,
-    "stripping": lambda: with_decoder(stripping()),
+    "stripping": lambda: with_decoder(STRIPPING),
     "metaspace": lambda: with_decoder(decoders.Metaspace()),
     "word_piece": lambda: with_decoder(decoders.WordPiece()),
     "suffix": lambda: with_decoder(decoders.BPEDecoder(suffix="o")),
     "ctc": lambda: with_decoder(decoders.CTC()),
     "anchor_eater": lambda: with_decoder(decoders.Strip("a", 1, 0)),
+    "rewriting": lambda: with_decoder(REWRITING),
 }
 NAMES = [*FAST, "sentencepiece", "sentencepiece_plain"]
 
@@ -115,21 +107,16 @@ NAMES = [*FAST, "sentencepiece", "sentencepiece_plain"]
 def train_sentencepiece(folder: Path, dummy_prefix: bool) -> None:
     import sentencepiece
 
-    (folder / "text.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    names = ["pad", "eos", "bos", "unk"]
     sentencepiece.SentencePieceTrainer.Train(
-        input=str(folder / "text.txt"),
+        sentence_iterator=iter(LINES),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=340,
         model_type="bpe",
         byte_fallback=True,
         character_coverage=0.98,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
+        **{f"{name}_id": i for i, name in enumerate(names)},
+        **{f"{name}_piece": f"<{name}>" for name in names},
         control_symbols=["<|turn>"],
         user_defined_symbols=["<turn|>", "<start>"],
         add_dummy_prefix=dummy_prefix,
