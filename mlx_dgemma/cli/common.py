@@ -2,13 +2,11 @@
 
 import json
 import os
-import signal
 import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -171,27 +169,25 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if not debug:
             _print_warnings_once()
         try:
-            _select_backend()
+            context = click.get_current_context(silent=True)
+            if context is not None and (name := context.meta.get(BACKEND)) is not None:
+                from .. import backends  # loads MLX
+
+                backends.choose(name, "--backend")
             yield
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            _drop_output()
+            # flushing what they buffer would fail at exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
             sys.exit(PIPE_CLOSED)
         except FAILURES as error:
             if debug:
                 raise
             fail(explain(error))
-
-
-def _select_backend() -> None:
-    context = click.get_current_context(silent=True)
-    if context is None or (name := context.meta.get(BACKEND)) is None:
-        return
-    from .. import backends  # loads MLX
-
-    backends.choose(name, "--backend")
 
 
 def _print_warnings_once() -> None:
@@ -234,36 +230,17 @@ def print_error(message: str) -> None:
     click.echo("error: " + one_line(message), err=True)
 
 
-@contextmanager
-def catch_interrupt() -> Iterator[Event]:
-    """Yield an event that the first Ctrl-C sets; the second raises as usual."""
-    interrupted = Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _drop_output() -> None:
-    """Point stdout and stderr nowhere: flushing what they buffer would fail at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-
-
 # --------------------------------------------------------------------- terminal
 
 
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a person sees this stream; a closed one is None."""
     return stream is not None and stream.isatty()
+
+
+def is_dumb() -> bool:
+    """Return whether this terminal knows no codes."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def printable(text: str) -> str:

@@ -5,15 +5,17 @@ model's text never reach a terminal.
 """
 
 import os
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
 import click
 
-from ..diffusion.events import Commit, Event, Step
-from .common import is_terminal, printable
+from ..diffusion.events import Event, Step
+from .common import is_dumb, is_terminal, printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -26,24 +28,21 @@ UP, ERASE_LINE, ERASE_BELOW = "\x1b[{}A", "\x1b[K", "\x1b[J"
 WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
-def is_dumb() -> bool:
-    """Return whether this terminal knows no codes."""
-    return os.environ.get("TERM", "dumb") == "dumb"
-
-
 class AnswerView:
     """One answer: committed text on stdout and, if live, the canvas below it.
 
     show    draw the canvas, where stderr is a terminal that can
 
-    The canvas is drawn over the last one without blanking it first, so nothing
-    flickers, and no mode of the terminal outlives a frame.
+    The first Ctrl-C sets `interrupted`, a second raises KeyboardInterrupt. The canvas
+    is drawn over the last one without blanking it first, so nothing flickers, and no
+    mode of the terminal outlives a frame.
     """
 
     def __init__(self, tokenizer: "Tokenizer", show: bool):
         self.tokenizer = tokenizer
         self.live = show and is_terminal(sys.stderr) and not is_dumb()
         self.to_terminal = is_terminal(sys.stdout)
+        self.interrupted = False
         self._line_open = False  # whether stdout ends within a line
         self._lines = ""  # lines that the next frame moves above the canvas
         self._line = ""  # the last line of the text, not ended yet
@@ -56,16 +55,23 @@ class AnswerView:
             from rich.console import Console
 
             self._console = Console(stderr=True, highlight=False)
-        self._show_warning = show_warning = warnings.showwarning
 
-        def above_canvas(*warning) -> None:
+        def interrupt(*signal: object) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        def warn_above_canvas(*warning) -> None:
             self._erase()
-            show_warning(*warning)
+            self._show_warning(*warning)
 
-        warnings.showwarning = above_canvas
+        self._on_interrupt = signal.signal(signal.SIGINT, interrupt)
+        self._show_warning = warnings.showwarning
+        warnings.showwarning = warn_above_canvas
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._on_interrupt)
         warnings.showwarning = self._show_warning
         self._erase()
         if self.live and self.to_terminal:
@@ -80,15 +86,22 @@ class AnswerView:
         if self.live:
             self._draw([Text(text[: self._size()[0] - 1], style="dim")])
 
-    def show(self, event: Event) -> None:
-        """Draw a step, or write the text of a commit."""
-        if isinstance(event, Commit):
-            self.write(event.text)
-        elif isinstance(event, Step) and self.live:
-            now = time.monotonic()
-            if now - self._frame_time >= SECONDS_PER_FRAME:
-                self._frame_time = now
-                self._draw_canvas(event)
+    def follow(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield events until Ctrl-C and draw the steps among them."""
+        for event in events:
+            if isinstance(event, Step):
+                self.show(event)
+            yield event
+            # after the last step of a canvas its commit comes at no cost
+            if self.interrupted and not (isinstance(event, Step) and event.last):
+                break
+
+    def show(self, step: Step) -> None:
+        """Draw a step, unless the last one was drawn just now."""
+        now = time.monotonic()
+        if self.live and now - self._frame_time >= SECONDS_PER_FRAME:
+            self._frame_time = now
+            self._draw_canvas(step)
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Write text that is final; no line of it is dim in part."""
