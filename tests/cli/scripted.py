@@ -110,7 +110,15 @@ class ScriptedConversation:
                 final = index + 1 == len(self.script)
                 if self.held and not final:
                     canvas = [replace(canvas[0], text=canvas[0].text[: -self.held])]
-                yield commit("NOT TO BE SHOWN", self.reason if final else None, canvas)
+                yield Commit(
+                    request=0,
+                    canvas_index=index,
+                    tokens=(1,),
+                    steps=STEPS,
+                    finish_reason=self.reason if final else None,
+                    text="NOT TO BE SHOWN",
+                    parts=tuple(canvas),
+                )
         finally:
             self.messages = [*self.messages, reply_message(parts)] if parts else before
 
@@ -141,18 +149,6 @@ def step(draft, accepted=(), *, number=3, steps=STEPS, entropy=0.25, stopped=Fal
         entropy=mx.zeros(len(ids)),
         mean_entropy=entropy,
         stopped=stopped,
-    )
-
-
-def commit(text, reason=None, parts=()):
-    return Commit(
-        request=0,
-        canvas_index=0,
-        tokens=(1,),
-        steps=STEPS,
-        finish_reason=reason,
-        text=text,
-        parts=tuple(parts),
     )
 
 

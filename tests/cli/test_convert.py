@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from adapters.adapter_files import factors, write_adapter, write_peft
+from adapters.adapter_files import write_adapter
 from click.testing import CliRunner
 from terminal import CODES, python, run_in_terminal
 
@@ -148,19 +148,6 @@ def test_folder_holds_what_the_last_line_says(tiny, adapter, tmp_path):
         assert "\x1b" not in result.stderr and "\r" not in result.stderr
     source = (tiny / "model.safetensors").stat().st_size
     assert f"(from {source / MB:.1f} MB)" in results[small].stdout
-
-
-def test_peft_adapter_may_be_given(tiny, tmp_path):
-    layers = factors(read_config(tiny), ("layers.0.mlp.up_proj",))
-    one = write_peft(tmp_path / "a", {"decoder": layers, "encoder": layers})
-    assert fuse(tiny, one, tmp_path / "out").exit_code == 0
-    two = write_peft(tmp_path / "b", {"decoder": layers})
-    result = fuse(tiny, two, tmp_path / "other")
-    assert (result.exit_code, result.stdout) == (1, "")
-    (line,) = result.stderr.splitlines()
-    assert "encoder and decoder have different adapters" in line
-    assert "--adapter-path" in line
-    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("fused", [False, True])

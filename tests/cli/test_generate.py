@@ -93,21 +93,14 @@ def test_dash_reads_the_prompt_from_stdin(endless):
     assert stats(piped.stderr)["prompt"] == stats(asked.stderr)["prompt"]
 
 
+SETTINGS = {
+    "max_tokens": 7, "min_tokens": 1, "canvas_length": 9, "steps": 3, "seed": 0,
+    "entropy_bound": 0.25, "t_max": 0.9, "t_min": 0.0, "stability": 0,
+    "confidence": 0.0, "sampler": "confidence", "min_probability": 0.5,
+    "system": "kind", "prefill_step_size": 5,
+}  # fmt: skip
 FLAGS = {
-    "--max-tokens 7": {"max_tokens": 7},
-    "--canvas-length 9": {"canvas_length": 9},
-    "--steps 3": {"steps": 3},
-    "--entropy-bound 0.25": {"entropy_bound": 0.25},
-    "--t-max 0.9": {"t_max": 0.9},
-    "--t-min 0": {"t_min": 0.0},
-    "--stability 0": {"stability": 0},
-    "--confidence 0": {"confidence": 0.0},
-    "--min-tokens 1": {"min_tokens": 1},
-    "--sampler confidence": {"sampler": "confidence"},
-    "--min-probability 0.5": {"min_probability": 0.5},
-    "--seed 0": {"seed": 0},
-    "--system kind": {"system": "kind"},
-    "--prefill-step-size 5": {"prefill_step_size": 5},
+    **{f"--{k.replace('_', '-')} {v}": {k: v} for k, v in SETTINGS.items()},
     "--stop a --stop b": {"stop": ("a", "b")},
     "--thinking": {"thinking": True},
     "--image a --image b": {"images": ("a", "b")},
