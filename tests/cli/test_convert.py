@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from adapters.adapter_files import write_adapter
+from adapters.adapter_files import factors, write_adapter, write_peft
 from click.testing import CliRunner
 from terminal import CODES, python, run_in_terminal
 
@@ -148,6 +148,16 @@ def test_folder_holds_what_the_last_line_says(tiny, adapter, tmp_path):
         assert "\x1b" not in result.stderr and "\r" not in result.stderr
     source = (tiny / "model.safetensors").stat().st_size
     assert f"(from {source / MB:.1f} MB)" in results[small].stdout
+
+
+def test_peft_adapter_must_be_the_same_in_both_modes(tiny, tmp_path):
+    layers = factors(read_config(tiny), ("layers.0.mlp.up_proj",))
+    same = write_peft(tmp_path / "same", {"decoder": layers, "encoder": layers})
+    assert fuse(tiny, same, tmp_path / "out").exit_code == 0
+    result = fuse(tiny, write_peft(tmp_path / "b", {"decoder": layers}), "never")
+    assert result.exit_code == 1
+    assert "encoder and decoder have different adapters" in result.stderr
+    assert "--adapter-path" in result.stderr
 
 
 @pytest.mark.parametrize("fused", [False, True])
