@@ -1,4 +1,4 @@
-"""What all commands share: options, one-line errors, exit codes, Ctrl-C."""
+"""What the commands share: options, one-line errors, exit codes, safe text."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -42,7 +42,8 @@ class Command(click.Command):
         except click.UsageError as error:
             if error.ctx is not None:
                 click.echo(f"{error.ctx.get_usage()} (--help explains)", err=True)
-            fail(error.format_message(), USAGE)
+            print_error(error.format_message())
+            sys.exit(USAGE)
         sys.exit(code or 0)
 
 
@@ -95,7 +96,10 @@ common_options = options(backend_option, debug_option, version_option)
 
 POSITIVE, NOT_NEGATIVE = click.FloatRange(0, min_open=True), click.FloatRange(0)
 SAMPLERS = click.Choice(["entropy-bound", "confidence"])
-SETTINGS = [
+TYPED_OPTIONS = [
+    ("--system", str, "Text of a system turn in front."),
+    ("--adapter-path", str, "Folder of an adapter to put beside the weights."),
+    ("--seed", click.IntRange(0), "Of each answer; chosen and reported if not given."),
     ("--min-tokens", click.IntRange(0), "Tokens before the end; 1: no empty answers."),
     ("--canvas-length", click.IntRange(1, 65536), "Tokens per canvas."),
     ("--steps", click.IntRange(1), "Most steps per canvas."),
@@ -115,7 +119,6 @@ def generation_options(max_tokens: int | None = None) -> Any:
     max_tokens  a default of the command's own
     """
     return options(
-        click.option("--system", help="Text of a system turn in front."),
         click.option(
             "--thinking/--no-thinking",
             default=False,
@@ -129,11 +132,6 @@ def generation_options(max_tokens: int | None = None) -> Any:
             help="Variables of the chat template, as '{\"name\": true}'.",
         ),
         click.option(
-            "--seed",
-            type=click.IntRange(0),
-            help="Seed of each answer; chosen and reported if not given.",
-        ),
-        click.option(
             "--max-tokens",
             "-m",
             type=click.IntRange(1),
@@ -141,16 +139,16 @@ def generation_options(max_tokens: int | None = None) -> Any:
             show_default=max_tokens is not None,
             help="Most tokens.",
         ),
-        *(click.option(name, type=kind, help=text) for name, kind, text in SETTINGS),
+        *(
+            click.option(name, type=kind, help=text)
+            for name, kind, text in TYPED_OPTIONS
+        ),
         click.option(
             "--prefill-step-size",
             type=click.IntRange(1),
             default=2048,
             show_default=True,
             help="Prompt tokens encoded at a time.",
-        ),
-        click.option(
-            "--adapter-path", help="Folder of an adapter to put beside the weights."
         ),
         revision_option,
     )
@@ -187,7 +185,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         except FAILURES as error:
             if debug:
                 raise
-            fail(explain(error))
+            print_error(explain(error))
+            sys.exit(FAILED)
 
 
 def _print_warnings_once() -> None:
@@ -218,12 +217,6 @@ def explain(error: BaseException) -> str:
         case OSError(strerror=str(reason)):
             return reason
     return f"{type(error).__name__}: {error}; --debug shows where"
-
-
-def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Print an error line and exit."""
-    print_error(message)
-    sys.exit(code)
 
 
 def print_error(message: str) -> None:

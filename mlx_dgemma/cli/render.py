@@ -1,7 +1,6 @@
-"""Show an answer in a terminal: its canvas while it is denoised, then its text.
+"""Show an answer: its canvas while it is denoised, on stderr, its text on stdout.
 
-The canvas is drawn on stderr, the text goes to stdout. Control characters of the
-model's text never reach a terminal.
+Control characters of the model's text never reach a terminal.
 """
 
 import os
@@ -10,17 +9,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import click
+from rich.console import Console
+from rich.text import Text
 
 from ..diffusion.events import Event, Step
+from ..text.tokenizer import Tokenizer
 from .common import is_dumb, is_terminal, printable
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from ..text.tokenizer import Tokenizer
 
 SECONDS_PER_FRAME = 1 / 20
 SPECIAL = "·"
@@ -38,11 +35,12 @@ class AnswerView:
     mode of the terminal outlives a frame.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", show: bool):
+    def __init__(self, tokenizer: Tokenizer, show: bool):
         self.tokenizer = tokenizer
         self.live = show and is_terminal(sys.stderr) and not is_dumb()
         self.to_terminal = is_terminal(sys.stdout)
         self.interrupted = False
+        self._console = Console(stderr=True, highlight=False)
         self._line_open = False  # whether stdout ends within a line
         self._lines = ""  # lines that the next frame moves above the canvas
         self._line = ""  # the last line of the text, not ended yet
@@ -51,11 +49,6 @@ class AnswerView:
         self._widths: list[int] = []  # of the lines drawn
 
     def __enter__(self) -> Self:
-        if self.live:
-            from rich.console import Console
-
-            self._console = Console(stderr=True, highlight=False)
-
         def interrupt(*signal: object) -> None:
             if self.interrupted:
                 raise KeyboardInterrupt
@@ -81,8 +74,6 @@ class AnswerView:
 
     def status(self, text: str) -> None:
         """Show what happens before there is a canvas."""
-        from rich.text import Text
-
         if self.live:
             self._draw([Text(text[: self._size()[0] - 1], style="dim")])
 
@@ -131,8 +122,6 @@ class AnswerView:
             self._line_open = not text.endswith("\n")
 
     def _draw_canvas(self, step: Step) -> None:
-        from rich.text import Text
-
         if self._lines and self.to_terminal:
             self._erase()
             self._print(self._lines)
@@ -146,10 +135,8 @@ class AnswerView:
             lines = [Text("…", style="dim"), *lines[len(lines) - height + 1 :]]
         self._draw([*lines, Text(numbers(step, width), style="cyan")])
 
-    def _draw(self, lines: "list[Text]") -> None:
+    def _draw(self, lines: list[Text]) -> None:
         """Put lines, each narrower than the terminal, in place of the last ones."""
-        from rich.text import Text
-
         with self._console.capture() as captured:
             self._console.print(Text("\n").join(lines), soft_wrap=True, end="")
         drawn = captured.get().replace("\n", f"{ERASE_LINE}\n")
@@ -167,7 +154,7 @@ class AnswerView:
 
     def _to_top(self) -> str:
         rows = self._rows()
-        return "\r" + (UP.format(rows - 1) if rows > 1 else "")
+        return "\r" + UP.format(rows - 1) * (rows > 1)
 
     def _rows(self) -> int:
         """Return how many rows the drawn lines take, as far as they can be reached."""
@@ -185,14 +172,12 @@ class AnswerView:
         sys.stderr.flush()
 
 
-def canvas_text(tokenizer: "Tokenizer", step: Step, before: str = "") -> "Text":
+def canvas_text(tokenizer: Tokenizer, step: Step, before: str = "") -> Text:
     """Return the draft: accepted tokens bold, others dim.
 
     Special tokens are dots, those at the end left out; `before` is committed text
     that the canvas continues.
     """
-    from rich.text import Text
-
     tokens: list[int] = step.draft.tolist()  # type: ignore[assignment]
     accepted: list[bool] = step.accepted.tolist()  # type: ignore[assignment]
     text = Text().append(printable(before), style="bold")
