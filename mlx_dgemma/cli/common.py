@@ -96,7 +96,7 @@ common_options = options(backend_option, debug_option, version_option)
 
 POSITIVE, NOT_NEGATIVE = click.FloatRange(0, min_open=True), click.FloatRange(0)
 SAMPLERS = click.Choice(["entropy-bound", "confidence"])
-TYPED_OPTIONS = [
+VALUES = [
     ("--system", str, "Text of a system turn in front."),
     ("--adapter-path", str, "Folder of an adapter to put beside the weights."),
     ("--seed", click.IntRange(0), "Of each answer; chosen and reported if not given."),
@@ -139,10 +139,7 @@ def generation_options(max_tokens: int | None = None) -> Any:
             show_default=max_tokens is not None,
             help="Most tokens.",
         ),
-        *(
-            click.option(name, type=kind, help=text)
-            for name, kind, text in TYPED_OPTIONS
-        ),
+        *(click.option(name, type=kind, help=text) for name, kind, text in VALUES),
         click.option(
             "--prefill-step-size",
             type=click.IntRange(1),
