@@ -20,7 +20,6 @@ HOSTILE = (
     "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x1b[2J\x1b[H\x1b[?25l\x1b[?1049h\x1b[?1000h"
     "\x9b31m\x1b(0\x0e\r\x08\x7f\x00\u202e\u2028end"
 )
-WIDE = "漢字 and 🙂🚀 한국 é " * 12
 STEPS = 3  # of each canvas
 
 # the answer to every question: canvases of parts
@@ -37,7 +36,6 @@ SCRIPTS = {
         [Call(HOSTILE, {HOSTILE: HOSTILE}, "call_0"), Malformed(HOSTILE, HOSTILE)],
         [Answer(HOSTILE)],
     ],
-    "wide": [[Thought(WIDE)], [Answer(WIDE + "\n" + WIDE)]],
     "long": [[Answer(f"canvas {n}\n")] for n in range(10_000)],
     "silent": [[]],
     "held": [[Thought("Hm.")], [Answer("a ")], *[[Answer("b")]] * 10_000],

@@ -12,7 +12,6 @@ from shlex import join
 
 import pytest
 import scripted
-from scripted import WIDE
 from terminal import CODES, PATIENCE, Terminal, environment, python
 
 pytestmark = pytest.mark.slow
@@ -257,20 +256,3 @@ def test_nothing_a_model_says_reaches_the_terminal(pane):
     pane.until(live)
     shown = pane.until(prompted)
     assert "␛]0;owned␇␛]52;c;aGk=␇␛[2J␛[H␛[?25l␛[?1049h" in shown.replace("\n", "")
-
-
-def test_wide_characters_do_not_break_a_frame(pane):
-    pane.type(join(scripted_chat("wide", pause=0.1)))
-    pane.until(prompted)
-    pane.type("漢字 🙂?")
-    shown = pane.until(live)
-    assert len(NUMBERS.findall(shown)) == 1
-    assert len(shown.partition("🙂?\n")[2].split("\n")) > 2
-    for width in (40, 80):
-        pane.resize(width)
-        pane.until(prompted)
-    shown = pane.shown("-S", "-")  # what was scrolled away too
-    # made narrower, tmux itself scrolls away lines of the canvas that was there then
-    assert not NUMBERS.search(shown)
-    said = shown.partition("🙂?\n")[2].removesuffix("\n>")
-    assert "".join(said.split()).endswith("".join((WIDE * 3).split()))

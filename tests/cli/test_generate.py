@@ -215,9 +215,7 @@ def test_text_prompt_needs_no_pillow(tiny):
 
 
 @pytest.mark.slow
-def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(
-    endless, endless_model, tmp_path
-):
+def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(endless, endless_model):
     asked = ["--model", endless, "--prompt", "12", "--seed", "5", *QUICK_FLAGS]
     text = generate(*endless_model, "12", seed=5, **QUICK)
     ended = run_in_terminal([*COMMAND, *asked, "--show"])
@@ -228,10 +226,6 @@ def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(
     assert re.search(r"step \d+/4 · entropy \d\.\d{3} nats · \d+/16 acc", ended.sent)
     assert "\x1b[1m" in ended.sent and "\x1b[2m" in ended.sent
     assert ended.screen(80).widest <= 80
-    ended = run_in_terminal([*COMMAND, *asked, "--show"], stdout=tmp_path / "out")
-    assert (ended.code, ended.stdout.decode()) == (0, text + "\n")
-    assert "step " in ended.sent, "the canvas is drawn"
-    assert len(ended.screen(10_000).lines()) == 1, "only the numbers stay"
 
 
 # stop strings that never come, though any character may begin one: the last one waits
