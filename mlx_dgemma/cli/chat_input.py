@@ -70,7 +70,7 @@ def parse(typed: str) -> tuple[str, str]:
         )
     argument = rest[0].strip() if rest else ""
     if argument and name in NO_ARGUMENT:
-        raise SettingsError(f"/{name} takes nothing behind it")
+        raise SettingsError(f"/{name} takes no argument")
     return name, argument
 
 
@@ -107,7 +107,7 @@ def prompt_for(pictures: int) -> str:
 
 
 class PipeInput:
-    """Lines of a file, or of a terminal that knows no codes: it needs a prompt."""
+    """Lines of a file, or of a terminal without codes, where a prompt is shown."""
 
     def __init__(self, file: BinaryIO, *, show_prompt: bool = False):
         self.file = file
@@ -179,7 +179,7 @@ class TerminalInput:
 
 
 def line_keys() -> KeyBindings:
-    """Return what Enter and Alt-Enter do, but while the history is searched."""
+    """Return the bindings of Enter and Alt-Enter; searching the history has its own."""
     keys = KeyBindings()
     typing = has_focus(DEFAULT_BUFFER)
 

@@ -205,7 +205,7 @@ class ReplyPrinter:
 
 
 def save_transcript(path: str, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Write messages as Markdown or JSON lines, whole or not at all.
+    """Write messages as Markdown or JSON lines, atomically.
 
     Raises SettingsError for another suffix, OSError when it cannot be written.
     """
@@ -247,7 +247,7 @@ def call_text(name: str, arguments: Any) -> str:
 
 
 def read_number(name: str, argument: str, minimum: int) -> int:
-    """Return the whole number behind a command. Raises SettingsError."""
+    """Return the argument as an integer. Raises SettingsError."""
     # not isdigit: "²" is one, and int() refuses it
     digits = argument.isascii() and argument.isdecimal() and len(argument) <= 18
     if not digits or int(argument) < minimum:

@@ -102,7 +102,7 @@ VALUES = [
     ("--seed", click.IntRange(0), "Of each answer; chosen and reported if not given."),
     ("--min-tokens", click.IntRange(0), "Tokens before the end; 1: no empty answers."),
     ("--canvas-length", click.IntRange(1, 65536), "Tokens per canvas."),
-    ("--steps", click.IntRange(1), "Most steps per canvas."),
+    ("--steps", click.IntRange(1), "Maximum denoising steps per canvas."),
     ("--entropy-bound", POSITIVE, "Nats of uncertainty accepted per step."),
     ("--t-max", POSITIVE, "First temperature."),
     ("--t-min", NOT_NEGATIVE, "Last temperature."),
@@ -137,7 +137,7 @@ def generation_options(max_tokens: int | None = None) -> Any:
             type=click.IntRange(1),
             default=max_tokens,
             show_default=max_tokens is not None,
-            help="Most tokens.",
+            help="Maximum tokens of the answer.",
         ),
         *(click.option(name, type=kind, help=text) for name, kind, text in VALUES),
         click.option(

@@ -184,10 +184,10 @@ def canvas_text(tokenizer: Tokenizer, step: Step, before: str = "") -> Text:
     while tokens and tokens[-1] in tokenizer.special_ids:
         tokens.pop()
     pieces = tokenizer.detokenizer()
-    for token, sure in zip(tokens, accepted, strict=False):
+    for token, is_accepted in zip(tokens, accepted, strict=False):
         special = token in tokenizer.special_ids
         piece = SPECIAL if special else pieces.add([token])
-        text.append(printable(piece), style="bold" if sure else "dim")
+        text.append(printable(piece), style="bold" if is_accepted else "dim")
     text.append(printable(pieces.finish()), style="dim")
     return text
 

@@ -247,7 +247,7 @@ ERRORS = {
     "/Sav x.md": "did you mean /save?",
     "/" + "x" * 10_000: "/" + "x" * 40 + " is no command",
     "/home/me/picture.png what is it?": "// begins a message with /",
-    "/quit now": "/quit takes nothing behind it",
+    "/quit now": "/quit takes no argument",
     "/image nowhere.png": "nowhere.png: no such picture",
     "/image .": "no such picture",
     "/save a\0b.md": "a path cannot hold a zero byte",
