@@ -30,7 +30,7 @@ MAX_TOKENS = 2048
     help="Draw the canvas while it is denoised, in a terminal.  [default: show]",
 )
 @click.option(
-    "--prompt-cache-file", help="Keep what is encoded there for the next chat."
+    "--prompt-cache-file", help="File of the encoded prompt, for the next chat."
 )
 @generation_options(MAX_TOKENS)
 @common_options

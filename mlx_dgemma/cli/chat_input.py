@@ -1,12 +1,15 @@
-"""Where a chat's lines come from: a person who types them, or a pipe.
+"""Where a chat's lines come from, a person or a pipe, and what a line means.
 
 Enter sends; a backslash at the end of a line, or Alt-Enter, continues it instead.
 """
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,11 +31,63 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from ..errors import SettingsError
-from .chat_commands import NAMES
-from .common import is_terminal
-from .render import is_dumb
+from .common import is_dumb, is_terminal
 
+HELP = """\
+/image PATH    put a picture into the next message; no PATH: take them out
+/system TEXT   set the system turn, the conversation stays; no TEXT: remove it
+/think on|off  whether the model thinks before it answers
+/seed N|off    the seed of the next answers; off: another each time
+/save FILE     write the conversation to FILE.md or FILE.jsonl
+/rewind [N]    take back the last question, or N, and what followed
+/reset         begin a new conversation; the system turn stays
+/stats         numbers of the last answer
+/help          this list
+/quit          leave, as Ctrl-D does
+//text         say something that begins with a slash
+Alt-Enter, or \\ at the end of a line, continues it; Ctrl-C stops an answer"""
+NAMES = re.findall("^/([a-z]+)", HELP, re.MULTILINE)
+NO_ARGUMENT = ("reset", "stats", "help", "quit")
 PROMPT, CONTINUED = "> ", "  "
+
+
+def parse(typed: str) -> tuple[str, str]:
+    """Return the name of a command and its argument, or "" and a message.
+
+    Two slashes begin a message with one. Raises SettingsError for an unknown command.
+    """
+    if not typed.startswith("/"):
+        return "", typed
+    if typed.startswith("//"):
+        return "", typed[1:]
+    name, *rest = typed.removeprefix("/").split(maxsplit=1) or [""]
+    name = name.lower()
+    if name not in NAMES:
+        (nearest,) = get_close_matches(name, NAMES, 1, cutoff=0)
+        raise SettingsError(
+            f"/{name[:40]} is no command; did you mean /{nearest}? /help lists "
+            "all, and // begins a message with /"
+        )
+    argument = rest[0].strip() if rest else ""
+    if argument and name in NO_ARGUMENT:
+        raise SettingsError(f"/{name} takes no argument")
+    return name, argument
+
+
+def read_path(argument: str) -> str:
+    """Return the absolute path that was typed, or dragged into the terminal.
+
+    Quotes and backslashes are a shell's, unless a file of just that name exists.
+    """
+    if "\0" in argument:
+        raise SettingsError("a path cannot hold a zero byte")
+    try:
+        words = shlex.split(argument)
+    except ValueError:  # a quote is not closed
+        words = []
+    if len(words) == 1 and not os.path.exists(os.path.expanduser(argument)):
+        argument = words[0]
+    return os.path.abspath(os.path.expanduser(argument))
 
 
 def open_input() -> "tuple[PipeInput | TerminalInput, bool]":
@@ -46,8 +101,13 @@ def open_input() -> "tuple[PipeInput | TerminalInput, bool]":
     return PipeInput(sys.stdin.buffer, show_prompt=interactive), interactive
 
 
+def prompt_for(pictures: int) -> str:
+    """Return the prompt; it shows how many pictures go with what is typed."""
+    return f"[{pictures} image{'s' * (pictures > 1)}] {PROMPT}" if pictures else PROMPT
+
+
 class PipeInput:
-    """Lines of a file, or of a terminal that knows no codes: it needs a prompt."""
+    """Lines of a file, or of a terminal without codes, where a prompt is shown."""
 
     def __init__(self, file: BinaryIO, *, show_prompt: bool = False):
         self.file = file
@@ -96,55 +156,47 @@ class TerminalInput:
             completer=CommandCompleter(),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,  # a menu would take eight rows
-            key_bindings=self._key_bindings(),
+            key_bindings=line_keys(),
             enable_suspend=True,
             output=output,
         )
 
     def read(self, pictures: int) -> str:
-        """Return the next message; `pictures` go with it. Raises EOFError."""
-        self.interrupted = False  # by Ctrl-C, since the last message
+        """Return the next message; `pictures` go with it. Raises EOFError.
+
+        Ctrl-C drops what is typed; a second one in a row leaves.
+        """
+        interrupted = False
         while True:
             try:
                 return self.session.prompt([("bold", prompt_for(pictures))])
             except KeyboardInterrupt:
-                click.echo("(Ctrl-C again, or Ctrl-D, leaves)", err=True)
-
-    def _key_bindings(self) -> KeyBindings:
-        keys = KeyBindings()
-        typing = has_focus(DEFAULT_BUFFER)  # and not searching the history
-
-        @keys.add("enter", filter=typing)
-        def send(event) -> None:
-            buffer = event.current_buffer
-            if buffer.document.current_line_before_cursor.endswith("\\"):
-                buffer.delete_before_cursor()
-                buffer.insert_text("\n")
-            else:
-                buffer.validate_and_handle()
-
-        @keys.add("escape", "enter", filter=typing)
-        def continue_line(event) -> None:
-            event.current_buffer.insert_text("\n")
-
-        @keys.add("c-c", filter=typing)
-        @keys.add("<sigint>")
-        def clear_or_leave(event) -> None:
-            leave = self.interrupted and not event.current_buffer.text
-            if event.current_buffer.text:
-                event.current_buffer.reset()
-            else:
-                event.app.exit(exception=EOFError if leave else KeyboardInterrupt)
-            self.interrupted = True
-
-        return keys
+                if not self.session.default_buffer.text:
+                    if interrupted:
+                        raise EOFError from None
+                    click.echo("(Ctrl-C again, or Ctrl-D, leaves)", err=True)
+                interrupted = True
 
 
-def prompt_for(pictures: int) -> str:
-    """Return the prompt; it shows how many pictures go with what is typed."""
-    if not pictures:
-        return PROMPT
-    return f"[{pictures} image{'s' * (pictures > 1)}] {PROMPT}"
+def line_keys() -> KeyBindings:
+    """Return the bindings of Enter and Alt-Enter; searching the history has its own."""
+    keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=typing)
+    def send(event) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    def continue_line(event) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
 
 
 class CommandCompleter(Completer):
@@ -164,36 +216,33 @@ class CommandCompleter(Completer):
                 yield Completion(found.text + slash)
 
 
-def history_file() -> Path | None:
-    """Return a file for what is typed, readable by the user alone, if possible."""
+class TolerantHistory(FileHistory):
+    """A history file; what cannot be written is remembered in memory alone."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
+def open_history() -> History:
+    """Return what was typed, of earlier chats too where a file can be written.
+
+    The file is readable by the user alone.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(state):
-        state = os.path.join(os.path.expanduser("~"), ".local", "state")
-    if not os.path.isabs(state):  # no home
-        return None
+        state = os.path.expanduser("~/.local/state")
     path = Path(state, "mlx-dgemma", "history")
+    if not path.is_absolute():  # no home
+        return InMemoryHistory()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.fchmod(handle, 0o600)
         os.close(handle)
-    except (OSError, ValueError):
-        return None
-    return path
-
-
-class TolerantHistory(FileHistory):
-    """A history file; what cannot be written is remembered in memory alone."""
-
-    def store_string(self, string: str) -> None:
-        with suppress(OSError, ValueError):
-            super().store_string(string)
-
-
-def open_history() -> History:
-    """Return the history of this chat and, where it can be written, earlier ones."""
-    path = history_file()
-    return InMemoryHistory() if path is None else TolerantHistory(path)
+    except OSError:
+        return InMemoryHistory()
+    return TolerantHistory(path)
 
 
 @contextmanager
@@ -204,12 +253,11 @@ def without_echo(interactive: bool) -> Iterator[None]:
         return
     import termios
 
-    handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
-    quiet = list(before)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(handle, termios.TCSANOW, quiet)
+    before = termios.tcgetattr(sys.stdin)
+    local_modes = before[3] & ~termios.ECHO
+    quiet = [*before[:3], local_modes, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
     try:
         yield
     finally:
-        termios.tcsetattr(handle, termios.TCSANOW, before)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

@@ -3,29 +3,28 @@
 stdout gets what the model says and nothing else; all other words go to stderr.
 """
 
+import json
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import click
 
 from ..diffusion.conversation import Conversation
-from ..diffusion.events import Commit, Step
+from ..diffusion.events import Commit
 from ..diffusion.report import Report
 from ..errors import SettingsError
+from ..files.atomic import write_atomically
 from ..text.replies import Answer, Call, Malformed, Part, Thought
-from . import chat_commands as commands
-from .chat_input import PipeInput, TerminalInput, without_echo
-from .common import (
-    FAILURES,
-    catch_interrupt,
-    explain,
-    print_error,
-    printable,
-)
+from .chat_input import HELP, PipeInput, TerminalInput, parse, read_path, without_echo
+from .common import FAILURES, explain, print_error, printable
 from .render import AnswerView
+
+HEADINGS = {"system": "System", "user": "You", "assistant": "Model", "tool": "Tool"}
 
 
 @dataclass
@@ -45,14 +44,13 @@ class Chat:
         """Chat until the input ends or /quit; return whether Ctrl-C ended it."""
         while True:
             try:
-                typed = self.lines.read(len(self.pictures))
-                command, argument = commands.parse(typed)
-                if command == "quit":
+                name, text = parse(self.lines.read(len(self.pictures)))
+                if name == "quit":
                     return False
-                if command:
-                    self._run_command(command, argument)
-                elif argument.strip():
-                    interrupted = self._answer(argument)
+                if name:
+                    self._run_command(name, text)
+                elif text.strip():
+                    interrupted = self._answer(text)
                     if interrupted and not self.interactive:
                         return True
             except EOFError:
@@ -63,96 +61,94 @@ class Chat:
                 if not self.interactive:
                     raise
                 if self.debug:
-                    click.echo(printable(traceback.format_exc()), err=True)
+                    note(traceback.format_exc())
                 print_error(explain(error))
 
     def _run_command(self, name: str, argument: str) -> None:
         conversation = self.conversation
-        match name:
-            case "image" if argument:
-                path = commands.read_path(argument)
+        match name, argument:
+            case "image", "":
+                self.pictures.clear()
+                note("no pictures")
+            case "image", _:
+                path = read_path(argument)
                 if not os.path.isfile(path):
                     raise SettingsError(f"{path}: no such picture")
                 self.pictures.append(path)
-            case "image":
-                self.pictures.clear()
-                note("no pictures")
-            case "system":
+            case "system", _:
                 conversation.system = argument or None
                 note("system turn set" if argument else "no system turn")
                 note("the conversation goes on under it; /reset begins another")
-            case "think":
-                conversation.thinking = commands.read_switch(name, argument)
+            case "think", ("on" | "off"):
+                conversation.thinking = argument == "on"
                 note(f"thinking {argument}")
-            case "seed" if argument == "off":
+            case "think", _:
+                raise SettingsError(f"/think needs on or off, not {argument[:40]!r}")
+            case "seed", "off":
                 self.seed = None
                 note("another seed each time")
-            case "seed":
-                self.seed = commands.read_number(name, argument, 0)
+            case "seed", _:
+                self.seed = read_number(name, argument, 0)
                 note(f"seed {self.seed}")
-            case "save":
-                path = commands.read_path(argument)
-                commands.save_transcript(path, conversation.transcript())
+            case "save", "":
+                raise SettingsError("/save needs the name of a file")
+            case "save", _:
+                path = read_path(argument)
+                save_transcript(path, conversation.transcript())
                 note(f"saved in {path}")
-            case "rewind":
-                turns = commands.read_number(name, argument or "1", 1)
+            case "rewind", _:
+                turns = read_number(name, argument or "1", 1)
                 conversation.rewind(turns)
                 note(f"took back {turns} question{'s' * (turns > 1)}")
-            case "reset":
+            case "reset", _:
                 conversation.reset()
                 self.pictures.clear()
                 note("a new conversation")
-            case "stats":
+            case "stats", _:
                 note(self.stats)
-            case "help":
-                note(commands.HELP)
+            case "help", _:
+                note(HELP)
 
     def _answer(self, text: str) -> bool:
         """Ask, and print the answer as it becomes final; return whether Ctrl-C came.
 
         What is refused leaves the conversation and the pictures as they were.
         """
-        conversation = self.conversation
-        report, before = Report(), len(conversation.messages)
+        conversation, report = self.conversation, Report()
+        before = len(conversation.messages)
+        show = self.interactive and self.show
         with (
-            catch_interrupt() as interrupted,
             without_echo(self.interactive),
-            AnswerView(conversation.tokenizer, self.interactive and self.show) as view,
+            AnswerView(conversation.tokenizer, show) as view,
         ):
             view.status("encoding …")
             # files get answers alone
             printer = ReplyPrinter(view, self.interactive and view.to_terminal)
             events = conversation.ask(text, images=self.pictures, seed=self.seed)
             with closing(events):
-                for event in events:
+                for event in view.follow(events):
                     report.add(event)
                     if isinstance(event, Commit):
                         printer.print(event.parts)
-                    else:
-                        view.show(event)
-                    # after the last step of a canvas its commit comes at no cost
-                    last = isinstance(event, Step) and event.last
-                    if interrupted.is_set() and not last:
-                        break
-            kept = conversation.messages[before:]
-            stopped = interrupted.is_set() and report.finish_reason is None
-            if stopped and kept:
-                printer.print_rest(kept[-1])
-        if kept:
+            new = conversation.messages[before:]
+            stopped = view.interrupted and report.finish_reason is None
+            if stopped and new:
+                printer.print_rest(new[-1])
+        if new:
             self.pictures = []
         self.stats = report.line()
         if (prompt := conversation.stats) is not None:
             self.stats += f"\nof the prompt {prompt.reused} tokens were reused, "
             self.stats += f"{prompt.encoded} encoded"
         if stopped:
-            note("(stopped)" if kept else "(stopped before anything was said)")
+            note("(stopped)" if new else "(stopped before anything was said)")
         elif report.finish_reason == "length":
             note("(cut: --max-tokens is reached)")
-        elif not printer.parts:
+        elif printer.empty:
             note("(an empty answer; --min-tokens 1 rules these out)")
         if self.interactive:
             click.echo(err=True)
-        return interrupted.is_set()
+        return view.interrupted
 
 
 class ReplyPrinter:
@@ -160,51 +156,105 @@ class ReplyPrinter:
 
     def __init__(self, view: AnswerView, thoughts: bool):
         self.view, self.thoughts = view, thoughts
-        self.parts: list[Part] = []  # all so far, thoughts too that are not printed
-        self._last: type[Part] | None = None
+        self.empty = True
+        self._thought = self._answer = ""  # all so far, printed or not
+        self._last: type[Part] | None = None  # printed
         self._line_open = False
 
     def print(self, parts: Iterable[Part]) -> None:
         for part in parts:
-            self.parts.append(part)
+            self.empty = False
             match part:
                 case Thought(text):
+                    self._thought += text
                     if self.thoughts:
-                        self._print(text, part, paragraph=True)
+                        self._print(text, part)
                 case Answer(text):
-                    self._print(text, part, paragraph=True)
+                    self._answer += text
+                    self._print(text, part)
                 case Call(name, arguments):
-                    text = commands.call_line(name, arguments)
-                    self._print(f"→ {' '.join(text.split())}\n", part)
+                    self._print(call_text(name, arguments), part)
                 case Malformed(text, why):
-                    text = f"{text} (cannot be read: {why})"
-                    self._print(f"→ {' '.join(text.split())}\n", part)
+                    self._answer += text
+                    self._print(f"{text} (cannot be read: {why})", part)
 
-    def print_rest(self, kept: dict) -> None:
-        """Print what the message of a stopped reply keeps beyond its commits.
+    def print_rest(self, message: dict) -> None:
+        """Print what the message of a stopped reply has beyond its commits.
 
-        The end of a commit may wait for the next one to tell what it is.
+        A commit holds its end back while it may begin a stop string or a marker.
         """
-        thought = "".join(p.text for p in self.parts if isinstance(p, Thought))
-        answer = "".join(
-            p.text for p in self.parts if isinstance(p, Answer | Malformed)
-        )
-        thought = (kept.get("reasoning_content") or "").removeprefix(thought)
-        answer = (kept["content"] or "").removeprefix(answer)
-        self.print([Thought(thought)] if thought else [])
-        self.print([Answer(answer)] if answer else [])
+        thought = (message.get("reasoning_content") or "").removeprefix(self._thought)
+        answer = (message["content"] or "").removeprefix(self._answer)
+        self.print([Thought(thought), Answer(answer)])
 
-    def _print(self, text: str, part: Part, *, paragraph: bool = False) -> None:
-        if not paragraph or type(part) is not self._last:
-            text = text.lstrip("\n")  # a paragraph begins with its text
-            if not text:
-                return
-            if self._line_open:
-                self.view.write("\n", dim=self._last is Thought)
-            if paragraph and self._last is not None:
-                self.view.write("\n")
+    def _print(self, text: str, part: Part) -> None:
+        paragraph = isinstance(part, Thought | Answer)
+        begins = not paragraph or type(part) is not self._last
+        if not paragraph:
+            text = f"→ {' '.join(text.split())}\n"
+        elif begins:
+            text = text.lstrip("\n")
+        if not text:
+            return
+        if begins and self._line_open:
+            self.view.write("\n", dim=self._last is Thought)
+        if begins and paragraph and self._last is not None:
+            self.view.write("\n")
         self.view.write(text, dim=isinstance(part, Thought))
         self._last, self._line_open = type(part), not text.endswith("\n")
+
+
+def save_transcript(path: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Write messages as Markdown or JSON lines, atomically.
+
+    Raises SettingsError for another suffix, OSError when it cannot be written.
+    """
+    if not any(message["role"] == "user" for message in messages):
+        raise SettingsError("nothing to save yet; say something first")
+    match Path(path).suffix.lower():
+        case ".md":
+            text = "\n".join(map(markdown, messages))
+        case ".jsonl":
+            lines = [json.dumps(m, ensure_ascii=False) + "\n" for m in messages]
+            text = "".join(lines)
+        case _:
+            raise SettingsError(
+                f"{path}: name it *.md or *.jsonl, which says the format"
+            )
+    # half a surrogate pair, which a call may hold, becomes what JSON writes for it
+    data = text.encode("utf-8", "backslashreplace")
+    write_atomically(Path(path), lambda partial: partial.write_bytes(data))
+
+
+def markdown(message: Mapping[str, Any]) -> str:
+    """Return a heading and the text; thoughts are quoted."""
+    parts = [f"## {HEADINGS[message['role']]}"]
+    if thoughts := message.get("reasoning_content"):
+        parts.append("\n".join(f"> {line}" for line in thoughts.split("\n")))
+    content = message.get("content") or []
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for part in content:
+        text = part["type"] == "text"
+        parts.append(part["text"] if text else f"![picture](<{part['image']}>)")
+    for call in message.get("tool_calls", ()):
+        parts.append(f"    → {call_text(**call['function'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def call_text(name: str, arguments: Any) -> str:
+    return f"{name}({json.dumps(arguments, ensure_ascii=False)})"
+
+
+def read_number(name: str, argument: str, minimum: int) -> int:
+    """Return the argument as an integer. Raises SettingsError."""
+    # not isdigit: "²" is one, and int() refuses it
+    digits = argument.isascii() and argument.isdecimal() and len(argument) <= 18
+    if not digits or int(argument) < minimum:
+        raise SettingsError(
+            f"/{name} needs a whole number from {minimum} up, not {argument[:40]!r}"
+        )
+    return int(argument)
 
 
 def note(text: str) -> None:

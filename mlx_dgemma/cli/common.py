@@ -1,15 +1,13 @@
-"""What all commands share: options, one-line errors, exit codes, Ctrl-C."""
+"""What the commands share: options, one-line errors, exit codes, safe text."""
 
 import json
 import os
-import signal
 import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -44,7 +42,8 @@ class Command(click.Command):
         except click.UsageError as error:
             if error.ctx is not None:
                 click.echo(f"{error.ctx.get_usage()} (--help explains)", err=True)
-            fail(error.format_message(), USAGE)
+            print_error(error.format_message())
+            sys.exit(USAGE)
         sys.exit(code or 0)
 
 
@@ -97,10 +96,13 @@ common_options = options(backend_option, debug_option, version_option)
 
 POSITIVE, NOT_NEGATIVE = click.FloatRange(0, min_open=True), click.FloatRange(0)
 SAMPLERS = click.Choice(["entropy-bound", "confidence"])
-SETTINGS = [
+VALUES = [
+    ("--system", str, "Text of a system turn in front."),
+    ("--adapter-path", str, "Folder of an adapter to put beside the weights."),
+    ("--seed", click.IntRange(0), "Of each answer; chosen and reported if not given."),
     ("--min-tokens", click.IntRange(0), "Tokens before the end; 1: no empty answers."),
     ("--canvas-length", click.IntRange(1, 65536), "Tokens per canvas."),
-    ("--steps", click.IntRange(1), "Most steps per canvas."),
+    ("--steps", click.IntRange(1), "Maximum denoising steps per canvas."),
     ("--entropy-bound", POSITIVE, "Nats of uncertainty accepted per step."),
     ("--t-max", POSITIVE, "First temperature."),
     ("--t-min", NOT_NEGATIVE, "Last temperature."),
@@ -117,7 +119,6 @@ def generation_options(max_tokens: int | None = None) -> Any:
     max_tokens  a default of the command's own
     """
     return options(
-        click.option("--system", help="Text of a system turn in front."),
         click.option(
             "--thinking/--no-thinking",
             default=False,
@@ -131,28 +132,20 @@ def generation_options(max_tokens: int | None = None) -> Any:
             help="Variables of the chat template, as '{\"name\": true}'.",
         ),
         click.option(
-            "--seed",
-            type=click.IntRange(0),
-            help="Seed of each answer; chosen and reported if not given.",
-        ),
-        click.option(
             "--max-tokens",
             "-m",
             type=click.IntRange(1),
             default=max_tokens,
             show_default=max_tokens is not None,
-            help="Most tokens.",
+            help="Maximum tokens of the answer.",
         ),
-        *(click.option(name, type=kind, help=text) for name, kind, text in SETTINGS),
+        *(click.option(name, type=kind, help=text) for name, kind, text in VALUES),
         click.option(
             "--prefill-step-size",
             type=click.IntRange(1),
             default=2048,
             show_default=True,
             help="Prompt tokens encoded at a time.",
-        ),
-        click.option(
-            "--adapter-path", help="Folder of an adapter to put beside the weights."
         ),
         revision_option,
     )
@@ -171,27 +164,26 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if not debug:
             _print_warnings_once()
         try:
-            _select_backend()
+            context = click.get_current_context(silent=True)
+            if context is not None and (name := context.meta.get(BACKEND)) is not None:
+                from .. import backends  # loads MLX
+
+                backends.choose(name, "--backend")
             yield
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            _drop_output()
+            # flushing what they buffer would fail at exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
             sys.exit(PIPE_CLOSED)
         except FAILURES as error:
             if debug:
                 raise
-            fail(explain(error))
-
-
-def _select_backend() -> None:
-    context = click.get_current_context(silent=True)
-    if context is None or (name := context.meta.get(BACKEND)) is None:
-        return
-    from .. import backends  # loads MLX
-
-    backends.choose(name, "--backend")
+            print_error(explain(error))
+            sys.exit(FAILED)
 
 
 def _print_warnings_once() -> None:
@@ -224,38 +216,8 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}; --debug shows where"
 
 
-def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Print an error line and exit."""
-    print_error(message)
-    sys.exit(code)
-
-
 def print_error(message: str) -> None:
     click.echo("error: " + one_line(message), err=True)
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[Event]:
-    """Yield an event that the first Ctrl-C sets; the second raises as usual."""
-    interrupted = Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _drop_output() -> None:
-    """Point stdout and stderr nowhere: flushing what they buffer would fail at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
 
 
 # --------------------------------------------------------------------- terminal
@@ -264,6 +226,11 @@ def _drop_output() -> None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a person sees this stream; a closed one is None."""
     return stream is not None and stream.isatty()
+
+
+def is_dumb() -> bool:
+    """Return whether this terminal knows no codes."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def printable(text: str) -> str:

@@ -121,19 +121,19 @@ def print_summary(converted: "Converted") -> None:
 
 @contextmanager
 def show_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callback that draws a bar in a terminal and else prints some lines."""
+    """Yield a callback that draws a bar in a terminal, or prints a line at times."""
     from rich import progress as rich
     from rich.console import Console
     from rich.table import Column
 
     from ..diffusion.report import format_bytes
 
-    whole = Column(no_wrap=True)  # in a narrow terminal the bar alone is shorter
+    fixed = Column(no_wrap=True)  # in a narrow terminal the bar alone is shorter
     bar = rich.Progress(
         rich.BarColumn(bar_width=None),
-        rich.DownloadColumn(table_column=whole),
-        rich.TransferSpeedColumn(table_column=whole),
-        rich.TimeRemainingColumn(table_column=whole),
+        rich.DownloadColumn(table_column=fixed),
+        rich.TransferSpeedColumn(table_column=fixed),
+        rich.TimeRemainingColumn(table_column=fixed),
         console=Console(stderr=True),
         expand=True,
         disable=not is_terminal(sys.stderr),

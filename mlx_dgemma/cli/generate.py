@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
+from ..errors import SettingsError
 from .common import (
     INTERRUPTED,
     Command,
-    catch_interrupt,
     common_options,
     generation_options,
     model_option,
@@ -24,17 +24,9 @@ from .common import (
     "--prompt", "-p", required=True, help="The prompt, taken as it is; - reads stdin."
 )
 @click.option(
-    "--image",
-    "images",
-    multiple=True,
-    help="A picture in front of the prompt; repeatable.",
+    "--image", "images", multiple=True, help="A picture before the prompt; repeatable."
 )
-@click.option(
-    "--video",
-    "videos",
-    multiple=True,
-    help="A video in front of it, as a frame a second.",
-)
+@click.option("--video", "videos", multiple=True, help="A video, as a frame a second.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option(
     "--show", is_flag=True, help="Draw the canvas while it is denoised, in a terminal."
@@ -56,7 +48,7 @@ def main(
     """
     with one_line_errors(debug):
         prompt = read_prompt(prompt)
-        from ..diffusion.events import Commit, Step
+        from ..diffusion.events import Commit
         from ..diffusion.generation import stream_generate
         from ..diffusion.report import Report
         from ..loading import load
@@ -65,28 +57,22 @@ def main(
         loaded, tokenizer = load(model, adapter_path, revision=revision)
         report, commit = Report(), None
         events = stream_generate(loaded, tokenizer, prompt, **options)
-        with catch_interrupt() as interrupted, AnswerView(tokenizer, show) as view:
-            for event in events:
+        with AnswerView(tokenizer, show) as view:
+            for event in view.follow(events):
                 report.add(event)
-                view.show(event)
                 if isinstance(event, Commit):
                     commit = event
-                # after the last step of a canvas its commit comes at no cost
-                last = isinstance(event, Step) and event.last
-                if interrupted.is_set() and not last:
-                    break
+                    view.write(event.text)
             if commit is not None and commit.finish_reason is None:
                 # committed text that might have begun a stop string
                 view.write(commit.held)
         click.echo(report.line(), err=True)
-    if interrupted.is_set():
+    if view.interrupted:
         sys.exit(INTERRUPTED)
 
 
 def read_prompt(prompt: str) -> str:
     """Return the prompt, from stdin for "-". Raises SettingsError if it is empty."""
-    from ..errors import SettingsError
-
     source = "--prompt"
     if prompt == "-":
         source = "stdin"

@@ -1,24 +1,23 @@
-"""Show an answer in a terminal: its canvas while it is denoised, then its text.
+"""Show an answer: its canvas while it is denoised, on stderr, its text on stdout.
 
-The canvas is drawn on stderr, the text goes to stdout. Control characters of the
-model's text never reach a terminal.
+Control characters of the model's text never reach a terminal.
 """
 
 import os
+import signal
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable, Iterator
+from typing import Self
 
 import click
+from rich.console import Console
+from rich.text import Text
 
-from ..diffusion.events import Commit, Event, Step
-from .common import is_terminal, printable
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from ..text.tokenizer import Tokenizer
+from ..diffusion.events import Event, Step
+from ..text.tokenizer import Tokenizer
+from .common import is_dumb, is_terminal, printable
 
 SECONDS_PER_FRAME = 1 / 20
 SPECIAL = "·"
@@ -26,24 +25,22 @@ UP, ERASE_LINE, ERASE_BELOW = "\x1b[{}A", "\x1b[K", "\x1b[J"
 WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
 
 
-def is_dumb() -> bool:
-    """Return whether this terminal knows no codes."""
-    return os.environ.get("TERM", "dumb") == "dumb"
-
-
 class AnswerView:
     """One answer: committed text on stdout and, if live, the canvas below it.
 
     show    draw the canvas, where stderr is a terminal that can
 
-    The canvas is drawn over the last one without blanking it first, so nothing
-    flickers, and no mode of the terminal outlives a frame.
+    The first Ctrl-C sets `interrupted`, a second raises KeyboardInterrupt. The canvas
+    is drawn over the last one without blanking it first, so nothing flickers, and no
+    mode of the terminal outlives a frame.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", show: bool):
+    def __init__(self, tokenizer: Tokenizer, show: bool):
         self.tokenizer = tokenizer
         self.live = show and is_terminal(sys.stderr) and not is_dumb()
         self.to_terminal = is_terminal(sys.stdout)
+        self.interrupted = False
+        self._console = Console(stderr=True, highlight=False)
         self._line_open = False  # whether stdout ends within a line
         self._lines = ""  # lines that the next frame moves above the canvas
         self._line = ""  # the last line of the text, not ended yet
@@ -52,20 +49,22 @@ class AnswerView:
         self._widths: list[int] = []  # of the lines drawn
 
     def __enter__(self) -> Self:
-        if self.live:
-            from rich.console import Console
+        def interrupt(*signal: object) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
 
-            self._console = Console(stderr=True, highlight=False)
-        self._show_warning = show_warning = warnings.showwarning
-
-        def above_canvas(*warning) -> None:
+        def warn_above_canvas(*warning) -> None:
             self._erase()
-            show_warning(*warning)
+            self._show_warning(*warning)
 
-        warnings.showwarning = above_canvas
+        self._on_interrupt = signal.signal(signal.SIGINT, interrupt)
+        self._show_warning = warnings.showwarning
+        warnings.showwarning = warn_above_canvas
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._on_interrupt)
         warnings.showwarning = self._show_warning
         self._erase()
         if self.live and self.to_terminal:
@@ -75,20 +74,25 @@ class AnswerView:
 
     def status(self, text: str) -> None:
         """Show what happens before there is a canvas."""
-        from rich.text import Text
-
         if self.live:
             self._draw([Text(text[: self._size()[0] - 1], style="dim")])
 
-    def show(self, event: Event) -> None:
-        """Draw a step, or write the text of a commit."""
-        if isinstance(event, Commit):
-            self.write(event.text)
-        elif isinstance(event, Step) and self.live:
-            now = time.monotonic()
-            if now - self._frame_time >= SECONDS_PER_FRAME:
-                self._frame_time = now
-                self._draw_canvas(event)
+    def follow(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield events until Ctrl-C and draw the steps among them."""
+        for event in events:
+            if isinstance(event, Step):
+                self.show(event)
+            yield event
+            # after the last step of a canvas its commit comes at no cost
+            if self.interrupted and not (isinstance(event, Step) and event.last):
+                break
+
+    def show(self, step: Step) -> None:
+        """Draw a step, unless the last one was drawn just now."""
+        now = time.monotonic()
+        if self.live and now - self._frame_time >= SECONDS_PER_FRAME:
+            self._frame_time = now
+            self._draw_canvas(step)
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Write text that is final; no line of it is dim in part."""
@@ -118,8 +122,6 @@ class AnswerView:
             self._line_open = not text.endswith("\n")
 
     def _draw_canvas(self, step: Step) -> None:
-        from rich.text import Text
-
         if self._lines and self.to_terminal:
             self._erase()
             self._print(self._lines)
@@ -133,10 +135,8 @@ class AnswerView:
             lines = [Text("…", style="dim"), *lines[len(lines) - height + 1 :]]
         self._draw([*lines, Text(numbers(step, width), style="cyan")])
 
-    def _draw(self, lines: "list[Text]") -> None:
+    def _draw(self, lines: list[Text]) -> None:
         """Put lines, each narrower than the terminal, in place of the last ones."""
-        from rich.text import Text
-
         with self._console.capture() as captured:
             self._console.print(Text("\n").join(lines), soft_wrap=True, end="")
         drawn = captured.get().replace("\n", f"{ERASE_LINE}\n")
@@ -154,7 +154,7 @@ class AnswerView:
 
     def _to_top(self) -> str:
         rows = self._rows()
-        return "\r" + (UP.format(rows - 1) if rows > 1 else "")
+        return "\r" + UP.format(rows - 1) * (rows > 1)
 
     def _rows(self) -> int:
         """Return how many rows the drawn lines take, as far as they can be reached."""
@@ -172,24 +172,22 @@ class AnswerView:
         sys.stderr.flush()
 
 
-def canvas_text(tokenizer: "Tokenizer", step: Step, before: str = "") -> "Text":
+def canvas_text(tokenizer: Tokenizer, step: Step, before: str = "") -> Text:
     """Return the draft: accepted tokens bold, others dim.
 
     Special tokens are dots, those at the end left out; `before` is committed text
     that the canvas continues.
     """
-    from rich.text import Text
-
     tokens: list[int] = step.draft.tolist()  # type: ignore[assignment]
     accepted: list[bool] = step.accepted.tolist()  # type: ignore[assignment]
     text = Text().append(printable(before), style="bold")
     while tokens and tokens[-1] in tokenizer.special_ids:
         tokens.pop()
     pieces = tokenizer.detokenizer()
-    for token, sure in zip(tokens, accepted, strict=False):
+    for token, is_accepted in zip(tokens, accepted, strict=False):
         special = token in tokenizer.special_ids
         piece = SPECIAL if special else pieces.add([token])
-        text.append(printable(piece), style="bold" if sure else "dim")
+        text.append(printable(piece), style="bold" if is_accepted else "dim")
     text.append(printable(pieces.finish()), style="dim")
     return text
 

@@ -18,9 +18,8 @@ from mlx_dgemma.text.replies import Answer, Call, Malformed, Thought, reply_mess
 
 HOSTILE = (
     "\x1b]0;owned\x07\x1b]52;c;aGk=\x07\x1b[2J\x1b[H\x1b[?25l\x1b[?1049h\x1b[?1000h"
-    "\x9b31m\x1b(0\x0e\r\x08\x7f\x00\u202eend"
+    "\x9b31m\x1b(0\x0e\r\x08\x7f\x00\u202e\u2028end"
 )
-WIDE = "漢字 and 🙂🚀 한국 é " * 12
 STEPS = 3  # of each canvas
 
 # the answer to every question: canvases of parts
@@ -37,26 +36,35 @@ SCRIPTS = {
         [Call(HOSTILE, {HOSTILE: HOSTILE}, "call_0"), Malformed(HOSTILE, HOSTILE)],
         [Answer(HOSTILE)],
     ],
-    "wide": [[Thought(WIDE)], [Answer(WIDE + "\n" + WIDE)]],
     "long": [[Answer(f"canvas {n}\n")] for n in range(10_000)],
     "silent": [[]],
     "held": [[Thought("Hm.")], [Answer("a ")], *[[Answer("b")]] * 10_000],
 }
 
 
-class Letters:
-    """A tokenizer whose ids are code points; 0 is special."""
+class Words:
+    """A tokenizer whose vocabulary is a list; id 0 is special, "½" half a character.
+
+    Without words, ids are code points.
+    """
 
     special_ids = frozenset({0})
 
+    def __init__(self, *words):
+        self.words = ["<eos>", *words]
+        self.held = ""
+
     def detokenizer(self):
-        return self
+        return Words(*self.words[1:])
 
     def add(self, ids):
-        return "".join(map(chr, ids))
+        words = self.words[1:] and self.words
+        text = self.held + "".join(words[i] if words else chr(i) for i in ids)
+        self.held = "½" * text.endswith("½")
+        return text.removesuffix("½")
 
     def finish(self):
-        return ""
+        return self.held
 
 
 class ScriptedConversation:
@@ -72,7 +80,7 @@ class ScriptedConversation:
     def __init__(self, model, tokenizer, *, system=None, thinking=False, **options):
         self.tokenizer, self.options = tokenizer, options
         self.system, self.thinking = system, thinking
-        self.messages, self.asked, self.files = [], [], []
+        self.messages, self.asked = [], []
         ScriptedConversation.last = self
 
     def ask(self, content, *, images=(), seed=None):
@@ -83,17 +91,16 @@ class ScriptedConversation:
         self.asked.append((content, [*images], seed))
         before, parts = self.messages, []
         self.messages = [*before, {"role": "user", "content": content}]
-        seed = 7 if seed is None else seed
         try:
             self.stats = Prefilled(
-                request=0, seed=seed, prompt_tokens=5, seconds=0.0, reused=3
+                request=0, seed=seed or 7, prompt_tokens=5, seconds=0.0, reused=3
             )
             yield self.stats
             for index, canvas in enumerate(self.script):
+                texts = (part.text for part in canvas if not isinstance(part, Call))
+                draft = [*map(ord, f"{' '.join(texts)} draft".replace("\n", " "))]
                 for number in range(STEPS):
-                    texts = (part.text for part in canvas if not isinstance(part, Call))
-                    yield step(map(ord, f"{' '.join(texts)} draft".replace("\n", " ")),
-                               range(0, 999, 2), number=number + 1)  # fmt: skip
+                    yield step(draft, range(0, 999, 2), number=number + 1)
                     if self.pause > 1:
                         Path("asleep").touch()
                     time.sleep(self.pause)
@@ -101,7 +108,15 @@ class ScriptedConversation:
                 final = index + 1 == len(self.script)
                 if self.held and not final:
                     canvas = [replace(canvas[0], text=canvas[0].text[: -self.held])]
-                yield commit("NOT TO BE SHOWN", self.reason if final else None, canvas)
+                yield Commit(
+                    request=0,
+                    canvas_index=index,
+                    tokens=(1,),
+                    steps=STEPS,
+                    finish_reason=self.reason if final else None,
+                    text="NOT TO BE SHOWN",
+                    parts=tuple(canvas),
+                )
         finally:
             self.messages = [*self.messages, reply_message(parts)] if parts else before
 
@@ -116,12 +131,6 @@ class ScriptedConversation:
 
     def reset(self):
         self.messages = []
-
-    def load(self, path):
-        self.files.append(("load", path))
-
-    def save(self, path):
-        self.files.append(("save", path))
 
 
 def step(draft, accepted=(), *, number=3, steps=STEPS, entropy=0.25, stopped=False):
@@ -141,28 +150,16 @@ def step(draft, accepted=(), *, number=3, steps=STEPS, entropy=0.25, stopped=Fal
     )
 
 
-def commit(text, reason=None, parts=()):
-    return Commit(
-        request=0,
-        canvas_index=0,
-        tokens=(1,),
-        steps=STEPS,
-        finish_reason=reason,
-        text=text,
-        parts=tuple(parts),
-    )
-
-
 def install(script: str, patch=setattr, **changes) -> None:
     """Put it in the place of conversations with models."""
     for name, value in {"script": SCRIPTS[script], **changes}.items():
         patch(ScriptedConversation, name, value)
     patch(conversation, "Conversation", ScriptedConversation)
-    patch(loading, "load", lambda *a, **k: (None, Letters()))
+    patch(loading, "load", lambda *a, **k: (None, Words()))
 
 
 if __name__ == "__main__":
     from mlx_dgemma.cli.chat import main
 
-    install(sys.argv[1], pause=float(sys.argv[2]))
+    install(sys.argv[1], pause=float(sys.argv[2]), held=int(sys.argv[1] == "held"))
     main([*sys.argv[3:], "--model", "scripted"])

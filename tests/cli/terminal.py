@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +22,6 @@ TOKEN = re.compile(r"\x1b\[(\??\d*(?:;\d+)*)([A-Za-z])|([^\x1b])", re.DOTALL)
 CODES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
 PATIENCE = 60  # seconds until something is there, on a busy machine
 BRACKETED_PASTE = "\x1b[?2004h"  # a prompt begins
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Screen:
@@ -62,21 +62,18 @@ class Screen:
         self.rows, self.columns = rows, columns
 
     def _code(self, argument: str, code: str) -> None:
-        row = self.rows[self.row]
         match argument, code:
             case "?7", ("l" | "h"):
                 self.wraps = code == "h"
             case _, "A":
                 assert int(argument) <= self.row, "moved above the top"
                 self.row -= int(argument)
-            case "", "K":
-                del row[self.column :]
-            case "", "J":
-                del row[self.column :], self.rows[self.row + 1 :]
-            case _, "m":
-                pass
+            case "", ("K" | "J"):
+                del self.rows[self.row][self.column :]
+                if code == "J":
+                    del self.rows[self.row + 1 :]
             case _:
-                raise AssertionError(f"unknown code {argument}{code}")
+                assert code == "m", f"unknown code {argument}{code}"
 
     def _put(self, character: str) -> None:
         if character == "\r":
@@ -190,22 +187,20 @@ class Terminal:
         return Screen(columns).feed(self.sent)
 
     def leave(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
         os.close(self.ours)
         self.ours = -1
 
     def read(self) -> bytes:
-        left = self.deadline - time.monotonic()
-        if not select.select([self.ours], [], [], max(0, left))[0]:
+        left = max(0, self.deadline - time.monotonic())
+        if not select.select([self.ours], [], [], left)[0]:
             return b""
-        try:
+        with suppress(OSError):  # Linux at the end; macOS reads nothing
             more = os.read(self.ours, 65536)
-        except OSError:  # Linux at the end; macOS reads nothing
-            return b""
-        self.bytes += more
-        return more
+            self.bytes += more
+            return more
+        return b""
 
 
 def run_in_terminal(

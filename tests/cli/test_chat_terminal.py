@@ -8,20 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from itertools import count
-from pathlib import Path
 from shlex import join
 
 import pytest
 import scripted
-from scripted import WIDE
-from terminal import CODES, PATIENCE, ROOT, Terminal, environment, python
+from terminal import CODES, PATIENCE, Terminal, environment, python
 
 pytestmark = pytest.mark.slow
-tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="no tmux here")
 
-COUNT = count()  # of servers: one that ends keeps its name for a moment
 SHELL = "shell$"
 NUMBERS = re.compile(r"^step \d+/\d+", re.MULTILINE)
 
@@ -50,11 +44,6 @@ def chat(tmp_path):
         terminal.leave()
 
 
-def piped(command):
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, env=environment(), **streams)
-
-
 def test_what_is_typed_during_an_answer_waits_for_the_prompt(chat):
     chat = chat("parts", pause=0.06).prompted()
     chat.type("hello\r").until("step 1/3 · entropy").type("/quit\r")
@@ -74,8 +63,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(chat, tmp_path):
     kept = re.findall(r"canvas \d+(?=\r?\n)", plain(chat.sent))
     chat.prompted().type(f"/save {path}\r").until("saved in").prompted()
     _, reply = map(json.loads, path.read_text().splitlines())
-    assert reply["content"].splitlines() == kept
-    assert len(kept) >= 2
+    assert reply["content"].splitlines() == kept and len(kept) >= 2
     chat.type("refuse\r").until("error: refused␛[2J").prompted()
     chat.type("fail\r").until("error: RuntimeError: [malloc]").prompted()
     assert chat.type("/quit\r").code == 0
@@ -105,27 +93,20 @@ def test_ctrl_c_before_anything_is_committed_takes_the_question_back(chat, tmp_p
     assert chat.type("\x04").code == 0
 
 
-def test_ctrl_c_at_the_prompt_clears_the_line_and_a_second_leaves(chat):
+def test_keys_at_the_prompt(chat, tmp_path):
     chat = chat("plain", "--no-show").prompted()
     chat.type("some text").until("some text").type("\x03/stats\r")
     chat.until("no answer yet").prompted()
-    chat.type("hello\r").until("one\r\ntwo\r\n\r\n").prompted()
+    chat.type("one\\\rtwo\x1b\rthree\r").until("one\r\ntwo\r\n\r\n").prompted()
+    chat.type("\x1b[200~a\r\nb\n/quit\x1b[201~\r").until("one\r\ntwo").prompted()
+    chat.type(f"/sa\t{tmp_path}/talk.j\t").type("sonl\r").until("saved").prompted()
+    said = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
+    questions = [m["content"] for m in said if m["role"] == "user"]
+    assert questions == ["one\ntwo\nthree", "a\nb\n/quit"]
     chat.type("\x03").until("(Ctrl-C again, or Ctrl-D, leaves)").prompted()
     assert chat.type("\x03").code == 0
     assert chat.echoes()
     assert "step" not in chat.sent, "--no-show draws no canvas"
-
-
-def test_several_lines_are_one_message(chat, tmp_path):
-    path = tmp_path / "talk.jsonl"
-    chat = chat("plain").prompted()
-    chat.type("one\\\rtwo\x1b\rthree\r").until("one\r\ntwo").prompted()
-    chat.type("\x1b[200~a\r\nb\n/quit\x1b[201~\r").until("one\r\ntwo").prompted()
-    chat.type(f"/sa\t{path.parent}/talk.j\t").type("sonl\r").until("saved")
-    assert chat.prompted().type("\x04").code == 0
-    said = [json.loads(line) for line in path.read_text().splitlines()]
-    questions = [m["content"] for m in said if m["role"] == "user"]
-    assert questions == ["one\ntwo\nthree", "a\nb\n/quit"]
 
 
 def test_dumb_terminal_gets_no_codes(chat):
@@ -144,7 +125,7 @@ def test_file_gets_answers_alone_while_a_person_types(chat, tmp_path):
     assert "Done." not in plain(chat.sent).replace("Done. draft", "")
 
 
-def test_terminal_gets_no_codes_when_stdin_is_a_pipe(chat, tmp_path):
+def test_terminal_gets_no_codes_when_stdin_is_a_pipe(tmp_path):
     shell = f"echo hello | {join(scripted_chat('hostile'))}"
     ended = Terminal(["sh", "-c", shell], tmp_path, keyboard=False)
     assert ended.code == 0
@@ -153,13 +134,9 @@ def test_terminal_gets_no_codes_when_stdin_is_a_pipe(chat, tmp_path):
 
 
 def test_ctrl_c_in_a_pipe_ends_it_and_keeps_what_is_committed():
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests/cli')!r})\n"
-        "import scripted; from mlx_dgemma.cli.chat import main\n"
-        "scripted.install('held', pause=0.01, held=1)\n"
-        "main(['--model', 'm'])\n"
-    )
-    process = piped(python("-c", code))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = scripted_chat("held", pause=0.01)
+    process = subprocess.Popen(command, env=environment(), **streams)
     process.stdin.write(b"hello\nnever asked\n")
     process.stdin.flush()
     written = os.read(process.stdout.fileno(), 1)
@@ -183,62 +160,61 @@ def test_closed_stdin_is_refused(command):
 
 
 class Pane:
-    """A tmux of its own with one shell in it."""
+    """A tmux of its own, 80 columns wide, with one shell in it."""
 
-    def __init__(self, home: Path, columns: int):
-        name = f"chat-{os.getpid()}-{next(COUNT)}"
-        self.server = ["tmux", "-L", name, "-f", "/dev/null"]
+    def __init__(self, home):
+        self.server = ["tmux", "-S", str(home / "tmux"), "-f", "/dev/null"]
         self.deadline = time.monotonic() + PATIENCE
-        shell = ["env", f"HOME={home}", f"PS1={SHELL} ", "sh"]
-        size = ["-x", str(columns), "-y", "24"]
-        subprocess.run(
-            [*self.server, "new-session", "-d", *size, join(shell)],
-            env=environment(),
-            check=True,
-        )
+        shell = join(["env", f"HOME={home}", f"PS1={SHELL} ", "sh"])
+        self.tmux("new-session", "-d", "-x", "80", "-y", "24", shell)
         self.until(lambda shown: shown.startswith(SHELL))
 
-    def tmux(self, *command: str) -> str:
-        return subprocess.run(
-            [*self.server, *command], capture_output=True, text=True, check=True
-        ).stdout
+    def tmux(self, *command):
+        command = [*self.server, *command]
+        result = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=True
+        )
+        return result.stdout.rstrip("\n")
 
-    def shown(self, *flags: str) -> str:
-        """What is in the pane now, without blanks and empty lines at the end."""
-        lines = self.tmux("capture-pane", "-p", *flags).rstrip("\n").split("\n")
+    def shown(self, *flags):
+        """What is in the pane now, without blanks at the ends of lines."""
+        lines = self.tmux("capture-pane", "-p", *flags).split("\n")
         return "\n".join(line.rstrip() for line in lines)
 
-    def says(self, variable: str) -> str:
-        return self.tmux("display-message", "-p", f"#{{{variable}}}").strip()
+    def state(self):
+        names = "cursor_flag alternate_on cursor_x pane_title mouse_any_flag".split()
+        formats = " ".join(f"#{{{name}}}" for name in names)
+        return self.tmux("display-message", "-p", formats)
 
-    def until(self, seen: Callable[[str], object]) -> str:
-        """Wait until the pane shows it; what it shows then."""
+    def until(self, seen):
+        """Wait until the pane shows it; return what it shows then."""
         while not seen(shown := self.shown()):
             assert time.monotonic() < self.deadline, f"never seen; now:\n{shown}"
             time.sleep(0.02)
         return shown
 
-    def type(self, text: str, *keys: str) -> None:
+    def type(self, text, key="Enter"):
         self.tmux("send-keys", "-l", text)
-        for key in keys:
-            self.tmux("send-keys", key)
+        self.tmux("send-keys", key)
 
-    def resize(self, columns: int, rows: int = 24) -> None:
-        self.tmux("resize-window", "-x", str(columns), "-y", str(rows))
+    def resize(self, columns):
+        self.tmux("resize-window", "-x", str(columns), "-y", "24")
 
 
 @pytest.fixture
 def pane(tmp_path):
-    """`pane(80)`: a pane of so many columns and 24 rows."""
-    opened = []
-
-    def start(columns):
-        opened.append(Pane(tmp_path, columns))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.tmux("kill-server")
+    if not shutil.which("tmux"):
+        pytest.skip("no tmux here")
+    pane = Pane(tmp_path)
+    before = pane.state()
+    yield pane
+    pane.type("/quit")
+    pane.until(lambda shown: shown.endswith(f"\n{SHELL}"))
+    assert pane.state() == before, "the terminal is as it was"
+    assert pane.tmux("list-buffers") == "", "nothing is in the clipboard"
+    pane.type("stty -a | grep -c ' echo '; echo left $?")
+    pane.until(lambda shown: shown.endswith(f"\n1\nleft 0\n{SHELL}"))
+    pane.tmux("kill-server")
 
 
 def prompted(shown):
@@ -251,88 +227,32 @@ def live(shown):
     return NUMBERS.match(shown.rpartition("\n")[2])
 
 
-def start(pane, *command):
-    pane.type(join(command), "Enter")
+def test_canvas_is_redrawn_whatever_the_width(pane):
+    never_done = ["--steps", "100000", "--confidence", "0", "--seed", "0"]
+    command = python("-m", "mlx_dgemma", "chat", "--model", "sudoku4")
+    pane.type(join([*command, *never_done]))
     pane.until(prompted)
-
-
-def leave(pane):
-    """Type /quit; the shell must be as if nothing had been."""
-    pane.type("/quit", "Enter")
-    shown = pane.until(lambda shown: shown.endswith(f"\n{SHELL}"))
-    assert pane.says("cursor_flag") == "1"
-    assert pane.says("alternate_on") == "0"
-    assert int(pane.says("cursor_x")) == len(SHELL) + 1
-    pane.type("stty -a | grep -c ' echo '; echo left $?", "Enter")
-    pane.until(lambda shown: shown.endswith(f"\n1\nleft 0\n{SHELL}"))
-    return shown
-
-
-CHAT = python("-m", "mlx_dgemma", "chat")
-NEVER_DONE = ["--model", "sudoku4", "--steps", "100000", "--confidence", "0"]
-
-
-@tmux
-@pytest.mark.parametrize("columns", [80, 40])
-def test_a_canvas_while_it_is_denoised(pane, columns):
-    pane = pane(columns)
-    start(pane, *CHAT, *NEVER_DONE, "--seed", "0")
-    pane.type("4000\\", "Enter")
-    pane.type("0310", "M-Enter")
-    pane.type("0430\\", "Enter")
-    pane.type("0000", "Enter")
-    first = pane.until(live)
-    assert "\n> 4000\n  0310\n  0430\n  0000\n" in first
-    for width in (120 - columns, columns):  # the other one, and back
+    for line, key in ("4000\\", "Enter"), ("0310", "M-Enter"), ("0430\n0000", "Enter"):
+        pane.type(line.replace("\n", "\\\r"), key)
+    assert "\n> 4000\n  0310\n  0430\n  0000\n" in pane.until(live)
+    for width in (40, 80):
         pane.resize(width)
-        step = NUMBERS.search(pane.shown())
-        shown = pane.until(lambda s, step=step: live(s) and NUMBERS.search(s) != step)
-        pane.until(lambda s: live(s) and len(NUMBERS.findall(s)) == 1)
-    assert max(map(len, shown.split("\n"))) <= columns
+        step = NUMBERS.search(pane.shown())[0]
+        pane.until(lambda s, step=step: live(s) and step not in s)
+        shown = pane.until(lambda s: live(s) and len(NUMBERS.findall(s)) == 1)
+        assert max(map(len, shown.split("\n"))) <= width
     pane.type("", "C-c")
     shown = pane.until(prompted)
     assert "(stopped before anything was said)" in shown
     assert not NUMBERS.search(shown), "the canvas is gone"
-    pane.type("/stats", "Enter")
+    pane.type("/stats")
     pane.until(lambda s: "32 encoded" in s.replace("\n", "") and prompted(s))
-    leave(pane)
 
 
-@tmux
 def test_nothing_a_model_says_reaches_the_terminal(pane):
-    pane = pane(80)
-    before = pane.says("pane_title"), pane.says("mouse_any_flag")
-    start(pane, *scripted_chat("hostile", pause=0.06))
-    pane.type("hello", "Enter")
+    pane.type(join(scripted_chat("hostile", pause=0.06)))
+    pane.until(prompted)
+    pane.type("hello")
     pane.until(live)
     shown = pane.until(prompted)
     assert "␛]0;owned␇␛]52;c;aGk=␇␛[2J␛[H␛[?25l␛[?1049h" in shown.replace("\n", "")
-    pane.type("", "C-l")
-    pane.until(lambda shown: shown == ">")
-    leave(pane)
-    assert (pane.says("pane_title"), pane.says("mouse_any_flag")) == before
-    assert pane.tmux("list-buffers") == "", "nothing is in the clipboard"
-    pane.type("echo plain letters", "Enter")
-    pane.until(lambda shown: shown.endswith(f"\nplain letters\n{SHELL}"))
-
-
-@tmux
-@pytest.mark.parametrize("columns", [80, 40])
-def test_wide_characters_do_not_break_a_frame(pane, columns):
-    pane = pane(columns)
-    start(pane, *scripted_chat("wide", pause=0.1))
-    pane.type("漢字 🙂?", "Enter")
-    shown = pane.until(live)
-    drawn = shown.partition("🙂?\n")[2].split("\n")
-    assert len(NUMBERS.findall(shown)) == 1
-    pane.resize(120 - columns)
-    pane.until(prompted)
-    pane.resize(columns)
-    pane.until(prompted)
-    shown = pane.shown("-S", "-")  # what was scrolled away too
-    assert len(drawn) > 2
-    # made narrower, tmux itself scrolls away lines of the canvas that was there then
-    assert not NUMBERS.search(shown)
-    said = shown.partition("🙂?\n")[2].removesuffix("\n>")
-    assert "".join(said.split()).endswith("".join((WIDE * 3).split()))
-    leave(pane)

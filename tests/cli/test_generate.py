@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +45,15 @@ def stats(stderr):
     return {name: re.search(pattern, line)[1] for name, pattern in patterns.items()}
 
 
+def start(*args):
+    return subprocess.Popen(
+        [*COMMAND, "--prompt", "12", "--max-tokens", "1000000", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+
+
 @pytest.fixture(scope="module")
 def endless_model(endless):
     return load(endless)
@@ -53,22 +61,22 @@ def endless_model(endless):
 
 def test_stdout_is_the_answer_and_stderr_its_numbers(endless, endless_model):
     result = ask(endless, "--seed", 5)
-    text = generate(*endless_model, "12", seed=5, **QUICK)
-    assert result.exit_code == 0
-    assert len(text) > 20
-    assert result.stdout == text + "\n"
     events = list(stream_generate(*endless_model, "12", seed=5, **QUICK))
     commits = [e for e in events if isinstance(e, Commit)]
-    steps = [e for e in events if isinstance(e, Step)]
+    assert result.exit_code == 0
+    assert result.stdout == generate(*endless_model, "12", seed=5, **QUICK) + "\n"
     (line,) = result.stderr.splitlines()
-    assert len(commits) == 3
     numbers = stats(line)
     assert int(numbers["prompt"]) == events[0].prompt_tokens
-    assert (numbers["committed"], numbers["seed"]) == ("40", "5")
+    assert (numbers["committed"], numbers["seed"], len(commits)) == ("40", "5", 3)
     assert f"3 canvases ({' + '.join(str(c.steps) for c in commits)} steps)" in line
-    assert numbers["forward"] == f"{40 / len(steps):.2f}"
+    steps = sum(isinstance(e, Step) for e in events)
+    assert numbers["forward"] == f"{40 / steps:.2f}"
     assert float(numbers["speed"]) > 0
     assert re.search(r"peak memory \d+\.\d MB", line)
+    shown = ask(endless, "--seed", 5, "--show")  # no terminal: plain text
+    assert shown.stdout == result.stdout
+    assert "step " not in shown.stderr and "\x1b" not in shown.stderr
 
 
 def test_reported_seed_gives_the_same_text_again(endless):
@@ -81,45 +89,18 @@ def test_reported_seed_gives_the_same_text_again(endless):
 def test_dash_reads_the_prompt_from_stdin(endless):
     asked = ask(endless, "--seed", 1, prompt="3 1\n2")
     piped = ask(endless, "--seed", 1, prompt="-", stdin="3 1\n2")
-    assert piped.exit_code == 0
-    assert piped.stdout == asked.stdout
+    assert (piped.exit_code, piped.stdout) == (0, asked.stdout)
     assert stats(piped.stderr)["prompt"] == stats(asked.stderr)["prompt"]
 
 
-def test_system_turn_comes_before_the_prompt(endless):
-    alone, with_system = ask(endless), ask(endless, "--system", "abc")
-    more = int(stats(with_system.stderr)["prompt"]) - int(stats(alone.stderr)["prompt"])
-    assert more == len("abc") + 2  # its turn has a beginning and an end
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    """Stands for stream_generate and load; the arguments are in `recorder.asked`."""
-
-    def recorder(model, tokenizer, prompt, **settings):
-        recorder.asked = {"prompt": prompt, **settings}
-        yield Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0)
-
-    monkeypatch.setattr(generation, "stream_generate", recorder)
-    monkeypatch.setattr(loading, "load", lambda name, adapter, revision: (None, None))
-    return recorder
-
-
+SETTINGS = {
+    "max_tokens": 7, "min_tokens": 1, "canvas_length": 9, "steps": 3, "seed": 0,
+    "entropy_bound": 0.25, "t_max": 0.9, "t_min": 0.0, "stability": 0,
+    "confidence": 0.0, "sampler": "confidence", "min_probability": 0.5,
+    "system": "kind", "prefill_step_size": 5,
+}  # fmt: skip
 FLAGS = {
-    "--max-tokens 7": {"max_tokens": 7},
-    "--canvas-length 9": {"canvas_length": 9},
-    "--steps 3": {"steps": 3},
-    "--entropy-bound 0.25": {"entropy_bound": 0.25},
-    "--t-max 0.9": {"t_max": 0.9},
-    "--t-min 0": {"t_min": 0.0},
-    "--stability 0": {"stability": 0},
-    "--confidence 0": {"confidence": 0.0},
-    "--min-tokens 1": {"min_tokens": 1},
-    "--sampler confidence": {"sampler": "confidence"},
-    "--min-probability 0.5": {"min_probability": 0.5},
-    "--seed 0": {"seed": 0},
-    "--system kind": {"system": "kind"},
-    "--prefill-step-size 5": {"prefill_step_size": 5},
+    **{f"--{k.replace('_', '-')} {v}": {k: v} for k, v in SETTINGS.items()},
     "--stop a --stop b": {"stop": ("a", "b")},
     "--thinking": {"thinking": True},
     "--image a --image b": {"images": ("a", "b")},
@@ -128,14 +109,41 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
+def test_flag_arrives_as_its_setting_and_nothing_else_changes(monkeypatch):
+    def record(model, tokenizer, prompt, **settings):
+        record.asked = {"prompt": prompt, **settings}
+        yield Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0)
+
+    monkeypatch.setattr(generation, "stream_generate", record)
+    monkeypatch.setattr(loading, "load", lambda name, adapter, revision: (None, None))
     assert run("--model", "m", "--prompt", "p").exit_code == 0
-    unset = recorder.asked
+    unset = record.asked
     assert unset["prefill_step_size"] == generation.PREFILL_STEP
     assert {unset[name] for name in ("steps", "max_tokens", "seed")} == {None}
-    assert run("--model", "m", "--prompt", "p", *flags.split()).exit_code == 0
-    assert recorder.asked == {**unset, **FLAGS[flags]} != unset
+    for flags, changed in FLAGS.items():
+        assert run("--model", "m", "--prompt", "p", *flags.split()).exit_code == 0
+        assert record.asked == {**unset, **changed} != unset, flags
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory):
+    """A folder with the checkpoint `m`, which sees, and two pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in (0, 1):
+        drawn(60, 40, seed).save(folder / f"{seed}.png")
+    return write_tiny_vision(folder / "m").parent
+
+
+def test_pictures_stand_in_front_of_the_prompt(with_pictures, tiny):
+    one, two = (["--image", with_pictures / f"{i}.png"] for i in (0, 1))
+    counts = []
+    for pictures in ([], one, one + two):
+        result = ask(with_pictures / "m", *pictures, prompt="abc")
+        assert result.exit_code == 0
+        counts.append(int(stats(result.stderr)["prompt"]))
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 10
+    refused = ask(tiny, *one)
+    assert refused.exit_code == 1 and "reads text only" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,8 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
         (["--confidence", "nan"], "confidence is nan; it must be a number from 0 up"),
         (["--stop", ""], "must be strings that are not empty"),
         (["--model", "no/where/at/all"], "no/where/at/all: no such folder"),
-        (["--prompt", "-"], "stdin is empty; give some text"),
+        (["--prompt", " "], "--prompt is empty; give some text"),
+        (["--prompt", "-"], "stdin is not UTF-8 at byte 2; convert it first"),
         (["--prompt", "\udcff"], "lone surrogate"),
         (["--image", __file__], "picture 1: "),
         (["--image", "http://127.0.0.1/a.png"], "http: sources are not fetched"),
@@ -153,16 +162,11 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(recorder, flags):
     ],
 )
 def test_refusal_is_one_line_and_exit_code_1(with_pictures, args, error):
-    result = run("--model", with_pictures / "m", "--prompt", "1", *args)
+    named = ["--model", with_pictures / "m", "--prompt", "1"]
+    result = run(*named, *args, stdin=b"ab\xff")
     assert (result.exit_code, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and error in line
-
-
-def test_stdin_that_is_not_text_is_refused(tiny):
-    result = run("--model", tiny, "--prompt", "-", stdin=b"ab\xff")
-    assert result.exit_code == 1
-    assert result.stderr == "error: stdin is not UTF-8 at byte 2; convert it first\n"
 
 
 MISSING = "cannot open shared object file"
@@ -181,90 +185,22 @@ MISSING = "cannot open shared object file"
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
-def test_failure_is_one_line_and_debug_shows_where(tiny, monkeypatch, raised, error):
+def test_failure_is_one_line_and_debug_shows_where(monkeypatch, raised, error):
     def fail(name, adapter, revision):
         raise raised
 
     monkeypatch.setattr(loading, "load", fail)
-    result = run("--model", tiny, "--prompt", "1")
+    result = run("--model", "m", "--prompt", "1")
     (line,) = result.stderr.splitlines()
     if isinstance(raised, KeyboardInterrupt):
         assert (result.exit_code, line) == (130, "interrupted")
     else:
         assert result.exit_code == 1
         assert line.startswith("error: ") and error in line
-        assert run("--model", tiny, "--prompt", "1", "--debug").exception is raised
+        assert run("--model", "m", "--prompt", "1", "--debug").exception is raised
 
 
-def test_warning_is_one_line(tiny, recorder, monkeypatch):
-    def warn(name, adapter, revision):
-        for _ in range(2):
-            warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
-        return None, None
-
-    monkeypatch.setattr(loading, "load", warn)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        result = run("--model", tiny, "--prompt", "1")
-    assert result.stderr.splitlines()[0] == "warning: mind the ␛[2Jgap"
-    assert len(result.stderr.splitlines()) == 2
-
-
-ASKED = ["--model", "m", "--prompt", "1"]
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (["--prompt", "1"], "--model"),
-        (["--model", "m"], "--prompt"),
-        ([*ASKED, "--max-tokens", "0"], "--max-tokens"),
-        ([*ASKED, "--steps", "some"], "--steps"),
-        ([*ASKED, "--entropy-bound", "0"], "--entropy-bound"),
-        ([*ASKED, "--temperature", "1"], "--temperature"),
-        ([*ASKED, "--chat-template-args", "{"], "--chat-template-args"),
-        ([*ASKED, "--chat-template-args", "[1]"], "is not a JSON object"),
-    ],
-)
-def test_wrong_usage_names_the_flag_and_exits_2(args, named):
-    result = run(*args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    usage, error = result.stderr.splitlines()
-    assert usage.startswith("Usage: ") and error.startswith("error: ")
-    assert named in error
-
-
-def test_show_without_a_terminal_is_plain_text(endless):
-    plain, shown = ask(endless, "--seed", 5), ask(endless, "--seed", 5, "--show")
-    assert shown.stdout == plain.stdout
-    assert "step " not in shown.stderr and "\x1b" not in shown.stderr
-
-
-# ------------------------------------------------------------------------- pictures
-
-
-@pytest.fixture(scope="module")
-def with_pictures(tmp_path_factory):
-    """A folder with the checkpoint `m`, which sees, and two pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in (0, 1):
-        drawn(60, 40, seed).save(folder / f"{seed}.png")
-    return write_tiny_vision(folder / "m").parent
-
-
-def test_pictures_stand_in_front_of_the_prompt(with_pictures, tiny):
-    pictures = [
-        "--image",
-        str(with_pictures / "0.png"),
-        "--image",
-        str(with_pictures / "1.png"),
-    ]
-    results = [ask(with_pictures / "m", *pictures[:n], prompt="abc") for n in (0, 2, 4)]
-    assert [result.exit_code for result in results] == [0, 0, 0]
-    none, one, both = (int(stats(result.stderr)["prompt"]) for result in results)
-    assert both - one == one - none > 10
-    refused = ask(tiny, *pictures)
-    assert refused.exit_code == 1 and "reads text only" in refused.stderr
+# ------------------------------------------------------- processes and terminals
 
 
 @pytest.mark.slow
@@ -278,14 +214,9 @@ def test_text_prompt_needs_no_pillow(tiny):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-# ------------------------------------------------------------- terminals and Ctrl-C
-
-
 @pytest.mark.slow
-def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(
-    endless, endless_model, tmp_path
-):
-    asked = ["--model", str(endless), "--prompt", "12", "--seed", "5", *QUICK_FLAGS]
+def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(endless, endless_model):
+    asked = ["--model", endless, "--prompt", "12", "--seed", "5", *QUICK_FLAGS]
     text = generate(*endless_model, "12", seed=5, **QUICK)
     ended = run_in_terminal([*COMMAND, *asked, "--show"])
     *shown, numbers = "\n".join(ended.screen(10_000).lines()).rsplit("\n", 1)
@@ -295,10 +226,6 @@ def test_canvas_is_drawn_in_a_terminal_and_the_answer_stays(
     assert re.search(r"step \d+/4 · entropy \d\.\d{3} nats · \d+/16 acc", ended.sent)
     assert "\x1b[1m" in ended.sent and "\x1b[2m" in ended.sent
     assert ended.screen(80).widest <= 80
-    ended = run_in_terminal([*COMMAND, *asked, "--show"], stdout=tmp_path / "out")
-    assert (ended.code, ended.stdout.decode()) == (0, text + "\n")
-    assert "step " in ended.sent, "the canvas is drawn"
-    assert len(ended.screen(10_000).lines()) == 1, "only the numbers stay"
 
 
 # stop strings that never come, though any character may begin one: the last one waits
@@ -308,20 +235,13 @@ HELD = [part for c in VOCABULARY[5:] for part in ("--stop", f"{c}☃")]
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [[], HELD], ids=["plain", "with text held back"])
 def test_ctrl_c_keeps_exactly_what_is_committed(endless, endless_model, stop):
-    endless_text = ["--steps", "2", "--max-tokens", "1000000", "--seed", "5", *stop]
-    process = subprocess.Popen(
-        [*COMMAND, "--model", str(endless), "--prompt", "12", *endless_text],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
+    process = start("--model", endless, "--steps", 2, "--seed", 5, *stop)
     written = os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
     more, stderr = process.communicate(timeout=60)
     count = int(stats(stderr.decode())["canvases"])
-    events = stream_generate(
-        *endless_model, "12", steps=2, max_tokens=1_000_000, seed=5
-    )
+    settings = {"steps": 2, "max_tokens": 1_000_000, "seed": 5}
+    events = stream_generate(*endless_model, "12", **settings)
     commits = (event for event in events if isinstance(event, Commit))
     text = "".join(next(commits).text for _ in range(count))
     assert process.returncode == 130
@@ -339,7 +259,7 @@ def test_ctrl_c_while_drawing_ends_after_the_step_and_clears_the_canvas(tiny, tm
             asked.append(process.send_signal(signal.SIGINT))
 
     ended = run_in_terminal(
-        [*COMMAND, "--model", str(tiny), "--prompt", "12", *NEVER_DONE, "--show"],
+        [*COMMAND, "--model", tiny, "--prompt", "12", *NEVER_DONE, "--show"],
         stdout=tmp_path / "out",
         columns=40,
         watch=interrupt,
@@ -353,14 +273,8 @@ def test_ctrl_c_while_drawing_ends_after_the_step_and_clears_the_canvas(tiny, tm
 
 @pytest.mark.slow
 def test_reader_that_leaves_early_is_no_error(endless):
-    process = subprocess.Popen(
-        [*COMMAND, "--model", endless, "--prompt", "12", "--max-tokens", "1000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
+    process = start("--model", endless)
     process.stdout.close()
-    stderr = process.stderr.read()
-    process.stderr.close()
+    with process.stderr as stderr:
+        assert stderr.read() == b""
     assert process.wait(60) == 141  # as a shell counts SIGPIPE
-    assert stderr == b""

@@ -1,4 +1,4 @@
-"""`mlx_dgemma` itself: its list of commands, what it loads, how it reports errors."""
+"""All commands behind one name: help, usage errors, what they load."""
 
 import resource
 import subprocess
@@ -11,6 +11,32 @@ from mlx_dgemma.checkpoint.hub import built_in
 from mlx_dgemma.cli.main import COMMANDS, main
 
 HEAVY = {"mlx", "numpy", "rich", "tokenizers", "transformers", "jinja2", "yaml"}
+ASK, CONVERT = "generate --model m --prompt 1", "convert --hf-path m"
+USAGE_ERRORS = {
+    "nope": "No such command 'nope'",
+    "generate --prompt 1": "--model",
+    "generate --model m": "--prompt",
+    f"{ASK} --max-tokens 0": "--max-tokens",
+    f"{ASK} --steps some": "--steps",
+    f"{ASK} --entropy-bound 0": "--entropy-bound",
+    f"{ASK} --temperature 1": "--temperature",
+    f"{ASK} --chat-template-args {{": "--chat-template-args",
+    f"{ASK} --chat-template-args [1]": "is not a JSON object",
+    "chat --model m --steps 0": "--steps",
+    "chat --model m --seed -1": "--seed",
+    "convert": "--hf-path",
+    f"{CONVERT} --q-bits 7": "--q-bits",
+    f"{CONVERT} --dtype int8": "--dtype",
+    f"{CONVERT} --bits 4": "--bits",
+    f"{CONVERT} --q-bits 4": "--q-bits is given without",
+    f"{CONVERT} --q-mode mxfp4": "--q-mode is given without",
+    f"{CONVERT} -q -d": "--quantize and --dequantize exclude",
+    "fuse": "--model",
+    "fuse --model m --mlx-path x": "--mlx-path",
+    "lora --nope": "--nope",
+    "evaluate --nope": "--nope",
+    "benchmark --nope": "--nope",
+}
 
 
 def run(*args):
@@ -21,6 +47,7 @@ def run(*args):
 def test_help_lists_commands_models_and_exit_codes(args):
     result = run(*args)
     assert (result.exit_code, result.stderr) == (0, "")
+    assert len(COMMANDS) == 7
     for name, text in COMMANDS.items():
         assert f"  {name:<9}  {text}\n" in result.stdout
     assert f"Built-in models: {', '.join(built_in())}." in result.stdout
@@ -36,17 +63,13 @@ def test_command_runs_as_a_subcommand(name):
         assert ", ".join(built_in()) in " ".join(result.stdout.split())
 
 
-def test_errors_are_those_of_the_command():
-    for args, error in (
-        (["nope"], "error: No such command 'nope'."),
-        (["generate", "--model", "m"], "error: Missing option '--prompt' / '-p'."),
-    ):
-        result = run(*args)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr.splitlines()[1] == error
-    result = run("generate", "--model", "no/where", "--prompt", " ")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: --prompt is empty; give some text\n"
+@pytest.mark.parametrize("args", USAGE_ERRORS)
+def test_usage_error_names_the_flag_and_exits_2(args):
+    result = run(*args.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    *usage, error = result.stderr.splitlines()
+    assert all(line.startswith("Usage: mlx_dgemma") for line in usage)
+    assert error.startswith("error: ") and USAGE_ERRORS[args] in error
 
 
 @pytest.mark.slow

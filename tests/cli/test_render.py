@@ -7,56 +7,23 @@ import warnings
 
 import pytest
 from rich.console import Console
-from scripted import commit, step
+from scripted import HOSTILE, Words, step
 from terminal import CODES, Screen
 
 from mlx_dgemma.cli import render
 from mlx_dgemma.cli.common import one_line_errors, printable
 from mlx_dgemma.cli.render import AnswerView
-from mlx_dgemma.diffusion.events import Prefilled
 
-HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\x08\x7f\x00\u202e\u2028\x85"
 WIDE = ["漢字", "日本語", "🙂", "🚀🚀", "한국", "e\u0301", "word ", "a", " ", "\n"]
 
 
-class Words:
-    """A tokenizer whose vocabulary is a list; id 0 is special, "½" half a character."""
-
-    special_ids = frozenset({0})
-
-    def __init__(self, *words):
-        self.words = ["<eos>", *words]
-        self.held = ""
-
-    def detokenizer(self):
-        return Words(*self.words[1:])
-
-    def add(self, ids):
-        text = self.held + "".join(self.words[i] for i in ids)
-        self.held = "½" * text.endswith("½")
-        return text.removesuffix("½")
-
-    def finish(self):
-        return self.held
-
-
-def console(columns=80):
-    return Console(file=io.StringIO(), width=columns, force_terminal=True)
-
-
-class Terminal(io.StringIO):
-    """A stream a person sees; bytes may be written to its `buffer`."""
+class Terminal(io.TextIOWrapper):
+    """A stream that is a terminal."""
 
     columns, rows = 80, 24
 
     def __init__(self):
-        super().__init__()
-        self.buffer = self.Bytes()
-        self.buffer.text = self
-
-    class Bytes(io.BytesIO):
-        def write(self, data):
-            return self.text.write(data.decode())
+        super().__init__(io.BytesIO(), "utf-8", write_through=True)
 
     def isatty(self):
         return True
@@ -66,16 +33,18 @@ class Terminal(io.StringIO):
 
     def take(self):
         """What was sent since the last time."""
-        sent = self.getvalue()
-        self.seek(0)
-        self.truncate()
+        sent = self.buffer.getvalue().decode()
+        self.buffer.seek(0)
+        self.buffer.truncate()
         return sent
 
 
-def terminal_stderr(monkeypatch):
+def terminal_stderr(monkeypatch, *, stdout=False):
     """Make stderr a terminal. Not a fixture: pytest would set its own stderr after."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    if stdout:
+        monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm-256color")
     size = lambda handle: (terminal.columns, terminal.rows)  # noqa: E731
     monkeypatch.setattr(render.os, "get_terminal_size", size)
@@ -107,8 +76,9 @@ def test_frame_fits_the_terminal_and_holds_the_whole_draft(monkeypatch, columns)
     assert "".join("".join(lines[:-1]).split()) == "".join(wanted.split())
 
 
-@pytest.mark.parametrize("columns", [80, 10, 3, 1])
-@pytest.mark.parametrize("rows", [24, 3, 2])
+@pytest.mark.parametrize(
+    ("columns", "rows"), [(80, 24), (10, 24), (80, 3), (3, 2), (1, 24)]
+)
 def test_canvas_too_tall_shows_its_end_and_its_numbers(monkeypatch, columns, rows):
     words = Words(*[f"{i}\n" for i in range(99)], "last")
     _, lines = draw(monkeypatch, words, range(1, 101), columns, rows)
@@ -130,16 +100,13 @@ def test_control_codes_of_the_model_are_not_sent(monkeypatch, columns):
     assert "␛" in text and "␇" in text
 
 
-def test_printable_leaves_newlines_as_the_only_control():
+def test_printable_replaces_all_controls_but_newlines():
     text = "".join(map(chr, [*range(0x20000), *range(0xE0000, 0xE1000)]))
     safe = printable(text)
     kinds = ("Cc", "Cf", "Cs", "Zl", "Zp")
     left = {c for c in safe if unicodedata.category(c) in kinds}
     assert left == {"\n", "\u200c", "\u200d"}  # letters and emoji need the joiners
     assert safe.count("\n") == 1
-
-
-def test_printable_shows_what_it_replaces_and_keeps_the_rest():
     assert printable("a\x1b[31m\r\x00\x7f\x9b\u202e\ud800") == (
         "a␛[31m␍␀␡<U+009B><U+202E><U+D800>"
     )
@@ -147,32 +114,26 @@ def test_printable_shows_what_it_replaces_and_keeps_the_rest():
     assert printable(kept) == kept
 
 
-def test_accepted_tokens_are_bold_and_drafts_dim():
-    words = Words("aa", "bb", "cc")
-    text = render.canvas_text(words, step([1, 2, 3], {0, 2}), before="said ")
-    looks = [text.get_style_at_offset(console(), i) for i in range(len(text))]
-    assert text.plain == "said aabbcc"
-    bold, dim = (True, None), (None, True)
-    assert [(s.bold, s.dim) for s in looks] == [bold] * 7 + [dim] * 2 + [bold] * 2
-    half = render.canvas_text(Words("a", "½"), step([1, 2], {0, 1}))
-    assert half.plain == "a½" and half.get_style_at_offset(console(), 1).dim
+def test_accepted_tokens_are_bold_drafts_dim_and_special_ones_dots():
+    def text_and_looks(words, draft, accepted, before=""):
+        text = render.canvas_text(words, step(draft, accepted), before)
+        looks = (text.get_style_at_offset(Console(), i) for i in range(len(text)))
+        return text.plain, "".join("b" if s.bold else "d" * s.dim for s in looks)
 
-
-def test_special_tokens_are_dots_and_those_at_the_end_are_left_out():
-    words = Words("a", "b")
-    assert render.canvas_text(words, step([1, 0, 0, 2, 0, 0, 0])).plain == "a··b"
-    assert render.canvas_text(words, step([0, 0, 0])).plain == ""
+    words = Words("aa", "bb", "½")
+    assert text_and_looks(words, [1, 2, 1], {0, 2}, "said ") == (
+        "said aabbaa", "bbbbbbbddbb"
+    )  # fmt: skip
+    assert text_and_looks(words, [1, 3], {0, 1}) == ("aa½", "bbd")
+    assert text_and_looks(words, [1, 0, 0, 2, 0, 0], ())[0] == "aa··bb"
+    assert text_and_looks(words, [0, 0, 0], ()) == ("", "")
 
 
 def test_numbers_count_the_canvas_and_fit_the_width():
     one = step([1, 1, 0, 0], {0, 2, 3}, number=12, steps=48, entropy=1.23456)
     line = "step 12/48 · entropy 1.235 nats · 3/4 accepted"
-    for width, expected in {
-        46: line,
-        45: line[:31],
-        30: line[:10],
-        6: "step 1",
-    }.items():
+    fitting = {46: line, 45: line[:31], 30: line[:10], 6: "step 1"}
+    for width, expected in fitting.items():
         assert render.numbers(one, width) == expected
 
 
@@ -186,7 +147,10 @@ def test_shorter_frame_leaves_nothing_of_a_longer_one(monkeypatch):
             view.show(step([token]))
             shown = screen.feed(stderr.take()).lines()
             assert shown[:-1] == ["above", *words.words[token].split("\n")]
-    assert screen.feed(stderr.take()).lines() == ["above"]
+    # tmux moves what a clear from the top would erase into its history
+    before, clear, after = stderr.take().partition(render.ERASE_BELOW)
+    assert clear and screen.feed(before).lines() == ["above"]
+    assert screen.feed(clear + after).lines() == ["above"]
     assert (screen.row, screen.column) == (1, 0)
 
 
@@ -216,17 +180,6 @@ def test_characters_wider_than_expected_do_not_break_a_line(monkeypatch):
         assert screen.feed("x" * 61).row == 4, "wrapping is on again"
 
 
-def test_screen_is_never_cleared_from_its_top(monkeypatch):
-    """tmux moves what such a clear would erase into its history."""
-    stderr = terminal_stderr(monkeypatch)
-    with AnswerView(Words("a\nb"), True) as view:
-        view.show(step([1]))
-        screen = Screen().feed(stderr.take())
-    before, clear, _ = stderr.take().partition(render.ERASE_BELOW)
-    assert clear and screen.feed(before).lines() == []
-    assert screen.row == 2
-
-
 def test_at_most_twenty_frames_a_second(monkeypatch):
     stderr = terminal_stderr(monkeypatch)
     monkeypatch.setattr(render, "SECONDS_PER_FRAME", 1 / 20)
@@ -236,20 +189,17 @@ def test_at_most_twenty_frames_a_second(monkeypatch):
         for number in range(200):  # two seconds, a canvas done every third step
             view.show(step([1], number=number + 1, steps=200, stopped=number % 3 == 2))
             if number % 3 == 2:
-                view.show(commit("a\n"))
-    assert 30 <= stderr.getvalue().count(render.WRAP_OFF) <= 41
-
-
-def show_canvases(show):
-    """Show some canvases whose lines end at odd places."""
-    with AnswerView(Words("x"), show) as view:
-        view.show(Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0))
-        for text in ["ab", "c\nde", "", "\n\nf", "\x1bg"]:
-            view.show(step([1]))
-            view.show(commit(text))
+                view.write("a\n")
+    assert 30 <= stderr.take().count(render.WRAP_OFF) <= 41
 
 
 def test_live_view_writes_the_same_text_as_none(monkeypatch, capfdbinary):
+    def show_canvases(show):
+        with AnswerView(Words("x"), show) as view:
+            for text in ["ab", "c\nde", "", "\n\nf", "\x1bg"]:
+                view.show(step([1]))
+                view.write(text)
+
     stderr = terminal_stderr(monkeypatch)
     for show in (True, False):
         show_canvases(show)
@@ -259,40 +209,31 @@ def test_live_view_writes_the_same_text_as_none(monkeypatch, capfdbinary):
     for show in (True, False):
         show_canvases(show)
         assert Screen().feed(stderr.take()).lines() == ["abc", "de", "", "f␛g"]
+    monkeypatch.setenv("TERM", "dumb")
+    show_canvases(True)
+    assert stderr.take() == "abc\nde\n\nf␛g\n"
 
 
 def test_committed_lines_stay_above_the_canvas_and_an_open_line_begins_it(monkeypatch):
-    stderr = terminal_stderr(monkeypatch)
-    monkeypatch.setattr(sys, "stdout", stderr)
+    terminal, screen = terminal_stderr(monkeypatch, stdout=True), Screen()
     with AnswerView(Words(" draft"), True) as view:
         view.show(step([1]))
-        view.show(commit("one\ntwo\nthree"))
-        assert Screen().feed(stderr.getvalue()).lines()[0] == " draft"
+        view.write("one\ntwo\nthree")
+        assert screen.feed(terminal.take()).lines()[0] == " draft"
         view.show(step([1], number=1))
-        shown = Screen().feed(stderr.getvalue()).lines()
+        shown = screen.feed(terminal.take()).lines()
         assert shown[:3] == ["one", "two", "three draft"]
         assert shown[3].startswith("step 1/3") and len(shown) == 4
 
 
 def test_warning_is_one_line_above_the_canvas_once(monkeypatch):
-    stderr = terminal_stderr(monkeypatch)
+    stderr, screen = terminal_stderr(monkeypatch), Screen()
     with one_line_errors(False), AnswerView(Words("a\nb"), True) as view:
         warnings.simplefilter("always")
+        for _ in range(2):
+            view.show(step([1]))
+            warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
         view.show(step([1]))
-        warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
-        view.show(step([1]))
-        warnings.warn("mind\nthe \x1b[2Jgap", stacklevel=1)
-        view.show(step([1]))
-        shown = Screen().feed(stderr.getvalue()).lines()
+        shown = screen.feed(stderr.take()).lines()
         assert shown[:3] == ["warning: mind the ␛[2Jgap", "a", "b"]
         assert shown[3].startswith("step") and len(shown) == 4
-
-
-def test_dumb_terminal_gets_plain_text(monkeypatch, capsysbinary):
-    stderr = terminal_stderr(monkeypatch)
-    monkeypatch.setenv("TERM", "dumb")
-    with AnswerView(Words("a"), True) as view:
-        view.show(step([1]))
-        view.show(commit("text"))
-    assert stderr.getvalue() == ""
-    assert capsysbinary.readouterr().out == b"text\n"
