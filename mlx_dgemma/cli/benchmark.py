@@ -184,7 +184,7 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
             "early_stop": job.early,
         },
         "median": asdict(measure.Trial.median(trials)),
-        "parts": asdict(measure.dissect(model, job)),
+        "parts": asdict(measure.time_parts(model, job)),
         "trials": [asdict(trial) for trial in trials],
     }
     if options.roofline:

@@ -126,7 +126,7 @@ def run(model: DiffusionGemma, job: Workload, seed: int = 0) -> Trial:
     )
 
 
-def dissect(model: DiffusionGemma, job: Workload) -> PartTimes:
+def time_parts(model: DiffusionGemma, job: Workload) -> PartTimes:
     """Time the parts of a step behind the prompts, and the commit after it."""
     config, length = model.config, model.config.canvas_length
     shape = (len(job.prompts), length)

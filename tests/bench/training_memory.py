@@ -66,9 +66,7 @@ class Model:
 
     @property
     def storage(self) -> Storage:
-        if self.quantization is None:
-            return Storage.dense(self.precision)
-        return Storage.quantized(self.quantization, dtype=self.precision)
+        return Storage(self.precision.size, self.quantization)
 
 
 @dataclass(frozen=True)
