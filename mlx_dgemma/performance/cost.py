@@ -84,7 +84,9 @@ class Loaded(Storage):
     def of(cls, model: DiffusionGemma) -> "Loaded":
         """Measure a model; scales and biases count with their weight."""
         sizes: dict[str, int] = {}
-        for name, array in tree_flatten(model.parameters()):
+        parameters = tree_flatten(model.parameters())
+        assert isinstance(parameters, list)
+        for name, array in parameters:
             layer, _, part = name.rpartition(".")
             weight = f"{layer}.weight" if part in ("scales", "biases") else name
             names = [weight]

@@ -94,7 +94,7 @@ def lines(config: ModelConfig, chip: Chip, memory_gb: int) -> list[str]:
         rows.append([name, *(f"{size / 1e9:.1f}" for size in sizes)])
         rows[-1] += ["yes" if fits else "no", f"{step * 1e3:.1f}"]
         rows[-1] += [f"{rate:.0f}" for rate in rates]
-    layout = "{:<6}{:>9}" + "{:>8}" * len(PREFIXES) + "{:>6}{:>10}" + "{:>8}" * len(STEPS)
+    layout = "{:<6}{:>9}{:>8}{:>8}{:>8}{:>6}{:>10}{:>8}{:>8}{:>8}"
     return [
         HEADLINE,
         f"{chip.name} {memory_gb} GB: {chip.gpu_cores} GPU cores, "

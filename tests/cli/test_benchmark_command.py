@@ -14,7 +14,7 @@ from mlx_dgemma.diffusion.engine import PREFILL_STEP
 from mlx_dgemma.errors import DGemmaError
 from mlx_dgemma.performance import chips, estimate, measure
 from mlx_dgemma.performance.cost import PARTS
-from mlx_dgemma.performance.measure import PartTimes, Trial
+from mlx_dgemma.performance.measure import Trial
 from mlx_dgemma.performance.synthetic import config_26b
 
 QUICK = ["-p", "6", "--steps", "2", "-n", "2"]
@@ -42,7 +42,7 @@ def fixed(monkeypatch):
         return Trial(1234.5, 0.25, 16, 4.5, 0.125, 96.0, 3e6)
 
     monkeypatch.setattr(measure, "run", run)
-    times = PartTimes(0.125, 0.0625, 0.1)
+    times = {"body": 0.125, "vocabulary": 0.0625, "commit": 0.1}
     monkeypatch.setattr(measure, "time_parts", lambda model, job: times)
     return asked
 
