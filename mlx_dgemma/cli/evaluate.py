@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..evaluation import Progress
 
 
-POSITIVE = click.IntRange(1)
+COUNT = click.IntRange(1)
 
 
 @click.command(cls=Command)
@@ -44,11 +44,11 @@ POSITIVE = click.IntRange(1)
     metavar="N,N,…",
     help="Most steps per canvas, one measurement each.  [default: the checkpoint's]",
 )
-@click.option("--count", type=POSITIVE, help="Rows, from the first.  [default: all]")
+@click.option("--count", type=COUNT, help="Rows, from the first.  [default: all]")
 @click.option(
     "-b",
     "--batch-size",
-    type=POSITIVE,
+    type=COUNT,
     default=50,
     help="Rows at a time.  [default: 50]",
 )
@@ -56,7 +56,7 @@ POSITIVE = click.IntRange(1)
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="Row n has seed + n.  [default: 0]",
+    help="Row n: seed + n.  [default: 0]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @revision_option
