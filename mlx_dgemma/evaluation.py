@@ -105,9 +105,10 @@ def evaluate(
         answers, taken = [], 0
         for start in range(0, len(rows), batch_size):
             batch = prompts[start : start + batch_size]
-            for tokens, steps_taken in _answers(model, batch, settings, seed + start):
+            for commits in _denoise(model, batch, settings, seed + start):
+                tokens = [token for commit in commits for token in commit.tokens]
                 answers.append(tokenizer.decode(tokens).strip())
-                taken += steps_taken
+                taken += sum(commit.steps for commit in commits)
             if progress is not None:
                 progress(settings.steps, len(answers), len(rows))
         pairs = list(zip(rows, answers, strict=True))
@@ -140,21 +141,18 @@ def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
         raise DataError(f"{row.where}: {error}") from None
 
 
-def _answers(
+def _denoise(
     model: DiffusionGemma, prompts: Sequence[list[int]], settings: Settings, seed: int
-) -> list[tuple[list[int], int]]:
-    """Return the answer's tokens and the steps taken for each prompt of a batch."""
+) -> list[list[Commit]]:
+    """Return the canvases of each prompt of a batch."""
     engine = Engine(model)
-    tokens: dict[int, list[int]] = {}
-    taken: dict[int, int] = {}
+    commits: dict[int, list[Commit]] = {}
     for number, prompt in enumerate(prompts):
-        request = engine.admit(prompt, settings, seed + number).request
-        tokens[request], taken[request] = [], 0
+        commits[engine.admit(prompt, settings, seed + number).request] = []
     for event in engine.run():
         if isinstance(event, Commit):
-            tokens[event.request] += event.tokens
-            taken[event.request] += event.steps
-    return [(tokens[request], taken[request]) for request in tokens]
+            commits[event.request].append(event)
+    return list(commits.values())
 
 
 def _mean_scores(scorer: Scorer, pairs: Sequence[tuple[Row, str]]) -> dict[str, float]:
@@ -192,7 +190,7 @@ def load_scorer(text: str) -> tuple[Scorer, Check | None]:
 
 
 def check_rows(rows: Sequence[Row], check: Check) -> None:
-    """Raise DataError naming the first row for which `check` raises ValueError."""
+    """Raise DataError naming the first row that `check` refuses with ValueError."""
     for row in rows:
         try:
             check(row.question, row.answer)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,15 @@ import click
 from .common import (
     MODEL_HELP,
     Command,
-    backend_option,
-    debug_option,
+    common_options,
     one_line_errors,
-    version_option,
+    revision_option,
 )
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
 
-SUBJECTS = ("model", "synthetic", "estimate", "backends")
+SUBJECTS = {"model", "synthetic", "estimate", "backends"}
 SUBJECT_FLAGS = "--model, --synthetic, --estimate and --backends"
 
 
@@ -34,10 +32,7 @@ def count(*names: str, default: int, help: str):
     )
 
 
-@click.command(
-    cls=Command,
-    epilog=f"Give one of {SUBJECT_FLAGS}.",
-)
+@click.command(cls=Command, epilog=f"Give one of {SUBJECT_FLAGS}.")
 @click.option("--model", help=MODEL_HELP)
 @choice(
     "--synthetic",
@@ -70,10 +65,8 @@ def count(*names: str, default: int, help: str):
 @count("--prefill-step-size", default=2048, help="Prompt tokens encoded at a time.")
 @click.option("--roofline", is_flag=True, help="How far a step is from its floor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@backend_option
-@debug_option
-@version_option
+@revision_option
+@common_options
 def main(debug: bool, **given: Any) -> None:
     """Time prefill, denoising steps and commits of a model on this machine.
 
@@ -83,23 +76,18 @@ def main(debug: bool, **given: Any) -> None:
     options = SimpleNamespace(**given)
     with one_line_errors(debug):
         _refuse_combinations(options)
+        found: dict[str, Any] = {}
         if options.estimate is not None:
-            lines, found = _estimate(options.estimate), None
+            lines = _estimate(options.estimate)
         elif options.backends:
             from .. import backends
 
-            found = backends.describe()
-            lines = []
+            found, lines = backends.describe(), []
             for name, backend in found.items():
                 lines.append(f"{name:<6} {backend['state']}")
                 lines += [f"  {k:<18}{v}" for k, v in backend.items() if k != "state"]
         else:
-            from ..checkpoint import hub
-
-            other = None if options.beside is None else hub.resolve(options.beside)
             found = _measure(options)
-            if other is not None:
-                found["beside"] = _beside(other, options, found)
             lines = _lines(found)
         click.echo(json.dumps(found, indent=2) if options.as_json else "\n".join(lines))
 
@@ -111,7 +99,7 @@ def _refuse_combinations(options: SimpleNamespace) -> None:
     }
     measured, quantized = given & {"model", "synthetic"}, given & {"q_bits", "q_mode"}
     for allowed, message in (
-        (len(given & set(SUBJECTS)) == 1, f"give one of {SUBJECT_FLAGS}"),
+        (len(given & SUBJECTS) == 1, f"give one of {SUBJECT_FLAGS}"),
         (
             "synthetic" in given or not (quantized or "dtype" in given),
             "--q-bits, --q-mode and --dtype are for --synthetic, not for a model",
@@ -148,11 +136,13 @@ def _estimate(mac: str) -> list[str]:
 
 def _measure(options: SimpleNamespace) -> dict[str, Any]:
     """Return everything that was measured, as --json prints it."""
+    from ..checkpoint import hub
     from ..loading import load
     from ..performance import measure
     from ..performance.cost import Loaded, weight_bytes
     from ..text.chat import chat_ids
 
+    beside = None if options.beside is None else hub.resolve(options.beside)
     prompts = None
     if options.model is not None:
         name = options.model
@@ -184,11 +174,21 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
             "early_stop": job.early,
         },
         "median": asdict(measure.Trial.median(trials)),
-        "parts": asdict(measure.dissect(model, job)),
+        "parts": measure.time_parts(model, job),
         "trials": [asdict(trial) for trial in trials],
     }
     if options.roofline:
         found["roofline"] = measure.roofline(model, job)
+    if beside is not None:
+        from ..performance.beside import run_beside
+
+        found["beside"] = {"model": options.beside} | run_beside(
+            beside,
+            options.prompt_tokens if options.prompt is None else options.prompt,
+            tokens=max(2, round(found["median"]["tokens"])),
+            trials=options.num_trials,
+            prefill_step_size=options.prefill_step_size,
+        )
     return found
 
 
@@ -215,20 +215,8 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     return model, name
 
 
-def _beside(
-    folder: Path, options: SimpleNamespace, found: dict[str, Any]
-) -> dict[str, Any]:
-    """Run the other model on as many tokens as ours committed."""
-    from ..performance.beside import run_beside
-
-    prompt = options.prompt_tokens if options.prompt is None else options.prompt
-    tokens = max(2, round(found["median"]["tokens"]))
-    chunk = options.prefill_step_size
-    figures = run_beside(folder, prompt, tokens, options.num_trials, chunk)
-    return {"model": options.beside, **figures}
-
-
 def _lines(found: dict[str, Any]) -> list[str]:
+    """Return the table of what `_measure` found."""
     from ..diffusion.report import format_bytes
 
     machine, job, median = found["machine"], found["job"], found["median"]
@@ -242,60 +230,50 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{job['steps']} steps, behind {job['prompt_tokens']} tokens of prompt; "
         f"median of {len(found['trials'])}",
         "",
-        _line("prefill", f"{median['prefill_tps']:,.1f}", "tok/s"),
-        _line("denoising step", f"{1e3 * step:,.1f}", "ms"),
-        _line("  body", f"{1e3 * parts['body']:,.1f}", "ms"),
-        _line("  vocabulary", f"{1e3 * parts['vocabulary']:,.1f}", "ms"),
-        _line("  host and the rest", f"{1e3 * rest:,.1f}", "ms"),
-        _line("commit", f"{1e3 * parts['commit']:,.1f}", "ms"),
-        _line("canvases", f"{median['canvases_per_second']:,.3f}", "a second"),
+        _line("prefill", f"{median['prefill_tps']:,.1f} tok/s"),
+        _line("denoising step", f"{1e3 * step:,.1f} ms"),
+        _line("  body", f"{1e3 * parts['body']:,.1f} ms"),
+        _line("  vocabulary", f"{1e3 * parts['vocabulary']:,.1f} ms"),
+        _line("  host and the rest", f"{1e3 * rest:,.1f} ms"),
+        _line("commit", f"{1e3 * parts['commit']:,.1f} ms"),
+        _line("canvases", f"{median['canvases_per_second']:,.3f} a second"),
         _line("tokens per forward", f"{median['tokens_per_forward']:,.2f}"),
-        _line("wall", f"{median['wall_tps']:,.1f}", "tok/s"),
-        _line("peak memory", *format_bytes(median["peak_bytes"]).split()),
+        _line("wall", f"{median['wall_tps']:,.1f} tok/s"),
+        _line("peak memory", format_bytes(median["peak_bytes"])),
     ]
-    if "roofline" in found:
-        lines += ["", *_roofline_lines(found["roofline"], step)]
-    if "beside" in found:
-        lines += ["", *_beside_lines(found["beside"], median["wall_tps"])]
+    if (roofline := found.get("roofline")) is not None:
+        floor = roofline["floor_seconds"]
+        lines += [
+            "",
+            f"one copy {roofline['bytes_per_second'] / 1e9:,.1f} GB/s, one product "
+            f"{roofline['flops_per_second'] / 1e12:,.3f} TFLOP/s, measured now",
+            f"{'step':<20}{'GFLOP':>12}{'GB':>10}{'floor ms':>12}",
+            *(
+                f"{part:<20}{cost['flops'] / 1e9:>12,.1f}{cost['bytes'] / 1e9:>10,.3f}"
+                f"{1e3 * cost['seconds']:>12,.2f}"
+                for part, cost in roofline["parts"].items()
+            ),
+            f"floor {1e3 * floor:,.2f} ms; the step takes "
+            f"{step / floor:.1f} times that",
+        ]
+    if (beside := found.get("beside")) is not None:
+        ours, theirs = median["wall_tps"], beside["median"]
+        lines += [
+            "",
+            f"beside {beside['model']}, token by token through mlx-lm: "
+            f"{beside['tokens']} tokens behind {beside['prompt_tokens']}",
+            _line("prompt", f"{theirs['prompt_tps']:,.1f} tok/s"),
+            _line("generation", f"{theirs['generation_tps']:,.1f} tok/s"),
+            _line("peak memory", format_bytes(theirs["peak_bytes"])),
+            f"wall: ours {ours:,.1f} tok/s, {beside['model']} "
+            f"{theirs['wall_tps']:,.1f} tok/s, ratio {ours / theirs['wall_tps']:.2f}",
+        ]
     return lines
 
 
-def _line(label: str, number: str, unit: str = "") -> str:
+def _line(label: str, value: str) -> str:
+    number, _, unit = value.partition(" ")
     return f"{label:<22}{number:>12} {unit}".rstrip()
-
-
-def _roofline_lines(roofline: dict[str, Any], step: float) -> list[str]:
-    """Return the floor of a step by part, and how far off the measured step is."""
-    lines = [
-        f"one copy {roofline['bytes_per_second'] / 1e9:,.1f} GB/s, one product "
-        f"{roofline['flops_per_second'] / 1e12:,.3f} TFLOP/s, measured now",
-        f"{'step':<20}{'GFLOP':>12}{'GB':>10}{'floor ms':>12}",
-    ]
-    for part, cost in roofline["parts"].items():
-        lines.append(
-            f"{part:<20}{cost['flops'] / 1e9:>12,.1f}{cost['bytes'] / 1e9:>10,.3f}"
-            f"{1e3 * cost['seconds']:>12,.2f}"
-        )
-    floor = roofline["floor_seconds"]
-    lines.append(
-        f"floor {1e3 * floor:,.2f} ms; the step takes {step / floor:.1f} times that"
-    )
-    return lines
-
-
-def _beside_lines(beside: dict[str, Any], ours: float) -> list[str]:
-    from ..diffusion.report import format_bytes
-
-    median, name = beside["median"], beside["model"]
-    return [
-        f"beside {name}, token by token through mlx-lm: {beside['tokens']} tokens "
-        f"behind {beside['prompt_tokens']}",
-        _line("prompt", f"{median['prompt_tps']:,.1f}", "tok/s"),
-        _line("generation", f"{median['generation_tps']:,.1f}", "tok/s"),
-        _line("peak memory", *format_bytes(median["peak_bytes"]).split()),
-        f"wall: ours {ours:,.1f} tok/s, {name} {median['wall_tps']:,.1f} tok/s, "
-        f"ratio {ours / median['wall_tps']:.2f}",
-    ]
 
 
 if __name__ == "__main__":

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import (
-    MODEL_HELP,
     Command,
-    backend_option,
-    debug_option,
+    common_options,
     is_terminal,
+    model_option,
     one_line_errors,
-    version_option,
+    revision_option,
 )
 
 if TYPE_CHECKING:
-    from ..evaluation import Progress, Result, Row
+    from ..evaluation import Progress
+
+
+COUNT = click.IntRange(1)
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help=MODEL_HELP)
+@model_option
 @click.option(
     "--data", required=True, help="A .jsonl of rows, or a folder with test.jsonl."
 )
@@ -42,29 +44,23 @@ if TYPE_CHECKING:
     metavar="N,N,…",
     help="Most steps per canvas, one measurement each.  [default: the checkpoint's]",
 )
-@click.option(
-    "--count", type=click.IntRange(1), help="Rows, from the first.  [default: all]"
-)
+@click.option("--count", type=COUNT, help="Rows, from the first.  [default: all]")
 @click.option(
     "-b",
     "--batch-size",
-    type=click.IntRange(1),
+    type=COUNT,
     default=50,
-    show_default=True,
-    help="Rows denoised together.",
+    help="Rows at a time.  [default: 50]",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
-    help="Row n is denoised with seed + n.",
+    help="Row n: seed + n.  [default: 0]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@backend_option
-@debug_option
-@version_option
+@revision_option
+@common_options
 def main(
     model: str,
     data: str,
@@ -85,7 +81,9 @@ def main(
     expected), a row for which that raises ValueError is refused at the start.
     """
     with one_line_errors(debug):
-        from ..evaluation import check_rows, load_scorer, read_rows, table
+        from ..adapters import folder as adapters
+        from ..evaluation import check_rows, evaluate, load_scorer, read_rows, table
+        from ..loading import load
         from ..performance.measure import machine
 
         caps = _step_caps(steps)
@@ -93,8 +91,19 @@ def main(
         score, check = (None, None) if scorer is None else load_scorer(scorer)
         if check is not None:
             check_rows(rows, check)
-        how = {"scorer": score, "steps": caps, "batch_size": batch_size, "seed": seed}
-        results = _measure(model, revision, adapter_path, rows, **how)
+        how: dict[str, Any] = {"scorer": score, "steps": caps}
+        how |= {"batch_size": batch_size, "seed": seed}
+        loaded, tokenizer = load(model, revision=revision)
+        if adapter_path is not None:
+            adapters.check(loaded, adapter_path)  # before the base is measured
+        progress = _progress("base")
+        results = {"base": evaluate(loaded, tokenizer, rows, progress=progress, **how)}
+        if adapter_path is not None:
+            del loaded  # the tuned model needs the memory
+            loaded, tokenizer = load(model, adapter_path, revision=revision)
+            progress = _progress("tuned")
+            tuned = evaluate(loaded, tokenizer, rows, progress=progress, **how)
+            results["tuned"] = tuned
         if not as_json:
             click.echo("\n".join(table(results)))
             return
@@ -110,29 +119,6 @@ def main(
             "results": {k: [asdict(r) for r in v] for k, v in results.items()},
         }
         click.echo(json.dumps(found, indent=2))
-
-
-def _measure(
-    model: str, revision: str | None, adapter: str | None, rows: list["Row"], **how: Any
-) -> dict[str, list["Result"]]:
-    """Evaluate the base model, and the tuned one if there is an adapter."""
-    from ..adapters import folder as adapters
-    from ..evaluation import evaluate
-    from ..loading import load
-
-    loaded, tokenizer = load(model, revision=revision)
-    if adapter is not None:
-        adapters.check(loaded, adapter)  # before the base model is measured
-    results = {
-        "base": evaluate(loaded, tokenizer, rows, progress=_progress("base"), **how)
-    }
-    if adapter is not None:
-        del loaded  # the tuned model needs the memory
-        loaded, tokenizer = load(model, adapter, revision=revision)
-        results["tuned"] = evaluate(
-            loaded, tokenizer, rows, progress=_progress("tuned"), **how
-        )
-    return results
 
 
 def _step_caps(text: str | None) -> list[int | None]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import LayerConfig, ModelConfig
@@ -28,7 +27,7 @@ PARTS = (
     "head",
     "signal",  # soft embedding of a step's logits
 )
-# Parameters of the last layer that encoding needs: nobody reads its output.
+# Parameters of the last layer that encoding needs; its output is not used.
 LAST_ENCODED = {"input_layernorm", "k_proj", "v_proj", "k_norm"}
 
 
@@ -59,21 +58,6 @@ class Storage:
     quantization: Quantization | None = None
     recipe: str = "uniform"
 
-    @classmethod
-    def dense(cls, dtype: mx.Dtype) -> "Storage":
-        """Every weight in `dtype`, a float of 2 or 4 bytes."""
-        return cls(dtype.size)
-
-    @classmethod
-    def quantized(
-        cls,
-        quantization: Quantization,
-        recipe: str = "uniform",
-        dtype: mx.Dtype = mx.bfloat16,
-    ) -> "Storage":
-        """Quantised by a recipe; norms, scales and activations in `dtype`."""
-        return cls(dtype.size, quantization, recipe)
-
     def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
         """Return the bytes of a parameter of this dense shape, scales included."""
         q = None
@@ -84,8 +68,8 @@ class Storage:
             return math.prod(shape) * self.value_bytes
         total = 0
         for part, packed in q.packed_shapes(shape).items():
-            coded = q.storage_dtype(part)
-            width = self.value_bytes if coded is None else coded.size
+            dtype = q.storage_dtype(part)
+            width = self.value_bytes if dtype is None else dtype.size
             total += math.prod(packed) * width
         return total
 
@@ -99,27 +83,22 @@ class Loaded(Storage):
     @classmethod
     def of(cls, model: DiffusionGemma) -> "Loaded":
         """Measure a model; scales and biases count with their weight."""
+        sizes: dict[str, int] = {}
         parameters = tree_flatten(model.parameters())
         assert isinstance(parameters, list)
-        sizes: dict[str, int] = {}
         for name, array in parameters:
             layer, _, part = name.rpartition(".")
             weight = f"{layer}.weight" if part in ("scales", "biases") else name
-            stored = _stored_names(weight)
-            for one in stored:
-                sizes[one] = sizes.get(one, 0) + array.nbytes // len(stored)
+            names = [weight]
+            if "gate_up_proj" in weight and ".experts." not in weight:
+                # loading may have joined two layers
+                names = [weight.replace("gate_up", half) for half in ("gate", "up")]
+            for one in names:
+                sizes[one] = sizes.get(one, 0) + array.nbytes // len(names)
         return cls(model.dtype.size, sizes=sizes)
 
     def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
         return self.sizes[parameter]
-
-
-def _stored_names(parameter: str) -> list[str]:
-    """Return the names on disk of a parameter that loading may have joined."""
-    if ".experts." in parameter or "gate_up_proj" not in parameter:
-        return [parameter]
-    halves = ("gate_proj", "up_proj")
-    return [parameter.replace("gate_up_proj", half) for half in halves]
 
 
 def weight_bytes(config: ModelConfig, storage: Storage) -> int:
@@ -135,8 +114,7 @@ def prefix_bytes(config: ModelConfig, tokens: int, storage: Storage) -> int:
     and sin of every position are stored once for each kind of full layer.
     """
     stored = sum(
-        _visible(config, layer, tokens) * _token_bytes(layer, storage)
-        for layer in config.layers
+        _layer_prefix_bytes(config, layer, tokens, storage) for layer in config.layers
     )
     kinds = {layer for layer in config.layers if not layer.sliding}
     return stored + tokens * sum(2 * 4 * kind.rope.rotated for kind in kinds)
@@ -168,25 +146,26 @@ def encode_cost(
     """Return the cost, by part, of encoding `tokens` more tokens on each of `rows`
     prefixes in one pass; a commit encodes a canvas.
 
-    The last layer counts up to its keys and values. Embedding rows are looked up, so
-    neither head nor signal is there.
+    The last layer counts up to its keys and values. There is neither head nor signal,
+    and embedding rows are looked up.
     """
-    last = f"layers.{len(config.layers) - 1}."
+    *layers, last = (f"layers.{index}." for index in range(len(config.layers)))
     shapes = {
         name: shape
         for name, shape in expected_shapes(config).items()
-        if name.startswith("layers.")
-        and (not name.startswith(last) or LAST_ENCODED & set(name.split(".")))
+        if name.startswith(tuple(layers))
+        or (name.startswith(last) and LAST_ENCODED & set(name.split(".")))
     }
     costs = _weights_cost(config, storage, rows * tokens, shapes)
-    flops, read = 0, 0
+    scores = Cost()
     for layer in config.layers[:-1]:
         window = config.sliding_window if layer.sliding else prefix + tokens
         pairs = _causal_pairs(prefix + tokens, window) - _causal_pairs(prefix, window)
-        flops += rows * _score_flops(config, layer, pairs)
-        read += rows * _visible(config, layer, prefix) * _token_bytes(layer, storage)
-    costs["scores"] = Cost(flops, read)
-    return costs
+        scores += Cost(
+            rows * _score_flops(config, layer, pairs),
+            rows * _layer_prefix_bytes(config, layer, prefix, storage),
+        )
+    return costs | {"scores": scores}
 
 
 def floor_seconds(
@@ -229,9 +208,9 @@ def _part(parameter: str) -> str:
     if not parameter.startswith("layers."):
         return "self_conditioning" if "self_conditioning" in parameter else "head"
     kind = parameter.split(".")[2]
-    return {"self_attn": "attention"}.get(
-        kind, kind if kind in PARTS else "feed_forward"
-    )
+    if kind == "self_attn":
+        return "attention"
+    return kind if kind in PARTS else "feed_forward"
 
 
 def _causal_pairs(tokens: int, window: int) -> int:
@@ -250,7 +229,10 @@ def _visible(config: ModelConfig, layer: LayerConfig, prefix: int) -> int:
     return min(prefix, config.sliding_window - 1) if layer.sliding else prefix
 
 
-def _token_bytes(layer: LayerConfig, storage: Storage) -> int:
-    """Bytes a layer stores per token: key and value, or (full) their projection."""
+def _layer_prefix_bytes(
+    config: ModelConfig, layer: LayerConfig, prefix: int, storage: Storage
+) -> int:
+    """Keys and values of what the next token sees, or (full) their projection."""
     arrays = 2 if layer.sliding else 1
-    return arrays * layer.kv_heads * layer.head_dim * storage.value_bytes
+    numbers = arrays * layer.kv_heads * layer.head_dim
+    return _visible(config, layer, prefix) * numbers * storage.value_bytes

@@ -4,8 +4,6 @@ What `cost` counts over the published figures in `chips`: a floor, not a measure
 GB are 10^9 bytes, but for memory as sold, which is 2^30.
 """
 
-import mlx.core as mx
-
 from ..backends import Metal
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
@@ -22,10 +20,10 @@ from .cost import (
 
 # Ways to store the model, most precise first.
 PRECISIONS = {
-    "bf16": Storage.dense(mx.bfloat16),
-    "8 bit": Storage.quantized(Quantization(bits=8)),
-    "mixed": Storage.quantized(Quantization(bits=4), "mixed"),
-    "4 bit": Storage.quantized(Quantization(bits=4)),
+    "bf16": Storage(2),
+    "8 bit": Storage(2, Quantization(bits=8)),
+    "mixed": Storage(2, Quantization(bits=4), "mixed"),
+    "4 bit": Storage(2, Quantization(bits=4)),
 }
 SMALLEST = "4 bit"
 # Metal's recommendedMaxWorkingSetSize as public logs of llama.cpp show it; newer
@@ -82,8 +80,22 @@ def canvas_seconds(
 
 def lines(config: ModelConfig, chip: Chip, memory_gb: int) -> list[str]:
     """Return a table of all precisions on one machine; its first line is HEADLINE."""
-    limit, best = usable_bytes(memory_gb), None
-    shown = [
+    limit, verdict = usable_bytes(memory_gb), "nothing here"
+    rows = [["", "weights", *(f"{n // K}K" for n in PREFIXES), "fits", "step ms"]]
+    rows[0] += [f"{steps} st." for steps in STEPS]
+    for name, storage in PRECISIONS.items():
+        memory = {n: memory_bytes(config, storage, n) for n in PREFIXES}
+        fits = memory[FITTING_PREFIX] <= limit
+        if fits and verdict == "nothing here":
+            verdict = f"{name}, the most precise that"
+        ((step, commit),) = canvas_seconds(config, storage, [chip])
+        rates = [config.canvas_length / (n * step + commit) for n in STEPS]
+        sizes = [weight_bytes(config, storage), *memory.values()]
+        rows.append([name, *(f"{size / 1e9:.1f}" for size in sizes)])
+        rows[-1] += ["yes" if fits else "no", f"{step * 1e3:.1f}"]
+        rows[-1] += [f"{rate:.0f}" for rate in rates]
+    layout = "{:<6}{:>9}{:>8}{:>8}{:>8}{:>6}{:>10}{:>8}{:>8}{:>8}"
+    return [
         HEADLINE,
         f"{chip.name} {memory_gb} GB: {chip.gpu_cores} GPU cores, "
         f"{chip.tflops:.1f} TFLOPS, {chip.bandwidth:g} GB/s; one process may use "
@@ -91,26 +103,10 @@ def lines(config: ModelConfig, chip: Chip, memory_gb: int) -> list[str]:
         f"Memory in GB by prefix; step behind {STEP_PREFIX // K}K tokens; tokens/s by "
         f"steps per canvas of {config.canvas_length}, commit included.",
         "",
-        f"{'':<6}{'weights':>9}"
-        + "".join(f"{f'{prefix // K}K':>8}" for prefix in PREFIXES)
-        + f"{'fits':>6}{'step ms':>10}"
-        + "".join(f"{f'{steps} st.':>8}" for steps in STEPS),
+        *(layout.format(*row) for row in rows),
+        "",
+        f"Recommended: {verdict} fits with a prefix of {FITTING_PREFIX // K}K tokens.",
     ]
-    for name, storage in PRECISIONS.items():
-        memory = {n: memory_bytes(config, storage, n) for n in PREFIXES}
-        fits = memory[FITTING_PREFIX] <= limit
-        best = best or (name if fits else None)
-        ((step, commit),) = canvas_seconds(config, storage, [chip])
-        rates = [config.canvas_length / (n * step + commit) for n in STEPS]
-        shown.append(
-            f"{name:<6}{weight_bytes(config, storage) / 1e9:>9.1f}"
-            + "".join(f"{size / 1e9:>8.1f}" for size in memory.values())
-            + f"{'yes' if fits else 'no':>6}{step * 1e3:>10.1f}"
-            + "".join(f"{rate:>8.0f}" for rate in rates)
-        )
-    verdict = f"{best}, the most precise that" if best else "nothing here"
-    prefix = f"a prefix of {FITTING_PREFIX // K}K tokens"
-    return [*shown, "", f"Recommended: {verdict} fits with {prefix}."]
 
 
 def table(config: ModelConfig) -> list[str]:
@@ -120,7 +116,7 @@ def table(config: ModelConfig) -> list[str]:
         f"{'chip':<9}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}  {SMALLEST + ' step ms':>13}"
         f"{f'tok/s at {STEPS[1]}':>13}  most precise that fits, by memory in GB",
     ]
-    needed = {
+    required = {
         name: memory_bytes(config, storage, FITTING_PREFIX)
         for name, storage in PRECISIONS.items()
     }
@@ -128,7 +124,8 @@ def table(config: ModelConfig) -> list[str]:
     for chip, (step, commit) in zip(CHIPS, seconds, strict=True):
         fitting = []
         for memory_gb in chip.memory:
-            fit = [n for n, size in needed.items() if size <= usable_bytes(memory_gb)]
+            usable = usable_bytes(memory_gb)
+            fit = [name for name, size in required.items() if size <= usable]
             fitting.append(f"{memory_gb}: {fit[0] if fit else 'none'}")
         rate = config.canvas_length / (STEPS[1] * step + commit)
         shown.append(

@@ -69,15 +69,6 @@ class Trial:
         return cls(**{k: statistics.median(r[k] for r in rows) for k in rows[0]})
 
 
-@dataclass(frozen=True)
-class PartTimes:
-    """Median seconds of the two parts of a denoising step, and of a commit."""
-
-    body: float  # embeddings to the last hidden state
-    vocabulary: float  # hidden state to argmax, entropy, sample and signal
-    commit: float  # encoding a finished canvas of one row
-
-
 def machine() -> dict[str, str]:
     """Return the device and the versions that figures come from."""
     return {
@@ -126,25 +117,28 @@ def run(model: DiffusionGemma, job: Workload, seed: int = 0) -> Trial:
     )
 
 
-def dissect(model: DiffusionGemma, job: Workload) -> PartTimes:
-    """Time the parts of a step behind the prompts, and the commit after it."""
+def time_parts(model: DiffusionGemma, job: Workload) -> dict[str, float]:
+    """Return median seconds of the parts of a step behind the prompts.
+
+    body          embeddings to the last hidden state
+    vocabulary    hidden state to argmax, entropy, sample and signal
+    commit        encoding a finished canvas of one row
+    """
     config, length = model.config, model.config.canvas_length
     shape = (len(job.prompts), length)
     canvas = mx.random.randint(0, config.vocab_size, shape, key=mx.random.key(0))
 
     def encode(tokens: mx.array, cache: PrefixCache) -> None:
         for start in range(0, tokens.shape[1], job.prefill_step_size):
-            chunk = tokens[:, start : start + job.prefill_step_size]
-            model.encode(chunk, cache)
+            model.encode(tokens[:, start : start + job.prefill_step_size], cache)
             cache.evaluate()
 
-    caches = []  # one per row, as the engine has them
-    for prompt in job.prompts:
-        caches.append(model.make_cache())
-        caches[-1].reserve(len(prompt) + length)
-        encode(mx.array([prompt], dtype=mx.int32), caches[-1])
-    first, *others = caches
-    batch = PrefixCache.join(config, caches) if others else first
+    caches = [model.make_cache() for _ in job.prompts]  # the engine has one per row too
+    for prompt, cache in zip(job.prompts, caches, strict=True):
+        cache.reserve(len(prompt) + length)
+        encode(mx.array([prompt], dtype=mx.int32), cache)
+    first = caches[0]
+    batch = first if len(caches) == 1 else PrefixCache.join(config, caches)
     batch.evaluate()
     compiles = backends.current().compiles
     view = model.view(batch, length, bucketed=compiles)
@@ -165,11 +159,11 @@ def dissect(model: DiffusionGemma, job: Workload) -> PartTimes:
     if compiles:
         body, vocabulary = mx.compile(body), mx.compile(vocabulary)
     hidden = body(canvas)
-    return PartTimes(
-        body=_median_seconds(lambda: mx.eval(body(canvas))),
-        vocabulary=_median_seconds(lambda: mx.eval(vocabulary(hidden))),
-        commit=_median_seconds(commit),
-    )
+    return {
+        "body": _median_seconds(lambda: mx.eval(body(canvas))),
+        "vocabulary": _median_seconds(lambda: mx.eval(vocabulary(hidden))),
+        "commit": _median_seconds(commit),
+    }
 
 
 def peak_rates(model: DiffusionGemma) -> tuple[float, float]:

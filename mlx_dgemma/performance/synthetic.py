@@ -21,72 +21,55 @@ from ..model.language import DiffusionGemma
 from ..model.layers import ExpertLinear
 from ..model.loading import join_products, replace_layer
 
-# config.json of google/diffusiongemma-26B-A4B-it without its vision tower. Keys that
-# are not here have the values that the reader takes for missing ones.
+# Of text_config: google/diffusiongemma-26B-A4B-it, and a model small enough for tests.
+# The reader of config.json takes the release's values for keys that are missing.
+NUMBERS = {
+    "vocab_size": (262144, 512),
+    "hidden_size": (2816, 64),
+    "intermediate_size": (2112, 96),
+    "moe_intermediate_size": (704, 32),
+    "num_hidden_layers": (30, 3),
+    "num_attention_heads": (16, 4),
+    "num_key_value_heads": (8, 2),
+    "head_dim": (256, 16),
+    "num_global_key_value_heads": (2, 1),
+    "global_head_dim": (512, 32),
+    "num_experts": (128, 4),
+    "top_k_experts": (8, 2),
+    "sliding_window": (1024, 8),
+}
 RELEASE_26B: dict[str, Any] = {
     "model_type": "diffusion_gemma",
     "canvas_length": 256,
     "eos_token_id": [1, 106, 50],
-    "text_config": {
-        "vocab_size": 262144,
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "moe_intermediate_size": 704,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "num_global_key_value_heads": 2,
-        "global_head_dim": 512,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "sliding_window": 1024,
-    },
+    "text_config": {key: release for key, (release, _) in NUMBERS.items()},
 }
-# Every kind of layer, small enough for a test; like no release.
 TINY: dict[str, Any] = {
     "model_type": "diffusion_gemma",
     "canvas_length": 16,
-    "tie_word_embeddings": True,
-    "text_config": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_global_key_value_heads": 1,
-        "global_head_dim": 32,
-        "num_experts": 4,
-        "top_k_experts": 2,
-        "sliding_window": 8,
-    },
+    "text_config": {key: tiny for key, (_, tiny) in NUMBERS.items()},
 }
-NO_NAN = (
-    0xFEFEFEFE  # clears each byte's lowest bit: the 8-bit floats 0x7F, 0xFF are NaN
-)
+NO_NAN = 0xFEFEFEFE  # clears bit 0 of each byte: of the 8-bit floats 0x7F, 0xFF are NaN
+
+
+def config_from(raw: dict[str, Any]) -> ModelConfig:
+    """Return the model that a config.json of this content declares."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw))
+        return read_config(Path(folder))
 
 
 def config_26b() -> ModelConfig:
     """Return the released 26B, text only."""
-    return _read(RELEASE_26B)
+    return config_from(RELEASE_26B)
 
 
 def config_tiny() -> ModelConfig:
     """Return three layers of width 64 over 512 words, for tests."""
-    return _read(TINY)
+    return config_from(TINY)
 
 
 SHAPES = {"26b": config_26b, "tiny": config_tiny}
-
-
-def _read(raw: dict[str, Any]) -> ModelConfig:
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        return read_config(Path(folder))
 
 
 def synthetic_model(
@@ -110,9 +93,8 @@ def synthetic_model(
     model = DiffusionGemma(config)
     codes: dict[str, Quantization] = {}
     for path, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Embedding | ExpertLinear):
-            continue
-        if quantization is not None:
+        linear = isinstance(layer, nn.Linear | nn.Embedding | ExpertLinear)
+        if quantization is not None and linear:
             code = RECIPES[recipe](layer_path(path), quantization)
             if (code := code.fit_to_shape(layer.weight.shape)) is not None:
                 replace_layer(model, path, code)
@@ -123,12 +105,13 @@ def synthetic_model(
     weights = []
     for (name, placeholder), key in zip(parameters, keys, strict=True):
         layer, _, part = name.rpartition(".")
+        shape = placeholder.shape
         if part == "bias":
-            array = mx.zeros(placeholder.shape, dtype=dtype)
+            array = mx.zeros(shape, dtype=dtype)
         elif layer in codes:
-            array = _quantized(part, placeholder.shape, codes[layer], dtype, key)
+            array = _quantized(part, shape, codes[layer], dtype, key)
         else:
-            array = _dense(placeholder.shape, dtype, key)
+            array = _dense(shape, dtype, key)
         mx.eval(array)  # frees its random bits before the next tensor is made
         weights.append((name, array))
     model.load_weights(weights, strict=True)

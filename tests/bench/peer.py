@@ -53,19 +53,12 @@ BODY = HEADS | {  # the release's proportions, eleven times narrower
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is timed: a checkpoint's text config, and tokens of prompt."""
-
-    text: dict
-    prompt: int
-
-
+# A checkpoint's text config, and tokens of prompt.
 CASES = {
-    "vocabulary": Case(VOCABULARY, 64),
-    "body": Case(BODY, 64),
-    "long": Case(BODY, 8_000),
-    "memory": Case(BODY, 65_536),
+    "vocabulary": (VOCABULARY, 64),
+    "body": (BODY, 64),
+    "long": (BODY, 8_000),
+    "memory": (BODY, 65_536),
 }
 
 
@@ -215,26 +208,23 @@ def _serve(pipe, engine: str, path: str, prompt: list[int], steps: int) -> None:
 
 
 def compare(
-    path: Path, case: Case, steps: int, repeats: int, warmup: int
+    path: Path, vocab_size: int, prompt_tokens: int, options: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """`repeats` runs of each engine in turns, after `warmup` that do not count."""
+    """Runs of each engine in turns, after those that warm up."""
     rng = np.random.default_rng(0)
-    prompt = rng.integers(10, case.text["vocab_size"], case.prompt).tolist()
+    prompt = rng.integers(10, vocab_size, prompt_tokens).tolist()
     context = multiprocessing.get_context("spawn")
-    pipes, runs = {}, {}
-    for engine in ("mlx-vlm", "ours"):
+    pipes, runs = {}, {"mlx-vlm": [], "ours": []}
+    for engine in runs:
         pipes[engine], far = context.Pipe()
-        context.Process(
-            target=_serve, args=(far, engine, str(path), prompt, steps), daemon=True
-        ).start()
-        runs[engine] = []
-    for repeat in range(-warmup, repeats):
+        how = (far, engine, str(path), prompt, options.steps)
+        context.Process(target=_serve, args=how, daemon=True).start()
+    for repeat in range(-options.warmup, options.repeats):
         for engine, pipe in pipes.items():
             pipe.send(True)
             run = pipe.recv()
             assert len(run.tokens) == 256
-            known = range(case.text["vocab_size"])
-            assert min(run.tokens) in known and max(run.tokens) in known
+            assert min(run.tokens) >= 0 and max(run.tokens) < vocab_size
             if repeat >= 0:
                 runs[engine].append(run)
     for pipe in pipes.values():
@@ -246,26 +236,22 @@ def report(name: str, runs: dict[str, list[Run]], steps: int) -> None:
     """A table of medians, and ours over theirs."""
     print(f"| {name} | mlx-vlm | ours | ours ÷ theirs |")
     print("| --- | --- | --- | --- |")
-
-    def row(label: str, unit: str, value) -> None:
-        middle, spread = {}, {}
-        for engine, found in runs.items():
+    for label, unit, value in (
+        ("prefill", "ms", lambda run: 1e3 * run.prefill),
+        ("denoising step", "ms", lambda run: 1e3 * run.denoise / steps),
+        ("canvas with prefill", "ms", lambda run: 1e3 * (run.prefill + run.denoise)),
+        ("peak memory, MLX", "MB", lambda run: run.peak / 1e6),
+        ("peak memory, process", "MB", lambda run: run.resident / 1e6),
+        ("of it weights", "MB", lambda run: run.weights / 1e6),
+    ):
+        cells, medians = [], []
+        for found in runs.values():
             values = [value(run) for run in found]
-            middle[engine] = statistics.median(values)
-            spread[engine] = (min(values), max(values))
-        cells = [
-            f"{middle[e]:,.1f} ({spread[e][0]:,.1f}–{spread[e][1]:,.1f}) {unit}"
-            for e in ("mlx-vlm", "ours")
-        ]
-        ratio = middle["ours"] / middle["mlx-vlm"]
-        print(f"| {label} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
-
-    row("prefill", "ms", lambda run: 1e3 * run.prefill)
-    row("denoising step", "ms", lambda run: 1e3 * run.denoise / steps)
-    row("canvas with prefill", "ms", lambda run: 1e3 * (run.prefill + run.denoise))
-    row("peak memory, MLX", "MB", lambda run: run.peak / 1e6)
-    row("peak memory, process", "MB", lambda run: run.resident / 1e6)
-    row("of it weights", "MB", lambda run: run.weights / 1e6)
+            medians.append(statistics.median(values))
+            spread = f"{min(values):,.1f}–{max(values):,.1f}"
+            cells.append(f"{medians[-1]:,.1f} ({spread}) {unit}")
+        theirs, ours = medians
+        print(f"| {label} | {' | '.join(cells)} | {ours / theirs:.2f} |")
 
 
 def main() -> None:
@@ -276,14 +262,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint", type=Path, help="kept here between runs")
     options = parser.parse_args()
-    case = CASES[options.case]
+    text, prompt_tokens = CASES[options.case]
     with tempfile.TemporaryDirectory() as folder:
         path = options.checkpoint or Path(folder) / "checkpoint"
         if not path.exists():
             from make_tiny import make_checkpoint
 
-            make_checkpoint(path, text=case.text, canvas_length=256)
-        runs = compare(path, case, options.steps, options.repeats, options.warmup)
+            make_checkpoint(path, text=text, canvas_length=256)
+        runs = compare(path, text["vocab_size"], prompt_tokens, options)
     report(options.case, runs, options.steps)
     print(f"\n{options.repeats} runs of {options.steps} steps each: median (min–max)")
 

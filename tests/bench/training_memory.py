@@ -9,7 +9,6 @@ the settings allow, each row of the table in a process of its own. Measured is
 
 import argparse
 import gc
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,10 +20,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.adapters.lora import LoRA
-from mlx_dgemma.checkpoint.config import ModelConfig, read_config
+from mlx_dgemma.checkpoint.config import ModelConfig
 from mlx_dgemma.checkpoint.quantize import Quantization
 from mlx_dgemma.performance.cost import Storage
-from mlx_dgemma.performance.synthetic import TINY, synthetic_model
+from mlx_dgemma.performance.synthetic import TINY, config_from, synthetic_model
 from mlx_dgemma.training.data import Dataset, Example
 from mlx_dgemma.training.memory import Job, total
 from mlx_dgemma.training.settings import Run, TrainSettings
@@ -52,9 +51,7 @@ class Model:
         kinds = [*kinds[: count - 1], "full_attention"]
         text = TINY["text_config"] | {"layer_types": kinds} | self.text
         raw = TINY | {"canvas_length": self.canvas, "text_config": text}
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(raw))
-            return read_config(Path(folder))
+        return config_from(raw)
 
     @property
     def quantization(self) -> Quantization | None:
@@ -66,9 +63,7 @@ class Model:
 
     @property
     def storage(self) -> Storage:
-        if self.quantization is None:
-            return Storage.dense(self.precision)
-        return Storage.quantized(self.quantization, dtype=self.precision)
+        return Storage(self.precision.size, self.quantization)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from terminal import ROOT, python, run_in_terminal
 
 from mlx_dgemma import evaluation, load
+from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.adapters.lora import LoRA, shapes
 from mlx_dgemma.cli.evaluate import main
 from mlx_dgemma.errors import DGemmaError
 
@@ -43,57 +45,37 @@ def data(tmp_path_factory):
 
 
 def test_json_is_what_the_library_finds(data):
-    told = found("--data", data, "--steps", "1, 3", "--seed", 2, "--scorer", SCORER)
+    printed = found("--data", data, "--steps", "1, 3", "--seed", 2, "--scorer", SCORER)
     scorer, _ = evaluation.load_scorer(SCORER)
     rows, how = evaluation.read_rows(data), {"steps": [1, 3], "seed": 2}
     results = evaluation.evaluate(*load("sudoku4"), rows, scorer=scorer, **how)
-    (label, base), *more = told.pop("results").items()
-    assert (label, more) == ("base", [])
-    assert timeless(base) == timeless(map(asdict, results))
-    assert set(told.pop("machine")) == {"device", "mlx", "mlx_dgemma"}
+    assert timeless(printed["results"]["base"]) == timeless(map(asdict, results))
+    assert set(printed.pop("machine")) == {"device", "mlx", "mlx_dgemma"}
+    assert list(printed.pop("results")) == ["base"]
     given = {"model": "sudoku4", "adapter_path": None, "data": str(data)}
-    assert told == given | {
-        "scorer": SCORER,
-        "count": 2,
-        "batch_size": 50,
-        "seed": 2,
-    }
+    given |= {"scorer": SCORER, "count": 2, "batch_size": 50, "seed": 2}
+    assert printed == given
 
 
 def test_table_of_the_first_rows_of_a_folder(data):
     result = run("--data", data.parent, "--count", 1, "-b", 1, "--scorer", SCORER)
-    heading, rule, line = result.stdout.splitlines()
+    heading, _, line = result.stdout.splitlines()
     assert heading == (
         "| steps allowed | exact | cells | givens kept | mean steps | seconds |"
     )
-    assert rule.count("---") == 6
     assert line.startswith("| 24 | 100.0% | 100.0% | 100.0% | ")
 
 
-def adapter(folder, value):
-    """An adapter of the last layer whose numbers are all `value`."""
-    from mlx_dgemma.adapters import folder as adapters
-    from mlx_dgemma.adapters.lora import LoRA, shapes
-
+def test_tuned_model_is_measured_beside_the_base(data, tmp_path, monkeypatch):
     model, _ = load("sudoku4")
     lora = LoRA(rank=1, scale=1.0, num_layers=1)
-    made = {name: mx.full(s, value) for name, s in shapes(model.config, lora).items()}
-    adapters.save(folder, made, adapters.config_of(lora, lora.num_layers))
-    return folder
-
-
-def test_tuned_model_is_measured_beside_the_base(data, tmp_path):
-    worse = adapter(tmp_path / "worse", 9.0)
-    told = found("--data", data, "--adapter-path", worse, "--steps", 4)
-    assert told["adapter_path"] == str(worse)
-    base, tuned = told["results"]["base"][0], told["results"]["tuned"][0]
+    made = {name: mx.full(s, 9.0) for name, s in shapes(model.config, lora).items()}
+    adapters.save(tmp_path, made, adapters.config_of(lora, lora.num_layers))
+    printed = found("--data", data, "--adapter-path", tmp_path, "--steps", 4)
+    assert printed["adapter_path"] == str(tmp_path)
+    base, tuned = printed["results"]["base"][0], printed["results"]["tuned"][0]
     assert (base["exact"], tuned["exact"]) == (1, 0)
     assert (base["steps"], tuned["steps"]) == (4, 4)
-
-
-def test_adapter_that_does_not_fit_is_refused_before_anything_runs(
-    data, tmp_path, monkeypatch
-):
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("ran"))
     result = run("--data", data, "--adapter-path", tmp_path / "nowhere")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -106,7 +88,7 @@ def test_refusals_are_one_line_before_a_model_is_loaded(data, tmp_path, monkeypa
     broken.write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1"}\n')
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "1", "completion": "2"}\n')
-    for args, told in (
+    for args, reason in (
         (["--data", "no/where.jsonl"], "no/where.jsonl: no such file"),
         (["--data", "no\n\x1b[2J/where"], "no such file"),
         (["--data", broken], f"{broken}:2: has neither messages"),
@@ -116,7 +98,7 @@ def test_refusals_are_one_line_before_a_model_is_loaded(data, tmp_path, monkeypa
         result = run(*args)
         assert (result.exit_code, result.stdout) == (1, "")
         (line,) = result.stderr.splitlines()
-        assert line.startswith("error: ") and told in line
+        assert line.startswith("error: ") and reason in line
         assert isinstance(run(*args, "--debug").exception, DGemmaError)
     for flag, value in (("--count", "0"), ("-b", "0"), ("--seed", "-1"), ("--size", 4)):
         result = run("--data", data, flag, value)

@@ -29,10 +29,12 @@ def peers(size, cell):
             yield other
 
 
-def solutions(cells, limit=2):
-    """Up to `limit` solutions of a list of digits, by trying everything."""
+def solutions(cells):
+    """Up to two solutions of a list of digits, by trying everything."""
     size = round(len(cells) ** 0.5)
     beside = [list(peers(size, cell)) for cell in range(len(cells))]
+    if any(d and d in (cells[p] for p in beside[at]) for at, d in enumerate(cells)):
+        return []
     found = []
 
     def search(cells):
@@ -46,17 +48,11 @@ def solutions(cells, limit=2):
             return
         at = min(options, key=lambda cell: len(options[cell]))
         for digit in options[at]:
-            if len(found) < limit:
+            if len(found) < 2:
                 search([*cells[:at], digit, *cells[at + 1 :]])
 
     search(list(cells))
     return found
-
-
-def is_solved(cells):
-    size = round(len(cells) ** 0.5)
-    clash = any(cells[p] == d for at, d in enumerate(cells) for p in peers(size, at))
-    return {*cells} == {*range(1, size + 1)} and not clash
 
 
 def digits(text):
@@ -76,16 +72,8 @@ def test_every_puzzle_has_the_one_solution_it_is_given(size, givens):
     assert len(dict(pairs)) == 8
     for puzzle, solution in pairs:
         assert [len(line) for line in puzzle.split("\n")] == [size] * size
-        cells = digits(puzzle)
-        assert solutions(cells) == [digits(solution)]
-        assert is_solved(digits(solution))
-        assert givens[0] <= sum(map(bool, cells)) <= givens[1]
-
-
-def test_every_4x4_grid_is_drawn_and_then_no_more():
-    assert len(dict(draw(288, 4, (16, 16)))) == 288
-    with pytest.raises(ValueError, match="only 288 different 4x4 puzzles of 16"):
-        draw(289, 4, (16, 16))
+        assert solutions(digits(puzzle)) == [digits(solution)]
+        assert givens[0] <= sum(map(bool, digits(puzzle))) <= givens[1]
 
 
 def test_draws_are_even_and_repeatable():
@@ -95,13 +83,15 @@ def test_draws_are_even_and_repeatable():
     assert all(400 < number < 600 for number in drawn.values())  # 5 sigma
     assert draw(7, 4, (6, 9), seed=3) == many[:7]
     assert draw(7, 4, (6, 9), seed=4) != many[:7]
-    for asked, told in (
-        ({"size": 5}, "size is 5; it must be 4, 6 or 9"),
-        ({"givens": (16, 40)}, "must be a range within 17-81"),
-        ({"givens": (40, 36)}, "givens of a 9x9 puzzle are 40-36"),
+    assert len(dict(draw(288, 4, (16, 16)))) == 288  # every grid there is
+    for asked, message in (
+        ((289, 4, (16, 16)), "only 288 different 4x4 puzzles of 16"),
+        ((1, 5), "size is 5; it must be 4, 6 or 9"),
+        ((1, 9, (16, 40)), "must be a range within 17-81"),
+        ((1, 9, (40, 36)), "givens of a 9x9 puzzle are 40-36"),
     ):
-        with pytest.raises(ValueError, match=told):
-            draw(1, **asked)
+        with pytest.raises(ValueError, match=message):
+            draw(*asked)
 
 
 @pytest.mark.parametrize(("size", "shown"), [(4, 5), (6, 14)])
@@ -115,7 +105,7 @@ def test_unique_is_what_a_plain_search_says(size, shown):
         if number % 4 == 0:  # a given that may contradict the others
             at = next(i for i, digit in enumerate(row) if digit)
             row[at] = row[at] % size + 1
-    expected = [len([s for s in solutions(row) if is_solved(s)]) == 1 for row in rows]
+    expected = [len(solutions(row)) == 1 for row in rows]
     assert 0 < sum(expected) < len(rows)
     masks = np.array([[1 << d >> 1 for d in row] for row in rows], dtype=np.uint16).T
     assert DATA["unique"](board, masks).tolist() == expected
@@ -135,31 +125,27 @@ def rows_of(file):
 
 def test_files_share_no_puzzle_and_say_it_in_other_marks(tmp_path):
     sizes = ["--size", 6, "--givens", "14-24", "--valid", 3, "--test", 5]
-    result = run(*sizes, "--train", 20, "--out", tmp_path / "a")
-    assert result.output == (
-        f"{tmp_path / 'a'}: train.jsonl 20, valid.jsonl 3, test.jsonl 5\n"
-    )
-    rows = [row for f in (tmp_path / "a").iterdir() for row in rows_of(f)]
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    result = run(*sizes, "--train", 20, "--out", plain)
+    assert result.output == f"{plain}: train.jsonl 20, valid.jsonl 3, test.jsonl 5\n"
+    rows = [row for f in plain.iterdir() for row in rows_of(f)]
     assert len(rows) == len({puzzle for puzzle, _ in rows}) == 28
     assert all(solutions(digits(p)) == [digits(a)] for p, a in rows)
-    marks = ["--digits", "ABCDEF", "--empty", ".", "--row", " | ", "--overwrite"]
-    words = ["--prompt", "Löse: {puzzle}"]
-    run(*sizes, "--train", 0, *marks, *words, "--out", tmp_path / "a")
-    assert not (tmp_path / "a" / "train.jsonl").exists()
-    table = str.maketrans("0123456\n", ".ABCDEF/")
-    other = rows_of(tmp_path / "a" / "test.jsonl")
-    run(*sizes, "--train", 1, "--out", tmp_path / "b")
-    plain = rows_of(tmp_path / "b" / "test.jsonl")
-    for (question, answer), texts in zip(other, plain, strict=True):
-        puzzle, solution = (t.translate(table).replace("/", " | ") for t in texts)
-        assert (question, answer) == (f"Löse: {puzzle}", solution)
+    marks = ["--digits", "ABCDEF", "--empty", ".", "--row", " | "]
+    run(*sizes, "--train", 0, *marks, "--prompt", "Löse: {puzzle}", "--out", marked)
+    assert not (marked / "train.jsonl").exists()
+    table = str.maketrans("0123456", ".ABCDEF") | {ord("\n"): " | "}
+    files = [rows_of(folder / "test.jsonl") for folder in (plain, marked)]
+    for (puzzle, solution), (question, answer) in zip(*files, strict=True):
+        assert question == f"Löse: {puzzle.translate(table)}"
+        assert answer == solution.translate(table)
         assert score(question, answer, answer) == {"cells": 1, "givens kept": 1}
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
     out = tmp_path / "data"
     small = ["--size", 6, "--givens", "20", "--train", 1, "--out", out]
-    for args, told in (
+    for args, message in (
         (["--givens", "some"], "--givens is 'some'; write it like 36-46"),
         (["--givens", "40-36"], "givens of a 6x6 puzzle are 40-36"),
         (["--digits", "ABCDE"], "digits is 'ABCDE'"),
@@ -169,10 +155,12 @@ def test_the_command_refuses_in_one_line(tmp_path):
         (["--prompt", "Solve"], "prompt is 'Solve'; it must hold {puzzle}"),
     ):
         result = run(*small, *args)
-        assert result.exit_code == 1 and told in result.stderr
+        assert result.exit_code == 1 and message in result.stderr
         assert len(result.stderr.splitlines()) == 1 and not out.exists()
     assert run(*small).exit_code == 0
     assert "exists; choose another --out" in run(*small).stderr
+    assert run(*small, "--train", 0, "--overwrite").exit_code == 0
+    assert not (out / "train.jsonl").exists()
 
 
 # Scores
@@ -195,14 +183,12 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_answer_is_scored_by_cells_and_givens(answer, cells, givens):
     asked = f"Solve this 4x4, 0 marks an empty cell:\n{'|'.join(PUZZLE)}"
     assert score(asked, answer, SOLUTION) == {"cells": cells, "givens kept": givens}
-
-
-def test_puzzle_without_empty_cells_is_all_givens():
-    assert score(SOLUTION, "1" * 16, SOLUTION) == {"cells": 1, "givens kept": 1 / 4}
+    full = {"cells": 1, "givens kept": 1 / 4}  # of a puzzle without empty cells
+    assert score(SOLUTION, "1" * 16, SOLUTION) == full
 
 
 def test_rows_without_a_puzzle_and_its_solution_are_refused():
-    for puzzle, solution, told in (
+    for puzzle, solution, message in (
         (PUZZLE, "yes", "the answer has 3 cells; a Sudoku has 16, 36 or 81"),
         (PUZZLE, SOLUTION[:-1] + "2", "the answer is no solved 4x4 Sudoku"),
         (PUZZLE, SOLUTION[:-1] + "5", "the answer is no solved 4x4 Sudoku"),
@@ -210,5 +196,5 @@ def test_rows_without_a_puzzle_and_its_solution_are_refused():
         (f"{PUZZLE}\nAnswer:", SOLUTION, "the prompt does not end with a 4x4"),
         (f"3{PUZZLE[1:]}", SOLUTION, "the answer contradicts the puzzle"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             check(puzzle, solution)

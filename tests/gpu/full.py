@@ -96,7 +96,7 @@ def measure_precision(setting: Setting, precision: str) -> dict[str, Any]:
     measure.run(model, job)  # compiles the kernels
     trials = [measure.run(model, job, seed) for seed in range(3)]
     found |= asdict(measure.Trial.median(trials))
-    parts = asdict(measure.dissect(model, replace(job, canvases=1)))
+    parts = measure.time_parts(model, replace(job, canvases=1))
     found |= {f"{name}_seconds": seconds for name, seconds in parts.items()}
     found["floor_seconds"] = measure.roofline(model, job)["floor_seconds"]
     del model

@@ -23,8 +23,8 @@ from mlx_dgemma.performance.cost import (
 from mlx_dgemma.performance.synthetic import config_26b, config_tiny, synthetic_model
 
 TINY, RELEASE = config_tiny(), config_26b()
-BF16 = Storage.dense(mx.bfloat16)
-MIXED = Storage.quantized(Quantization(bits=4), "mixed")
+BF16, MIXED = Storage(2), Storage(2, Quantization(bits=4), "mixed")
+SCORE_FLOPS = 2 * 2 * TINY.num_attention_heads  # per pair and number of a head
 
 
 def entries(*words: str) -> int:
@@ -35,12 +35,10 @@ def entries(*words: str) -> int:
     return sum(array.size for array in found)
 
 
-def visible(query: int, key: int, sliding: bool) -> bool:
-    return not sliding or key > query - TINY.sliding_window
-
-
-def flops(costs) -> dict[str, float]:
-    return {part: cost.flops for part, cost in costs.items()}
+def visible(query: int, layer, keys: int) -> int:
+    """How many of the first `keys` keys a query sees."""
+    near = [k for k in range(keys) if k > query - TINY.sliding_window]
+    return len(near) if layer.sliding else keys
 
 
 def total(costs) -> Cost:
@@ -51,28 +49,27 @@ def total(costs) -> Cost:
 
 
 def test_step_multiplies_every_token_with_every_matrix():
-    rows, canvas = 3, 5
-    tokens = rows * canvas
-    counted = flops(step_cost(TINY, BF16, rows, 0, canvas))
+    counted = step_cost(TINY, BF16, 3, 0, 5)
     assert list(counted) == list(PARTS)
-    assert counted["attention"] == 2 * tokens * entries(".self_attn.")
-    assert counted["feed_forward"] == 2 * tokens * entries(".mlp.")
-    assert counted["router"] == 2 * tokens * entries(".router.")
-    assert counted["self_conditioning"] == 2 * tokens * entries("self_conditioning.")
-    assert counted["head"] == 2 * tokens * entries("embed_tokens.")
-    assert counted["signal"] == counted["head"]
-    assert counted["experts"] == 2 * tokens * entries(".experts.") * 2 / 4
+    for part, numbers in (
+        ("attention", entries(".self_attn.")),
+        ("feed_forward", entries(".mlp.")),
+        ("router", entries(".router.")),
+        ("self_conditioning", entries("self_conditioning.")),
+        ("head", entries("embed_tokens.")),
+        ("signal", entries("embed_tokens.")),
+        ("experts", entries(".experts.") * 2 / 4),
+    ):
+        assert counted[part].flops == 2 * 3 * 5 * numbers, part
 
 
 @pytest.mark.parametrize("prefix", [0, 7, 8, 30])
 def test_canvas_sees_itself_and_the_window_of_its_prefix(prefix):
     rows, canvas, pairs = 2, 5, 0
-    for layer in TINY.layers:
-        # every position of the canvas sees what the first one does
-        seen = sum(visible(prefix, key, layer.sliding) for key in range(prefix))
-        pairs += canvas * (seen + canvas) * layer.head_dim
+    for layer in TINY.layers:  # every position sees what the first one does
+        pairs += canvas * (visible(prefix, layer, prefix) + canvas) * layer.head_dim
     counted = step_cost(TINY, BF16, rows, prefix, canvas)["scores"].flops
-    assert counted == rows * 2 * 2 * TINY.num_attention_heads * pairs
+    assert counted == rows * SCORE_FLOPS * pairs
 
 
 @pytest.mark.parametrize(("prefix", "new"), [(0, 1), (0, 30), (5, 4), (20, 11)])
@@ -80,19 +77,18 @@ def test_encoding_is_causal_and_leaves_out_the_last_layers_output(prefix, new):
     rows, pairs = 2, 0
     for layer in TINY.layers[:-1]:
         for query in range(prefix, prefix + new):
-            seen = sum(visible(query, key, layer.sliding) for key in range(query + 1))
-            pairs += seen * layer.head_dim
+            pairs += visible(query, layer, query + 1) * layer.head_dim
     costs = encode_cost(TINY, BF16, rows, prefix, new)
-    counted = flops(costs)
-    assert counted["scores"] == rows * 2 * 2 * TINY.num_attention_heads * pairs
+    assert costs["scores"].flops == rows * SCORE_FLOPS * pairs
     tokens, first = rows * new, ("layers.0.", "layers.1.")
-    attention = entries(*(f"{layer}self_attn." for layer in first))
-    attention += entries("layers.2.self_attn.k_proj")
-    assert counted["attention"] == 2 * tokens * attention
-    assert counted["feed_forward"] == 2 * tokens * entries(*(f"{n}mlp." for n in first))
-    experts = entries(*(f"{n}experts." for n in first))
-    assert counted["experts"] == 2 * tokens * experts / 2
-    assert not {"head", "signal", "self_conditioning"} & set(counted)
+    attention = [f"{layer}self_attn." for layer in first]
+    attention.append("layers.2.self_attn.k_proj")
+    assert costs["attention"].flops == 2 * tokens * entries(*attention)
+    feed_forward = entries(*(f"{layer}mlp." for layer in first))
+    assert costs["feed_forward"].flops == 2 * tokens * feed_forward
+    experts = entries(*(f"{layer}experts." for layer in first))
+    assert costs["experts"].flops == 2 * tokens * experts / 2
+    assert not {"head", "signal", "self_conditioning"} & set(costs)
     # two sliding layers of 2 heads of 16 read keys and values of the window
     assert costs["scores"].bytes == rows * 2 * min(prefix, 7) * 2 * (2 * 16 * 2)
 
@@ -100,8 +96,23 @@ def test_encoding_is_causal_and_leaves_out_the_last_layers_output(prefix, new):
 # Bytes
 
 
-def loads_as(storage: Storage, model) -> None:
-    """Assert, by parameter, that a model lies in memory as `storage` says."""
+@pytest.mark.parametrize(
+    ("q", "recipe", "dtype"),
+    [
+        (None, "uniform", mx.bfloat16),
+        (None, "uniform", mx.float32),
+        (Quantization(bits=3), "uniform", mx.float32),
+        (Quantization(bits=3, group_size=32), "mixed", mx.bfloat16),
+        (Quantization(bits=8, group_size=128), "uniform", mx.bfloat16),
+        (Quantization.with_defaults("mxfp4"), "mixed", mx.bfloat16),
+        (Quantization.with_defaults("mxfp8"), "uniform", mx.bfloat16),
+        (Quantization.with_defaults("nvfp4"), "uniform", mx.bfloat16),
+    ],
+    ids=str,
+)
+def test_bytes_of_each_parameter_are_those_of_a_real_model(q, recipe, dtype):
+    made = {"quantization": q, "recipe": recipe, "dtype": dtype, "seed": 0}
+    model, storage = synthetic_model(TINY, **made), Storage(dtype.size, q, recipe)
     loaded, shapes = Loaded.of(model), expected_shapes(TINY)
     assert set(loaded.sizes) == set(shapes)
     for name, shape in shapes.items():
@@ -111,47 +122,24 @@ def loads_as(storage: Storage, model) -> None:
     assert weight_bytes(TINY, loaded) == weight_bytes(TINY, storage) == real
 
 
-@pytest.mark.parametrize(
-    ("q", "recipe"),
-    [
-        (Quantization(bits=4), "uniform"),
-        (Quantization(bits=3, group_size=32), "mixed"),
-        (Quantization(bits=8, group_size=128), "uniform"),
-        (Quantization.with_defaults("mxfp4", None, None), "mixed"),
-        (Quantization.with_defaults("mxfp8", None, None), "uniform"),
-        (Quantization.with_defaults("nvfp4", None, None), "uniform"),
-    ],
-    ids=str,
-)
-def test_quantised_bytes_are_those_of_a_real_model(q, recipe):
-    made = {"quantization": q, "recipe": recipe, "dtype": mx.bfloat16, "seed": 0}
-    loads_as(Storage.quantized(q, recipe), synthetic_model(TINY, **made))
-
-
-def test_bytes_follow_the_dtype():
-    for dtype in (mx.bfloat16, mx.float32):
-        model = synthetic_model(TINY, quantization=None, dtype=dtype, seed=0)
-        loads_as(Storage.dense(dtype), model)
-    q = Quantization(bits=3)
-    model = synthetic_model(TINY, quantization=q, dtype=mx.float32, seed=0)
-    loads_as(Storage.quantized(q, dtype=mx.float32), model)
+def test_bytes_of_a_loaded_checkpoint_are_counted():
     sudoku, _ = load("sudoku4")
     real = sum(array.nbytes for _, array in tree_flatten(sudoku.parameters()))
     assert weight_bytes(sudoku.config, Loaded.of(sudoku)) == real
 
 
-@pytest.mark.parametrize("tokens", [0, 7, 8, 100])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_prefix_is_what_later_tokens_see(tokens, dtype):
-    stored = 0
-    for layer in TINY.layers:
-        seen = sum(visible(tokens, key, layer.sliding) for key in range(tokens))
-        part = mx.zeros((1, layer.kv_heads, seen, layer.head_dim), dtype)
-        # keys and values, or the projection that both are made from
-        stored += (2 if layer.sliding else 1) * part.nbytes
-    rotated = {layer.rope.rotated for layer in TINY.layers if not layer.sliding}
-    stored += sum(2 * mx.zeros((tokens, width)).nbytes for width in rotated)
-    assert prefix_bytes(TINY, tokens, Storage.dense(dtype)) == stored
+@pytest.mark.parametrize("size", [2, 4])
+def test_prefix_is_what_later_tokens_see(size):
+    for tokens in (0, 7, 8, 100):
+        stored = 0
+        for layer in TINY.layers:
+            # keys and values, or the projection that both are made from
+            arrays = 2 if layer.sliding else 1
+            seen = visible(tokens, layer, tokens)
+            stored += arrays * seen * layer.kv_heads * layer.head_dim * size
+        (rotated,) = {layer.rope.rotated for layer in TINY.layers if not layer.sliding}
+        stored += tokens * 2 * 4 * rotated  # cos and sin in float32
+        assert prefix_bytes(TINY, tokens, Storage(size)) == stored
 
 
 @pytest.mark.parametrize("storage", [BF16, MIXED])
@@ -174,10 +162,7 @@ def test_few_tokens_hit_few_experts():
         assert counted / all_bytes == pytest.approx(hit / experts, rel=0.02)
 
 
-# The release, against figures known from its files
-
-
-def test_costs_of_the_release_are_as_known():
+def test_costs_of_the_release_are_as_known_from_its_files():
     costs = step_cost(RELEASE, MIXED, 1, 0, 256)
     assert costs["experts"].flops == pytest.approx(0.73e12, rel=0.01)
     assert costs["head"].flops == pytest.approx(0.38e12, rel=0.01)

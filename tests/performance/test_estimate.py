@@ -1,7 +1,10 @@
-"""What fits a Mac and how fast it could be, worked out again by hand."""
+"""Macs: what is listed, what fits, how fast it could be; worked out again by hand."""
+
+from itertools import pairwise
 
 import pytest
 
+from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.performance import estimate
 from mlx_dgemma.performance.chips import CHIPS, find
 from mlx_dgemma.performance.cost import (
@@ -15,6 +18,10 @@ from mlx_dgemma.performance.synthetic import config_26b
 
 RELEASE = config_26b()
 K = 1024
+# TFLOPS of the larger bin in Apple's press releases.
+STATED = {"M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21}
+STATED |= {"M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.6, "M2 Ultra": 27.2}
+LARGEST = {chip.name: chip for chip in CHIPS}
 
 
 def at(text: str) -> list[str]:
@@ -33,41 +40,33 @@ def test_lines_show_memory_and_speed_of_each_precision():
     shown = at("M4 Max 64GB")
     assert shown[0].startswith("ESTIMATE") and "not a measurement" in shown[0]
     assert "M4 Max 64 GB: 40 GPU cores, 16.2 TFLOPS, 546 GB/s" in shown[1]
-    assert "51.5 GB" in shown[1]
-    rates = 40 * 256 * 1.578e9, 546e9
-    assert list(estimate.PRECISIONS) == ["bf16", "8 bit", "mixed", "4 bit"]
+    assert "51.5 GB" in shown[1] and all(len(line) <= 110 for line in shown)
+    rates, sizes = (40 * 256 * 1.578e9, 546e9), []
     for name, storage in estimate.PRECISIONS.items():
         (row,) = [line for line in shown if line.startswith(f"{name} ")]
-        weights = weight_bytes(RELEASE, storage)
-        memory = [
-            weights + working + prefix_bytes(RELEASE, n * K, storage)
-            for n in (4, 32, 256)
-        ]
+        sizes.append(weight_bytes(RELEASE, storage))
+        prefixes = [prefix_bytes(RELEASE, n * K, storage) for n in (4, 32, 256)]
+        memory = [sizes[-1] + working + prefix for prefix in prefixes]
         step = floor_seconds(step_cost(RELEASE, storage, 1, K, 256), *rates)
         commit = floor_seconds(encode_cost(RELEASE, storage, 1, K, 256), *rates)
         assert row.removeprefix(name).split() == [
-            *(f"{size / 1e9:.1f}" for size in (weights, *memory)),
+            *(f"{size / 1e9:.1f}" for size in (sizes[-1], *memory)),
             "yes" if memory[1] <= 48 * 2**30 else "no",
             f"{step * 1e3:.1f}",
             *(f"{256 / (n * step + commit):.0f}" for n in (8, 16, 27)),
         ]
-    assert all(len(line) <= 110 for line in shown)
-    sizes = [weight_bytes(RELEASE, s) / 1e9 for s in estimate.PRECISIONS.values()]
-    assert sizes == pytest.approx([50.5, 26.8, 15.4, 14.2], abs=0.05)
+    assert sizes == pytest.approx([50.5e9, 26.8e9, 15.4e9, 14.2e9], abs=5e7)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
+def test_the_most_precise_that_fits_is_recommended():
+    for text, name in (
         ("M4 16GB", "nothing here"),
         ("M4 24GB", "4 bit,"),
         ("M4 32GB", "mixed,"),
         ("M4 Max 48GB", "8 bit,"),
         ("M3 Max 96GB", "bf16,"),
-    ],
-)
-def test_the_most_precise_that_fits_is_recommended(text, name):
-    assert at(text)[-1].startswith(f"Recommended: {name} ")
+    ):
+        assert at(text)[-1].startswith(f"Recommended: {name} ")
 
 
 def test_steps_measured_in_public_are_slower_than_the_floor():
@@ -82,8 +81,7 @@ def test_table_has_a_line_per_chip():
     assert shown[0] == estimate.HEADLINE and len(shown) == 2 + len(CHIPS)
     order = ["none", "4 bit", "mixed", "8 bit", "bf16"]
     for row, chip in zip(shown[2:], CHIPS, strict=True):
-        words = row.removeprefix(chip.name).split()
-        assert words[0] == str(chip.gpu_cores)
+        assert row.removeprefix(chip.name).split()[0] == str(chip.gpu_cores)
         fitting = [part.split(": ")[1] for part in row[48:].strip().split(", ")]
         ranks = [order.index(name) for name in fitting]
         assert len(ranks) == len(chip.memory) and ranks == sorted(ranks)
@@ -91,3 +89,47 @@ def test_table_has_a_line_per_chip():
     assert largest.endswith("48: 8 bit, 64: 8 bit, 128: bf16")
     four_bit = at("M4 Max 64GB")[-3].split()
     assert largest.split()[5:7] == [f"{float(four_bit[7]):.0f}", four_bit[9]]
+
+
+# Chips
+
+
+def test_derived_rates_are_those_apple_stated():
+    for name, tflops in STATED.items():
+        assert LARGEST[name].tflops == pytest.approx(tflops, rel=0.025)
+    for before, after in (("M4", "M5"), ("M4 Max", "M5 Max")):
+        # "over 4x" with the accelerators of M5
+        assert 4 < LARGEST[after].tflops / LARGEST[before].tflops < 4.5
+
+
+def test_memory_decides_the_bin():
+    assert len(LARGEST) == 19
+    for first, second in pairwise(CHIPS):
+        if first.name == second.name:  # the slower bin stands first
+            assert first.gpu_cores < second.gpu_cores
+            assert first.bandwidth <= second.bandwidth
+    for chip in CHIPS:
+        for memory in chip.memory:
+            found, size = find(f"{chip.name} {memory}GB")
+            assert (found.name, size) == (chip.name, memory)
+            assert found.gpu_cores <= chip.gpu_cores
+    for text, cores, bandwidth in (
+        ("M4 Max 36GB", 32, 410),
+        ("M4 Max 48GB", 40, 546),
+        ("m3 max 96gb", 30, 300),
+        ("Apple M2 Max, 64 GB", 30, 400),  # sold with both: the slower
+        (" M2  Max 96", 38, 400),
+    ):
+        chip, _ = find(text)
+        assert (chip.gpu_cores, chip.bandwidth) == (cores, bandwidth)
+
+
+def test_unknown_chips_and_sizes_are_refused():
+    for text in ("", "M4 Max", "64GB", "M9 64GB", "M4 Mega 64GB", "M4 Ultra 64GB"):
+        with pytest.raises(SettingsError) as caught:
+            find(text)
+        message = str(caught.value)
+        assert message.startswith(f"chip is {text!r}; write it like 'M4 Max 64GB'")
+        assert "M1, M1 Pro, M1 Max, M1 Ultra, M2" in message
+    with pytest.raises(SettingsError, match="M4 Max is sold with 36, 48, 64, 128 GB"):
+        find("M4 Max 65GB")
