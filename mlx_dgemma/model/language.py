@@ -8,7 +8,6 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache as memo
 from functools import partial
 from typing import Any
 
@@ -23,13 +22,13 @@ from . import vocab
 from .attention import (
     Attention,
     CausalView,
-    MaskOf,
     Tables,
     canvas_mask,
-    causal_mask,
+    causal_tiles,
     rope_tables,
+    tile_size,
 )
-from .cache import LayerKV, PrefixCache, Span
+from .cache import LayerKV, PrefixCache
 from .layers import Experts, FeedForward, Router, SelfConditioning
 from .vision import Image, ImageEncoder, embed_images
 
@@ -269,16 +268,15 @@ class DiffusionGemma(nn.Module):
             for kind, entry in cache.key_rope.items()
         }
         columns = tuple((start + image.start, start + image.end) for image in images)
-        return embedded, {
-            kind: CausalView(
-                query_rope[kind],
-                key_rope[kind],
-                cache.span(cache.layers[index], new),
-                _shared_masks(self.config.sliding_window if kind.sliding else None),
-                columns,
-            )
-            for kind, index in self._kinds()
-        }
+        views = {}
+        for kind, index in self._kinds():
+            window = self.config.sliding_window if kind.sliding else None
+            span = cache.span(cache.layers[index], new)
+            heads, keys = self.config.num_attention_heads, span.end - span.begin
+            size = tile_size(rows, heads, keys, window)
+            tiles = causal_tiles(new, span, window, size, columns)
+            views[kind] = CausalView(query_rope[kind], key_rope[kind], tiles)
+        return embedded, views
 
     def _encode_layer(
         self,
@@ -306,18 +304,6 @@ class DiffusionGemma(nn.Module):
             kind: rope_tables(kind.rope, kind.head_dim, positions)
             for kind, _ in self._kinds()
         }
-
-
-def _shared_masks(window: int | None) -> MaskOf:
-    """Masks of tiles that layers of a kind, and tiles of equal shape, share."""
-    made = memo(lambda new, span: causal_mask(new, span, window))
-
-    def mask_of(new: int, span: Span) -> mx.array | str | None:
-        if not span.padded:  # then only the number of columns matters
-            span = Span(0, span.end - span.begin, (0,))
-        return made(new, span)
-
-    return mask_of
 
 
 def _denoise_layer(
