@@ -9,18 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import tiny_config, write_tiny
 
 from mlx_dgemma import backends
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.vision import ROOT, read_vision, vision_shapes
 from mlx_dgemma.errors import CheckpointError, ConfigError, SettingsError
-from mlx_dgemma.model.attention import causal_mask, causal_tiles, image_mask
-from mlx_dgemma.model.cache import Span
 from mlx_dgemma.model.loading import load_model
-from mlx_dgemma.model.vision import Image, pool
+from mlx_dgemma.model.vision import Image
 
 VISION = {
     "model_type": "gemma4_vision",
@@ -154,22 +150,16 @@ def loaded(folder: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tower_is_its_formulas(towers, kind):
+def test_the_tower_is_its_formulas(towers, kind, tuned):
     model = loaded(towers[kind])
-    found = np.array(model.vision.encode_image(PIXELS, SEEN))
+    wanted = plain(towers[kind], PIXELS, SEEN)
+    for score_bytes in (backends.current().score_bytes, 1):  # whole and in tiles
+        tuned(score_bytes=score_bytes)
+        found = np.array(model.vision.encode_image(PIXELS, SEEN))
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
     assert found.shape == (6, 64)
-    np.testing.assert_allclose(found, plain(towers[kind], PIXELS, SEEN), atol=2e-5)
     tokens = model.vision.tokens
     assert (tokens.image, tokens.begin, tokens.end) == (9, 7, 8)
-
-
-def test_tiles_of_patches_change_nothing(towers, tuned):
-    model = loaded(towers[KINDS[0]])
-    whole = np.array(model.vision.encode_image(PIXELS, SEEN))
-    tuned(score_bytes=1)
-    np.testing.assert_allclose(
-        np.array(model.vision.encode_image(PIXELS, SEEN)), whole, atol=1e-5
-    )
 
 
 def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
@@ -220,17 +210,6 @@ def test_a_tower_in_16_bits_stays_in_them(tmp_path):
     assert off.max() < 0.1 * np.abs(exact).max()
 
 
-def test_pooling_means_squares_row_by_row():
-    x = RNG.normal(size=(6, 12, 5)).astype(np.float32)
-    found = np.array(pool(mx.array(x.reshape(-1, 5)), 12, 6, 3))
-    wanted = [
-        x[row : row + 3, column : column + 3].mean(axis=(0, 1))
-        for row in (0, 3)
-        for column in (0, 3, 6, 9)
-    ]
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
 BIAS = f"{ROOT}vision_tower.std_bias"
 
 
@@ -268,51 +247,6 @@ def test_an_unknown_vision_config_is_refused(tiny, changes, message):
     raw = tiny_config() | {"vision_config": VISION | changes}
     with pytest.raises(ConfigError, match=message):
         read_vision(replace(read_config(tiny), raw=raw), "config.json")
-
-
-@given(
-    window=st.sampled_from([None, 2, 5]),
-    size=st.integers(1, 12),
-    before=st.integers(0, 9),
-    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6),
-    first_is_image=st.booleans(),
-)
-@settings(max_examples=60, deadline=None)
-def test_tiles_of_images_see_what_they_should(
-    window, size, before, lengths, first_is_image
-):
-    """Runs of text and of images in turn, cut into tiles: every query sees what is in
-    front of it within its window, and all of the image it belongs to."""
-    images, end = [], before
-    for index, length in enumerate(lengths):
-        if (index % 2 == 0) == first_is_image:
-            images.append((end, end + length))
-        end += length
-    new, first = sum(lengths), 0 if window is None else max(0, before - window + 1)
-    seen, queries = np.zeros((new, end), bool), []
-    span = Span(first, end, (0,))
-    for start, stop, keys, image in causal_tiles(
-        new, span, window, size, tuple(images)
-    ):
-        assert 0 < stop - start <= size
-        queries += range(start, stop)
-        if image is None:
-            mask = causal_mask(stop - start, keys, window)
-        else:
-            mask = image_mask(before + start, stop - start, keys, window, image)
-        shape = (stop - start, keys.end - keys.begin)
-        if isinstance(mask, str):
-            allowed = np.tril(np.ones(shape, bool), shape[1] - shape[0])
-        else:
-            allowed = np.ones(shape, bool) if mask is None else np.array(mask)[0, 0]
-        seen[start:stop, keys.begin : keys.end] = allowed
-    assert queries == list(range(new))
-    image_of = {c: i for i, (f, e) in enumerate(images) for c in range(f, e)}
-    for query, key in np.ndindex(new, end):
-        at = before + query
-        near = key <= at and (window is None or at - key < window)
-        same = at in image_of and image_of.get(key) == image_of[at]
-        assert seen[query, key] == (near or same)
 
 
 @pytest.mark.parametrize(
