@@ -127,7 +127,7 @@ class Stepper:
         self, state: State, view: View, inputs: StepInputs, pinned: Pinned | None
     ) -> tuple[State, StepStats]:
         """Return the next state and what the step reports, unevaluated."""
-        arrays = state, view.arrays, inputs, pinned
+        arrays = state, view, inputs, pinned
         if self._compiled is None:
             after, stats = self._step(*arrays)
         else:
@@ -185,7 +185,7 @@ class Stepper:
                     flat[free], temperature[free], uniforms[free], some
                 )
                 found = _replaced(found, free, at_free)
-        return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found.arrays))
+        return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found))
 
     def _certain(self, tokens: mx.array) -> VocabStats:
         """Return the statistics of positions that are certain of (B, L) tokens."""
@@ -242,7 +242,7 @@ def stepper_for(
 def _replaced(stats: VocabStats, at: mx.array, new: VocabStats) -> VocabStats:
     """Return `stats` with the positions `at` replaced."""
     arrays = []
-    for old, part in zip(stats.arrays, new.arrays, strict=True):
+    for old, part in zip(stats, new, strict=True):
         array = mx.array(old)  # a copy: assignment changes its left side
         array[at] = part
         arrays.append(array)

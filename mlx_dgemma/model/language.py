@@ -7,9 +7,8 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,18 +35,13 @@ from .vision import Image, ImageEncoder, embed_images
 RunLayer = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
     prefixes: list[LayerKV]  # () where the prefix is empty
     query_rope: list[Tables]  # at the canvases
     key_rope: list[Tables]  # at prefix and canvas, for layers that rotate keys late
     masks: list[mx.array | None]
-
-    @property
-    def arrays(self) -> list[list]:
-        return [self.prefixes, self.query_rope, self.key_rope, self.masks]
 
 
 class Layer(nn.Module):
@@ -212,7 +206,7 @@ class DiffusionGemma(nn.Module):
         """
         h = self.self_conditioning(self.embed(canvas), signal)
         for layer, prefix, query_rope, key_rope, mask in zip(
-            self.layers, *view.arrays, strict=True
+            self.layers, *view, strict=True
         ):
             given = {"query_rope": query_rope, "key_rope": key_rope, "mask": mask}
             h = run_layer(layer, partial(_denoise_layer, layer, given), h, prefix)

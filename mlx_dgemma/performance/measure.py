@@ -156,7 +156,7 @@ def dissect(model: DiffusionGemma, job: Workload) -> PartTimes:
         return model.denoise_hidden(canvas, view, signal).flatten(0, 1)
 
     def vocabulary(hidden: mx.array) -> list[mx.array]:
-        return model.vocab_stats(hidden, temperature, uniforms).arrays
+        return [*model.vocab_stats(hidden, temperature, uniforms)]
 
     def commit() -> None:
         encode(canvas[:1], first)

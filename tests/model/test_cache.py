@@ -179,7 +179,7 @@ def test_shapes_change_once_per_bucket(models):
     for start in range(0, 700, 20):
         encode(model, cache, TOKENS[start : start + 20])
         view = model.view(cache, 16, bucketed=True)
-        sizes = tree_map(lambda a: None if a is None else a.shape, view.arrays)
+        sizes = tree_map(lambda a: None if a is None else a.shape, view)
         before, shapes = shapes, str(sizes)
         if shapes != before:
             changes.append(cache.length)

@@ -164,7 +164,7 @@ def test_quantised_embeddings_are_read_as_their_dense_matrix(bits, group, mode, 
     assert matrix.shape == (300, 64)
     given = rng.normal(size=(90, 64)), np.full(90, 0.7), rng.random(90)
     ours, plain = read(quantised, *given), read(dense(matrix), *given)
-    for mine, other in zip(ours.arrays, plain.arrays, strict=True):
+    for mine, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(np.array(mine), np.array(other), atol=1e-5)
     uniforms = given[2].astype(np.float32)
     check(ours, Exact.of(matrix, *given[:2]), matrix, uniforms)
@@ -204,7 +204,7 @@ def test_the_logits_of_all_positions_never_live_at_once(tuned):
     mx.eval(embedding.parameters(), hidden, given)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(vocab.vocab_stats(embedding, hidden, *given, CAP).arrays)
+    mx.eval(vocab.vocab_stats(embedding, hidden, *given, CAP))
     assert mx.get_peak_memory() - before < N * V * 4 / 2
 
 
@@ -241,5 +241,5 @@ def test_banned_tokens_have_no_part_in_anything(tuned, quantised, temperature):
         np.testing.assert_allclose(found, exact.signal, atol=2e-4)
     assert not np.isin(np.array(stats.sample)[at], ids).any()
     assert np.isin(np.array(stats.argmax)[~at], ids).any()
-    for array in stats.arrays:
+    for array in stats:
         assert np.isfinite(np.array(array)).all()
