@@ -129,9 +129,8 @@ def test_a_device_that_cannot_be_used_is_refused(
 
 def test_several_libraries_are_warned_about(machine):
     machine("cuda", H100, libraries=("mlx-cpu", "mlx-cuda-13"))
-    with pytest.warns(
-        UserWarning, match="mlx-cpu and mlx-cuda-13 are installed"
-    ) as one:
+    message = "mlx-cpu and mlx-cuda-13 are installed"
+    with pytest.warns(UserWarning, match=message) as one:
         backends.current()
         backends.current()
     assert len(one) == 1

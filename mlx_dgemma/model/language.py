@@ -161,36 +161,24 @@ class DiffusionGemma(nn.Module):
         It holds the cache's arrays: drop it before encoding, or that copies them.
         bucketed: with empty columns, masked, so that shapes rarely change.
         """
-        layers = self.config.layers
-        room = [layer.room if bucketed else 0 for layer in cache.layers]
         query_rope = self._rope(cache, cache.columns, length)
-        key_rope = query_rope | {
-            kind: tuple(
-                mx.concatenate([prefix, own], axis=2)
-                for prefix, own in zip(
-                    entry.read(entry.room if bucketed else 0),
-                    query_rope[kind],
-                    strict=True,
-                )
-            )
-            for kind, entry in cache.key_rope.items()
-            if cache.columns
-        }
-        masks = {
-            kind: canvas_mask(
-                length,
-                cache.span(cache.layers[i]),
-                room[i],
-                # also where a bucket is full just now: the next prefix has room again
-                always=bucketed and not cache.layers[i].window_full,
-            )
-            for kind, i in self._kinds()
-        }
+        key_rope, masks = dict(query_rope), {}
+        for kind, entry in cache.key_rope.items():
+            if prefix := entry.read(entry.room if bucketed else 0):
+                pairs = zip(prefix, query_rope[kind], strict=True)
+                key_rope[kind] = tuple(mx.concatenate(pair, axis=2) for pair in pairs)
+        for kind, index in self._kinds():
+            layer = cache.layers[index]
+            room = layer.room if bucketed else 0
+            # also where a bucket is full just now: the next prefix has room again
+            always = bucketed and not layer.window_full
+            masks[kind] = canvas_mask(length, cache.span(layer), room, always=always)
+        kinds = self.config.layers
         return View(
-            [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
-            [query_rope[kind] for kind in layers],
-            [key_rope[kind] for kind in layers],
-            [masks[kind] for kind in layers],
+            [layer.read(layer.room if bucketed else 0) for layer in cache.layers],
+            [query_rope[kind] for kind in kinds],
+            [key_rope[kind] for kind in kinds],
+            [masks[kind] for kind in kinds],
         )
 
     def denoise_hidden(
@@ -205,11 +193,8 @@ class DiffusionGemma(nn.Module):
         run_layer calls what each layer does to hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
-        for layer, prefix, query_rope, key_rope, mask in zip(
-            self.layers, *view, strict=True
-        ):
-            given = {"query_rope": query_rope, "key_rope": key_rope, "mask": mask}
-            h = run_layer(layer, partial(_denoise_layer, layer, given), h, prefix)
+        for layer, prefix, *given in zip(self.layers, *view, strict=True):
+            h = run_layer(layer, partial(_denoise_layer, layer, *given), h, prefix)
         return self.norm(h)
 
     def vocab_stats(
@@ -301,7 +286,14 @@ class DiffusionGemma(nn.Module):
 
 
 def _denoise_layer(
-    layer: Layer, given: dict[str, Any], h: mx.array, prefix: LayerKV
+    layer: Layer,
+    query_rope: Tables,
+    key_rope: Tables,
+    mask: mx.array | None,
+    h: mx.array,
+    prefix: LayerKV,
 ) -> mx.array:
-    attend = partial(layer.self_attn.denoise, prefix=prefix, **given)
+    def attend(x: mx.array) -> mx.array:
+        return layer.self_attn.denoise(x, prefix, query_rope, key_rope, mask)
+
     return layer(h, attend, layer.decoder_scalar)
