@@ -200,6 +200,7 @@ class PrefixCache:
             for layer in config.layers
             if not layer.sliding
         }
+        self._entries = [*self.layers, *self.key_rope.values()]
         self.columns = 0
         self.row_starts: tuple[int, ...] = (0,)
         self.snapshots: list[Snapshot] = []  # in order of columns
@@ -218,10 +219,6 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes in memory, room and snapshots included."""
         return sum(part.nbytes for part in [*self._entries, *self.snapshots])
-
-    @property
-    def _entries(self) -> list[LayerCache]:
-        return [*self.layers, *self.key_rope.values()]
 
     def reserve(self, tokens: int) -> None:
         """Make room for a prefix of that many tokens at the first append."""
@@ -282,19 +279,17 @@ class PrefixCache:
                 f"cannot rewind to {length} tokens: possible from "
                 f"{self._earliest - start} to {self.length}{''.join(others)}"
             )
-        snapshot, restored = self._snapshot_at(column), False
+        snapshot = self._snapshot_at(column)
         for index, layer in enumerate(self.layers):
             if snapshot is not None and column < layer.earliest:
                 layer.restore(column, snapshot.windows[index])
-                restored = True
             else:
                 layer.rewind(column)
         for entry in self.key_rope.values():
             entry.rewind(column)
         self.columns = column
         self.snapshots = [one for one in self.snapshots if one.column <= column]
-        if restored:
-            self.evaluate()  # another thread may be the next to use it
+        self.evaluate()  # another thread may be the next to use it
 
     @property
     def _earliest(self) -> int:

@@ -33,6 +33,7 @@ from .vision import Image, ImageEncoder, embed_images
 
 # runs a layer: given the layer, what it does to arrays, and those arrays
 RunLayer = Callable[..., Any]
+CausalViews = dict[LayerConfig, CausalView]  # by kind of layer
 
 
 class View(NamedTuple):
@@ -166,7 +167,9 @@ class DiffusionGemma(nn.Module):
         for kind, entry in cache.key_rope.items():
             if prefix := entry.read(entry.room if bucketed else 0):
                 pairs = zip(prefix, query_rope[kind], strict=True)
-                key_rope[kind] = tuple(mx.concatenate(pair, axis=2) for pair in pairs)
+                key_rope[kind] = tuple(
+                    mx.concatenate([*pair], axis=2) for pair in pairs
+                )
         for kind, index in self._kinds():
             layer = cache.layers[index]
             room = layer.room if bucketed else 0
@@ -224,20 +227,16 @@ class DiffusionGemma(nn.Module):
 
     def _begin_encoding(
         self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image]
-    ) -> tuple[mx.array, dict[LayerConfig, CausalView]]:
+    ) -> tuple[mx.array, CausalViews]:
         """Return the embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
-        extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
-        lowest, highest = extremes
-        if lowest < 0 or highest >= self.config.vocab_size:
-            raise SettingsError(
-                f"ids run from {lowest} to {highest}; this model knows 0 to "
-                f"{self.config.vocab_size - 1}"
-            )
+        ends: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
+        if ends[0] < 0 or ends[1] >= self.config.vocab_size:
+            known = f"this model knows 0 to {self.config.vocab_size - 1}"
+            raise SettingsError(f"ids run from {ends[0]} to {ends[1]}; {known}")
         if cache.columns and rows != len(cache.row_starts):
-            raise SettingsError(
-                f"{rows} rows of tokens for {len(cache.row_starts)} prefixes"
-            )
+            prefixes = len(cache.row_starts)
+            raise SettingsError(f"{rows} rows of tokens for {prefixes} prefixes")
         embedded = embed_images(self.embed(tokens), images)
         cache.add_columns(rows, new)
         start = cache.columns - new
@@ -258,11 +257,7 @@ class DiffusionGemma(nn.Module):
         return embedded, views
 
     def _encode_layer(
-        self,
-        index: int,
-        h: mx.array,
-        views: dict[LayerConfig, CausalView],
-        cache: PrefixCache,
+        self, index: int, h: mx.array, views: CausalViews, cache: PrefixCache
     ) -> mx.array:
         layer, view = self.encoder_layers[index], views[self.config.layers[index]]
         attend = partial(layer.self_attn.encode, cache=cache.layers[index], view=view)
