@@ -149,7 +149,7 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids below V, unchecked: a check would wait for them; signal
+        canvas (B, L) ids below V, not checked, as that would wait for them; signal
         (B, L, D) from `self_condition`, or None at the first step (zeros mean the
         same). Returns (B, L, V) float32 logits, soft-capped.
         """
@@ -159,8 +159,8 @@ class DiffusionGemma(nn.Module):
     def view(self, cache: PrefixCache, length: int, *, bucketed: bool = False) -> View:
         """Return what canvases of `length` behind the prefixes see, for all steps.
 
-        It holds the cache's arrays: drop it before encoding, or that copies them.
-        bucketed: with empty columns, masked, so that shapes rarely change.
+        It holds the cache's arrays: drop it before encoding, which copies them
+        otherwise. bucketed: add masked empty columns, so that shapes rarely change.
         """
         query_rope = self._rope(cache, cache.columns, length)
         key_rope, masks = dict(query_rope), {}

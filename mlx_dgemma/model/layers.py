@@ -79,9 +79,9 @@ class FeedForward(nn.Module):
         return self.down_proj(geglu(gate, up))
 
     def join(self) -> None:
-        """Make one quantised product of gate and up; it computes the same.
+        """Make one quantised product of gate and up, with the same results.
 
-        Nothing happens where one is dense or adapted, or where their codes differ.
+        Does nothing if one is dense or adapted, or if their quantisations differ.
         """
         gate, up = self.get("gate_proj"), self.get("up_proj")
         if not (isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)):
@@ -109,8 +109,8 @@ class SelfConditioning(FeedForward):
     def __call__(self, x: mx.array, signal: mx.array | None = None) -> mx.array:
         """(B, L, D) embeddings and the (B, L, D) signal, or None before any step.
 
-        The last norm has no weight and stands also where there is no signal; a
-        signal of zeros passes the feed-forward as zeros, so None skips it.
+        The last norm has no weight and applies without a signal too. A signal of
+        zeros leaves the feed-forward as zeros, so None skips it.
         """
         if signal is not None:
             x = x + super().__call__(self.pre_norm(signal.astype(x.dtype)))

@@ -1,7 +1,7 @@
 """The Gemma 4 vision tower: patches of an image to soft tokens of the language model.
 
-Formulas follow transformers' `models/gemma4`. One image at a time and without padding:
-nothing is masked. Knows nothing of files or pixels.
+Formulas follow transformers' `models/gemma4`. Images run one at a time, without padding
+or masks.
 """
 
 import math

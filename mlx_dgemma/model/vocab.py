@@ -1,8 +1,8 @@
 """Between hidden states and the vocabulary: embedding, head, soft embeddings.
 
 One tied matrix E of (V, D), dense or quantised, serves all three. `embed`,
-`soft_embed` and `head` are plain functions; `vocab_stats` is what a denoising step
-needs of all V logits of a position, without ever holding them.
+`soft_embed` and `head` are plain functions. `vocab_stats` computes what a denoising step
+needs of all V logits of a position without holding them all.
 """
 
 import math
@@ -234,10 +234,8 @@ def _tokens_of(
 
 
 def _search(cumulative: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-    """Where (N, 1) targets fall among (N, C) running sums, and what is left there.
-
-    Both (N, 1). Rounding may leave the target at the very end: then the last that
-    adds anything is meant.
+    """Where (N, 1) targets fall among (N, C) running sums, and the rest beyond the sum
+    before; both (N, 1). A target at the very end falls to the last that adds anything.
     """
     below = mx.sum(cumulative <= target, axis=-1, keepdims=True)
     last = mx.sum(cumulative < cumulative[:, -1:], axis=-1, keepdims=True)
