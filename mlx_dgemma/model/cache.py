@@ -82,7 +82,7 @@ class LayerCache:
         return 0 if self.lookback is None else max(0, column - self.lookback)
 
     def read(self, room: int = 0) -> LayerKV:
-        """Return the columns a canvas sees, and `room` empty ones; () without a prefix."""
+        """Return what a canvas sees and `room` empty columns; () without a prefix."""
         if self.end == 0:
             return ()
         return self._columns(self.visible_from(self.end), self.end + room)

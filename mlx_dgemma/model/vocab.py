@@ -1,8 +1,8 @@
 """Between hidden states and the vocabulary: embedding, head, soft embeddings.
 
 One tied matrix E of (V, D), dense or quantised, serves all three. `embed`,
-`soft_embed` and `head` are plain functions. `vocab_stats` computes what a denoising step
-needs of all V logits of a position without holding them all.
+`soft_embed` and `head` are plain functions. `vocab_stats` computes what a denoising
+step needs of all V logits of a position without holding them all.
 """
 
 import math
