@@ -1,12 +1,12 @@
 """What is wrong with how MLX is installed, in one line with the fix. Imports no MLX.
 
-On Linux one of several packages gives MLX its library. All write the same file, and
-each needs other things of the system
-(https://ml-explore.github.io/mlx/build/html/install.html).
+On Linux one of several packages gives MLX its library: all write the same file, and
+each needs other things of the system.
 """
 
 import os
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,34 +43,30 @@ def explain(error: ImportError) -> str | None:
         return None
     if (several := several_libraries()) is not None:
         return f"MLX did not load: {several}"
-    if failed and "insufficient" in failed[1]:
-        return f"{failed[1]}: update the driver or install mlx-dgemma[cpu]; {DRIVERS}"
     if failed:
-        return f"{failed[1]}: {NO_GPU}; without an NVIDIA GPU install mlx-dgemma[cpu]"
+        if "insufficient" in failed[1]:
+            fix = f"update the driver or install mlx-dgemma[cpu]; {DRIVERS}"
+        else:
+            fix = f"{NO_GPU}; without an NVIDIA GPU install mlx-dgemma[cpu]"
+        return f"{failed[1]}: {fix}"
     assert file is not None
     if file[1].startswith("libmlx."):
         return "MLX has no backend here; install mlx-dgemma[cpu], [cuda13] or [cuda12]"
     if file[1].startswith("libcuda."):
-        return (
-            f"no NVIDIA driver here ({file[1]} is missing): install one, or "
-            f"mlx-dgemma[cpu] instead; {DRIVERS}"
-        )
-    extras = [LIBRARIES[name] for name in installed()] or ["cpu"]
-    return (
-        f"{file[1]} is missing, which MLX needs: pip install --force-reinstall "
-        f"'mlx-dgemma[{extras[0]}]'"
-    )
+        fix = f"install one, or mlx-dgemma[cpu] instead; {DRIVERS}"
+        return f"no NVIDIA driver here ({file[1]} is missing): {fix}"
+    extra = next((LIBRARIES[name] for name in installed()), "cpu")
+    fix = f"pip install --force-reinstall 'mlx-dgemma[{extra}]'"
+    return f"{file[1]} is missing, which MLX needs: {fix}"
 
 
 def installed() -> list[str]:
     """Return which of LIBRARIES are installed."""
     found = []
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             version(name)
             found.append(name)
-        except PackageNotFoundError:
-            pass
     return found
 
 

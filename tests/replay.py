@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +36,7 @@ def feed(
         monkeypatch.setattr(
             vocab,
             "vocab_stats",
-            lambda *given: replace(stats(*given), sample=ids(proposal.popleft())),
+            lambda *given: stats(*given)._replace(sample=ids(proposal.popleft())),
         )
     if starts is not None:
         first = deque(starts)

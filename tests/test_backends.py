@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import backends, installation
-from mlx_dgemma.adapters.lora import LoRA
 from mlx_dgemma.backends import BACKENDS, ENVIRONMENT, cpu
 from mlx_dgemma.backends.cuda import PTX_CACHE
-from mlx_dgemma.errors import BackendError, SlowBlasWarning, TrainingError
-from mlx_dgemma.training import memory
-from mlx_dgemma.training.settings import TrainSettings
+from mlx_dgemma.errors import BackendError, SlowBlasWarning
 
 GB = 1 << 30
 TF32 = "MLX_ENABLE_TF32"
@@ -35,7 +32,6 @@ H100 = {
 }
 OLD = H100 | {"compute_capability_major": 6, "compute_capability_minor": 1}
 TURING = H100 | {"compute_capability_major": 7, "compute_capability_minor": 5}
-MACHINES = [("cpu", CPU), ("metal", MAC), ("cuda", H100)]
 
 
 @pytest.fixture
@@ -72,7 +68,9 @@ def machine(monkeypatch, tmp_path):
     return pretend
 
 
-@pytest.mark.parametrize(("name", "info"), MACHINES)
+@pytest.mark.parametrize(
+    ("name", "info"), [("cpu", CPU), ("metal", MAC), ("cuda", H100)]
+)
 def test_mlx_default_device_is_chosen(machine, name, info):
     devices = machine(name, info)
     assert backends.current() is backends.current() is BACKENDS[name]
@@ -82,12 +80,9 @@ def test_mlx_default_device_is_chosen(machine, name, info):
     assert os.environ.get(TF32) == (None if name == "cpu" else "0")
 
 
-def test_a_gpu_that_is_not_the_default_is_not_chosen(machine):
-    machine("metal", MAC, default=mx.cpu)
-    assert backends.current().name == "cpu"
-
-
 def test_caller_before_environment_before_default(machine, monkeypatch):
+    machine("metal", MAC, default=mx.cpu)  # a GPU that is not the default
+    assert backends.current().name == "cpu"
     devices = machine("cuda", H100)
     monkeypatch.setenv(ENVIRONMENT, "")
     assert backends.choose().name == "cuda"
@@ -95,7 +90,11 @@ def test_caller_before_environment_before_default(machine, monkeypatch):
     assert backends.current().name == "cuda"  # chosen once
     assert backends.choose().name == backends.current().name == "cpu"
     assert devices[-1].type == mx.DeviceType.cpu
-    assert backends.choose("cuda").name == backends.current().name == "cuda"
+    with pytest.raises(KeyError), backends.using(BACKENDS["cuda"]) as other:
+        assert backends.current() is other
+        raise KeyError
+    assert devices[-1].type == mx.DeviceType.cpu
+    assert backends.current().name == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -130,9 +129,8 @@ def test_a_device_that_cannot_be_used_is_refused(
 
 def test_several_libraries_are_warned_about(machine):
     machine("cuda", H100, libraries=("mlx-cpu", "mlx-cuda-13"))
-    with pytest.warns(
-        UserWarning, match="mlx-cpu and mlx-cuda-13 are installed"
-    ) as one:
+    message = "mlx-cpu and mlx-cuda-13 are installed"
+    with pytest.warns(UserWarning, match=message) as one:
         backends.current()
         backends.current()
     assert len(one) == 1
@@ -147,21 +145,15 @@ def test_turing_is_the_oldest_gpu(machine, monkeypatch, tmp_path):
     assert str(BACKENDS["cuda"].missing()).startswith("CUDA's headers are missing")
 
 
-def test_memory_is_what_the_device_says(machine, tiny):
-    def job() -> memory.Job:
-        return memory.Job(*memory.read_shape(tiny, None), TrainSettings(), LoRA())
-
+def test_memory_is_what_the_device_says(machine):
     machine("metal", MAC)
     assert backends.current().memory() == 48 * GB
     machine("metal", {"memory_size": 64 * GB})
     assert backends.current().memory() == 64 * GB
-    machine("cuda", H100 | {"total_memory": 1000})
-    backends.choose("cuda")
-    with pytest.raises(TrainingError, match=r"this machine has 0\.0 GB"):
-        memory.check(job())
+    machine("cuda", H100)
+    assert backends.choose("cuda").memory() == 80 * GB
     machine("cuda", {})
     assert backends.current().memory() is None
-    memory.check(job())
     assert (backends.choose("cpu").memory() or 0) > GB
 
 
@@ -185,26 +177,17 @@ def test_kernels_outlive_the_process(machine, monkeypatch, tmp_path):
     assert PTX_CACHE not in os.environ  # no place to write to
 
 
-@pytest.mark.parametrize(
-    ("files", "slow"),
-    [
-        (
-            "/x/mlx_cpu.libs/libblas-bd8a282c.so.3\n/x/numpy.libs/libscipy_openblas64_.so",
-            1,
-        ),
-        ("/usr/lib/openblas-pthread/libopenblasp-r0.3.21.so", 0),
-        ("/opt/intel/libmkl_rt.so.2", 0),
-        ("/usr/lib/libblis.so.4", 0),
-    ],
-)
-def test_a_slow_blas_is_warned_about(machine, monkeypatch, tmp_path, files, slow):
+def test_a_slow_blas_is_warned_about(machine, monkeypatch, tmp_path):
     machine("cpu", CPU)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(cpu, "MAPPED_FILES", tmp_path / "maps")
-    (tmp_path / "maps").write_text(files)
-    if not slow:
+    for fast in ("openblas-pthread/libopenblasp-r0.so", "libmkl_rt.so.2", "libblis.so"):
+        (tmp_path / "maps").write_text(f"/usr/lib/{fast}")
         assert cpu.slow_blas() is None
-        return
+    slow = (
+        "/x/mlx_cpu.libs/libblas-bd8a282c.so.3\n/x/numpy.libs/libscipy_openblas64_.so"
+    )
+    (tmp_path / "maps").write_text(slow)
     with pytest.warns(SlowBlasWarning, match=r"LD_PRELOAD=/usr/lib/\S+/libblas\.so\.3"):
         backends.current()
     monkeypatch.setattr(Path, "exists", lambda path: False)
@@ -213,38 +196,22 @@ def test_a_slow_blas_is_warned_about(machine, monkeypatch, tmp_path, files, slow
     assert cpu.slow_blas() is None
 
 
-def test_using_another_backend_ends(machine):
-    devices = machine("cuda", H100)
-    with pytest.raises(KeyError), backends.using(backends.CPU()) as other:
-        assert backends.current() is other
-        assert devices[-1].type == mx.DeviceType.cpu
-        raise KeyError
-    assert devices[-1].type == mx.DeviceType.gpu
-    assert backends.current().name == "cuda"
-
-
 # Operations, against float64 numpy
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
-WIDE = np.concatenate(
-    [
-        np.linspace(-20, 20, 4001),
-        np.linspace(-120, 120, 2401),
-        np.logspace(-8, 4, 200),
-        -np.logspace(-8, 4, 200),
-        [-1e4, 0.0, -0.0, 1e4],
-    ]
-)
+WIDE = np.concatenate([np.linspace(-20, 20, 4001), np.linspace(-120, 120, 2401)])
+TAIL = np.logspace(-8, 4, 200)
+WIDE = np.concatenate([WIDE, TAIL, -TAIL, [0.0, -0.0]])
+
+
+def doubles(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def inputs(dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
     """WIDE in `dtype`, and what that rounds it to in float64."""
     x = mx.array(WIDE.astype(np.float32)).astype(dtype)
     return x, doubles(x)
-
-
-def doubles(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -276,8 +243,7 @@ def test_exp_is_right_to_its_last_digits(dtype):
 def test_gelu_is_right_to_its_last_digits(dtype, device):
     x, exact = inputs(dtype)
     inner = np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)
-    wanted = exact / 2 * (1 + np.tanh(inner))
-    found = device.gelu(x)
+    found, wanted = device.gelu(x), exact / 2 * (1 + np.tanh(inner))
     assert found.dtype == dtype
     bound = 2 * mx.finfo(dtype).eps * (1 + np.abs(exact))
     assert (np.abs(doubles(found) - wanted) <= bound).all()
@@ -285,9 +251,11 @@ def test_gelu_is_right_to_its_last_digits(dtype, device):
 
 def test_gelu_has_its_gradient():
     x = mx.array(np.linspace(-30, 30, 601, dtype=np.float32))
-    slope = mx.grad(lambda x: cpu.gelu(x).sum())(x)
-    wanted = mx.grad(lambda x: backends.Metal().gelu(x).sum())(x)
-    np.testing.assert_allclose(np.array(slope), np.array(wanted), atol=2e-6)
+    found, wanted = (
+        mx.grad(lambda x, device=d: device.gelu(x).sum())(x)
+        for d in (backends.CPU(), backends.Metal())
+    )
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=2e-6)
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0])
@@ -304,13 +272,8 @@ B, H, K, T, S, W = 2, 6, 2, 9, 20, 16
 RNG = np.random.default_rng(3)
 SEEN = RNG.random((B, 1, T, S)) < 0.6
 SEEN[..., 3] = True  # no query without a key
-MASKS = {
-    "none": None,
-    "(T, S)": SEEN[0, 0],
-    "(B, 1, T, S)": SEEN,
-    "(B, 1, 1, S)": SEEN[:, :, :1],
-    "causal": "causal",
-}
+MASKS = {"none": None, "(T, S)": SEEN[0, 0], "(B, 1, T, S)": SEEN}
+MASKS |= {"(B, 1, 1, S)": SEEN[:, :, :1], "causal": "causal"}
 
 
 def attention(queries, keys, values, mask) -> np.ndarray:
@@ -329,16 +292,15 @@ def attention(queries, keys, values, mask) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("sharp", [0.3, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_attention_errs_no_more_than_mlx_does(name, sharp):
-    for dtype in DTYPES:
-        shapes = ((B, H, T, W), sharp), ((B, K, S, W), 1), ((B, K, S, W), 1)
+def test_attention_errs_no_more_than_mlx_does(name, dtype):
+    for size in (0.3, 3.0):
         q, k, v = (
-            mx.array((RNG.normal(size=shape) * size).astype(np.float32)).astype(dtype)
-            for shape, size in shapes
+            mx.array(RNG.normal(size=shape).astype(np.float32)).astype(dtype)
+            for shape in ((B, H, T, W), (B, K, S, W), (B, K, S, W))
         )
-        given = MASKS[name]
+        q, given = q * size, MASKS[name]
         mask = mx.array(given) if isinstance(given, np.ndarray) else given
         exact = attention(doubles(q), doubles(k), doubles(v), given)
         ours = BACKENDS["cpu"].attend(q, k, v, mask)

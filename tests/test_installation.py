@@ -1,7 +1,5 @@
 """What is wrong under MLX: each broken installation in one line with its fix."""
 
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -56,10 +54,10 @@ def test_why_mlx_did_not_load(libraries, error, installed, phrases):
     assert all(phrase in message for phrase in phrases.split("|"))
 
 
-@pytest.mark.parametrize("error", ["No module named 'rich'", "cannot import name 'x'"])
-def test_other_import_errors_are_not_explained(libraries, error):
+def test_other_import_errors_are_not_explained(libraries):
     libraries(CPU, CUDA13)
-    assert installation.explain(ImportError(error)) is None
+    for error in ("No module named 'rich'", "cannot import name 'x'"):
+        assert installation.explain(ImportError(error)) is None
 
 
 def test_one_library_does_not_clash(libraries):
@@ -82,11 +80,3 @@ def test_headers_are_looked_for_where_mlx_does(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     (tmp_path / "packages" / installation.HEADERS[1]).mkdir(parents=True)
     assert installation.has_headers(tmp_path / "packages")
-
-
-@pytest.mark.slow
-def test_it_imports_no_mlx():
-    check = "import mlx_dgemma.installation, sys; assert 'mlx.core' not in sys.modules"
-    command = [sys.executable, "-W", "error", "-c", check]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (0, "")

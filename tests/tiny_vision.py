@@ -32,19 +32,21 @@ TEMPLATE = (
 )
 
 
-def write_tiny_vision(folder: Path, **text) -> Path:
+def write_tiny_vision(folder: Path, vision: dict | None = None, **text) -> Path:
     """The tiny checkpoint with a small tower; pictures take at most 70 soft tokens."""
     write_tiny(folder, **text)
-    raw = tiny_config(**text) | {"vision_config": VISION} | TOKENS
+    raw = tiny_config(**text) | {"vision_config": vision or VISION} | TOKENS
     (folder / "config.json").write_text(json.dumps(raw))
     processor = {"image_processor": {"max_soft_tokens": 70, "patch_size": 4}}
     (folder / "processor_config.json").write_text(json.dumps(processor))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config, rng, weights = read_config(folder), np.random.default_rng(1), {}
-    vision = read_vision(config, "config.json")
-    for name, shape in vision_shapes(vision, config.hidden_size).items():
+    shapes = vision_shapes(read_vision(config, "config.json"), config.hidden_size)
+    for name, shape in shapes.items():
         values = rng.normal(size=shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.2)
-        if "norm" in name:
+        if name.endswith(("_min", "_max")):  # limits that some values reach
+            values = (1 + np.abs(values)) * (-1 if name.endswith("_min") else 1)
+        elif "norm" in name or "scale" in name:
             values = 1 + values
         weights[ROOT + name] = mx.array(values.astype(np.float32))
     file = str(folder / "model.safetensors")

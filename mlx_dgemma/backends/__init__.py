@@ -47,7 +47,10 @@ def choose(name: str | None = None, by: str = "the caller") -> Backend:
         by = f"${ENVIRONMENT}"
     reason, advice = f"asked for by {by}", ""
     if name is None:
-        name, reason = _default(), "MLX's default device"
+        name = "metal" if mx.metal.is_available() else "cuda"
+        if mx.default_device().type == mx.DeviceType.cpu:
+            name = "cpu"
+        reason = "MLX's default device"
         advice = f"; {ENVIRONMENT}=cpu computes on the CPU"
     if name not in BACKENDS:
         raise BackendError(
@@ -62,12 +65,6 @@ def choose(name: str | None = None, by: str = "the caller") -> Backend:
     backend.prepare()
     _current, _reason = backend, reason
     return backend
-
-
-def _default() -> str:
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 @contextmanager
@@ -85,15 +82,15 @@ def using(backend: Backend) -> Iterator[Backend]:
 
 
 def describe() -> dict[str, dict[str, Any]]:
-    """Return the state of each backend; of the one in use its device, memory, numbers.
+    """Return the state of each backend, as JSON can hold it.
 
-    As JSON can hold it.
+    Of the one in use also its device, memory and numbers.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, backend in BACKENDS.items():
         missing = backend.missing()
-        state = f"available: --backend {name}" if missing is None else "missing: "
-        found[name] = {"state": state + (missing or "")}
+        state = f"missing: {missing}" if missing else f"available: --backend {name}"
+        found[name] = {"state": state}
     try:
         backend = current()
     except BackendError as error:

@@ -1,7 +1,6 @@
-"""What a device says of itself, and the operations that have a faster form on some.
+"""What a device says of itself, and the operations that it may have a faster form of.
 
-The operations here are MLX's own. A device overrides those it has a faster form of;
-both forms compute the same.
+The operations here are MLX's own; both forms compute the same.
 """
 
 import os
@@ -20,8 +19,8 @@ Mask = mx.array | str | None
 class Backend:
     """One device that MLX computes on, and its numbers.
 
-    The defaults are those of a GPU. They follow from MLX's source and were not measured
-    on one; a device says beside a number of its own why it differs.
+    The defaults are those of a GPU, from MLX's source and not measured on one; a device
+    says beside a number of its own why it differs.
     """
 
     name: ClassVar[str]

@@ -20,10 +20,8 @@ class Metal(Backend):
         if not mx.metal.is_available():
             return "this MLX has no Metal; it needs a Mac with Apple silicon, macOS 14"
         if mx.device_count(self.kind) == 0:
-            return (
-                "no Metal device is visible, as in a sandbox or a virtual machine; "
-                "run outside of it, or on the CPU"
-            )
+            where = "as in a sandbox or a virtual machine; run outside of it"
+            return f"no Metal device is visible, {where}, or on the CPU"
         return None
 
     def memory(self) -> int | None:

@@ -124,7 +124,7 @@ class Stepper:
         self, state: State, view: View, inputs: StepInputs, pinned: Pinned | None
     ) -> tuple[State, StepStats]:
         """Return the next state and what the step reports, unevaluated."""
-        arrays = state, view.arrays, inputs, pinned
+        arrays = state, view, inputs, pinned
         if self._compiled is None:
             after, stats = self._step(*arrays)
         else:
@@ -180,9 +180,9 @@ class Stepper:
                 at_free = self.model.vocab_stats(
                     flat[free], temperature[free], uniforms[free], banned
                 )
-                for array, new in zip(found.arrays, at_free.arrays, strict=True):
+                for array, new in zip(found, at_free, strict=True):
                     array[free] = new
-        return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found.arrays))
+        return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found))
 
     def _certain(self, tokens: mx.array) -> VocabStats:
         """Return the statistics of positions that are certain of (B, L) tokens."""

@@ -4,8 +4,7 @@
 where a query may look; there is none where slicing the keys does.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,38 +19,22 @@ from .layers import Linear
 Tables = LayerKV  # cos and sin
 MIN_TILE = 4  # queries of a tile, however long the prefix
 Images = tuple[tuple[int, int], ...]  # first and end column of each image
-# the mask of a number of queries at the end of the columns they see
-MaskOf = Callable[[int, Span], mx.array | str | None]
-
-
-@dataclass(frozen=True)
-class CausalView:
-    """What tokens being encoded see in layers of one kind.
-
-    query_rope   at the tokens
-    key_rope     at all columns of the span, for layers that rotate keys late
-    span         the columns they see, their own included
-    mask_of      the mask of some queries at the end of a span
-    images       columns of the images among the tokens
-    """
-
-    query_rope: Tables
-    key_rope: Tables
-    span: Span
-    mask_of: MaskOf
-    images: Images = ()
 
 
 class Tile(NamedTuple):
-    """Queries begin … end-1 of those given, and the columns they may see.
+    """Some of the queries of a pass and the keys they see; slices of both."""
 
-    image   the first column of the image they belong to, which they see all of
-    """
+    queries: slice
+    keys: slice
+    mask: mx.array | str | None  # of these queries and keys, as `Backend.attend` takes
 
-    begin: int
-    end: int
-    seen: Span
-    image: int | None = None
+
+class CausalView(NamedTuple):
+    """What tokens being encoded see in layers of one kind."""
+
+    query_rope: Tables  # at the tokens
+    key_rope: Tables  # at all columns they see, for layers that rotate keys late
+    tiles: list[Tile]
 
 
 def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
@@ -87,6 +70,12 @@ def rotate(x: mx.array, tables: Tables) -> mx.array:
     return mx.concatenate([left, rest[0], right, rest[1]], axis=-1)
 
 
+def tile_size(rows: int, heads: int, keys: int, window: int | None = None) -> int:
+    """Return how many queries may have their scores in memory at once."""
+    size = max(MIN_TILE, backends.current().score_bytes // (4 * rows * heads * keys))
+    return size if window is None else min(size, max(window // 2, 16))
+
+
 def causal_tiles(
     new: int, span: Span, window: int | None, size: int, images: Images = ()
 ) -> list[Tile]:
@@ -96,21 +85,25 @@ def causal_tiles(
     Images are tiles of their own: each of their queries sees the whole image, and in
     front of it what its window lets it see.
     """
-    start, tiles = span.end - new, []
+    start, tiles = span.end - new, list[Tile]()
     for first, end, image in _runs(start, span.end, images):
         for column in range(first, end, size):
             last = min(column + size, end)
             begin = span.begin if window is None else column - window + 1
             begin = max(span.begin, begin if image is None else min(begin, image))
             seen = Span(begin, last if image is None else end, span.row_starts)
-            tiles.append(Tile(column - start, last - start, seen, image))
+            queries = slice(column - start, last - start)
+            keys = slice(seen.begin - span.begin, seen.end - span.begin)
+            mask = causal_mask(range(column, last), seen, window, image)
+            tiles.append(Tile(queries, keys, mask))
     return tiles
 
 
 def _runs(
     column: int, end: int, images: Images
 ) -> Iterator[tuple[int, int, int | None]]:
-    """Columns column … end-1 as runs of text and of one image each."""
+    """Columns column … end-1 as runs of text and of one image each: begin, end, and
+    the begin again where the run is an image."""
     for first, behind in images:
         if column < first:
             yield column, first, None
@@ -120,42 +113,32 @@ def _runs(
         yield column, end, None
 
 
-def causal_mask(new: int, span: Span, window: int | None) -> mx.array | str | None:
-    """Who `new` tokens at the end of `span` see: (B|1, 1, new, keys), or "causal".
+def causal_mask(
+    queries: range, span: Span, window: int | None, image: int | None = None
+) -> mx.array | str | None:
+    """Which columns of `span` the queries at these columns see: (B|1, 1, T, keys).
 
     A query sees itself and the columns before it, in sliding layers at most `window`
-    columns, itself included. A row's columns before its start are padding.
+    columns, itself included. A row's columns before its start are padding. Queries of
+    an image, which begins at `image` and ends the span, see all of it, as in
+    transformers' `blockwise_overlay`. "causal" or None where that says the same.
     """
-    keys = span.end - span.begin
-    if not span.padded and (window is None or keys <= window):
-        return None if new == 1 else "causal"
+    in_window = window is None or queries[-1] - span.begin < window
+    if in_window and not span.padded:
+        return "causal" if image is None and len(queries) > 1 else None
     key: Any = np.arange(span.begin, span.end)
-    query = np.arange(span.end - new, span.end)[:, None]
-    allowed = key <= query
+    query = np.array(queries)[:, None]
+    seen = key <= query
     if window is not None:
-        allowed &= query - key < window
-    allowed = allowed[None]
+        seen &= query - key < window
+    if image is not None:
+        seen |= key >= image
+    seen = seen[None]
     if span.padded:
         inside = key >= np.array(span.row_starts)[:, None]  # (B, keys)
         # a padding query must see something, or its softmax has nothing to sum
-        allowed = (allowed & inside[:, None]) | (key == query)
-    return mx.array(allowed[:, None])
-
-
-def image_mask(
-    column: int, new: int, span: Span, window: int | None, image: int
-) -> mx.array | None:
-    """Who `new` queries of an image from `column` on see of `span`, which ends with it.
-
-    (1, 1, new, keys), or None where all see all: the image from its column `image` on,
-    in front of it everything or, in sliding layers, the last `window` columns with
-    themselves. As transformers' `blockwise_overlay` beside its causal mask.
-    """
-    if window is None or column + new - 1 - span.begin < window:
-        return None
-    key: Any = np.arange(span.begin, span.end)
-    query = np.arange(column, column + new)[:, None]
-    return mx.array(((query - key < window) | (key >= image))[None, None])
+        seen = (seen & inside[:, None]) | (key == query)
+    return mx.array(seen[:, None])
 
 
 def canvas_mask(
@@ -174,30 +157,31 @@ def canvas_mask(
     return mx.array(seen[:, None, None])
 
 
-def tile_size(rows: int, heads: int, keys: int) -> int:
-    """Return how many queries may have their scores in memory at once."""
-    return max(MIN_TILE, backends.current().score_bytes // (4 * rows * heads * keys))
-
-
-def attend_tiled(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+def attend_all(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None
 ) -> mx.array:
-    """`Backend.attend` where all queries see the same, one tile of them at a time."""
+    """`Backend.attend` in tiles, where all queries see the same keys."""
     rows, heads, count, _ = queries.shape
-    size, outputs = tile_size(rows, heads, keys.shape[2]), list[mx.array]()
-    for begin in range(0, count, size):
-        tile = _after(queries[:, :, begin : begin + size], outputs)
-        outputs.append(backends.current().attend(tile, keys, values, mask))
-    return _joined(outputs)
+    size = tile_size(rows, heads, keys.shape[2])
+    tiles = [
+        Tile(slice(begin, begin + size), slice(None), mask)
+        for begin in range(0, count, size)
+    ]
+    return attend_tiles(queries, keys, values, tiles)
 
 
-def _after(tile: mx.array, outputs: list[mx.array]) -> mx.array:
-    """`tile`, computed after the outputs: scores of one tile live at a time."""
-    return mx.depends([tile], outputs[-1:])[0] if outputs else tile
-
-
-def _joined(tiles: list[mx.array]) -> mx.array:
-    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+def attend_tiles(
+    queries: mx.array, keys: mx.array, values: mx.array, tiles: list[Tile]
+) -> mx.array:
+    """`Backend.attend` of one tile after the other."""
+    outputs = list[mx.array]()
+    for tile in tiles:
+        some = queries[:, :, tile.queries]
+        if outputs:  # wait for the tile before, so that scores of one tile are alive
+            (some,) = mx.depends([some], outputs[-1:])
+        k, v = keys[:, :, tile.keys], values[:, :, tile.keys]
+        outputs.append(backends.current().attend(some, k, v, tile.mask))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
 class Attention(nn.Module):
@@ -210,8 +194,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
         self.head_dim, self.sliding = layer.head_dim, layer.sliding
-        self.window = config.sliding_window if layer.sliding else None
-        self.heads, self.eps = config.num_attention_heads, config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         queries = config.num_attention_heads * layer.head_dim
         keys = layer.kv_heads * layer.head_dim
         width, bias = config.hidden_size, config.attention_bias
@@ -229,26 +212,10 @@ class Attention(nn.Module):
         return self.attend_causal(x, kv, view)
 
     def attend_causal(self, x: mx.array, kv: LayerKV, view: CausalView) -> mx.array:
-        """`encode` without a cache: kv is of all columns of the view's span."""
+        """`encode` without a cache: kv is of all columns that the view is of."""
         keys, values = self._keys_values(kv, view.key_rope)
-        queries, span, new = self._queries(x, view.query_rope), view.span, x.shape[1]
-        size = tile_size(len(x), self.heads, keys.shape[2])
-        if self.window is not None:
-            size = min(size, max(self.window // 2, 16))
-        outputs: list[mx.array] = []
-        for begin, end, seen, image in causal_tiles(
-            new, span, self.window, size, view.images
-        ):
-            columns = slice(seen.begin - span.begin, seen.end - span.begin)
-            tile = _after(queries[:, :, begin:end], outputs)
-            if image is None:
-                mask = view.mask_of(end - begin, seen)
-            else:
-                column = span.end - new + begin
-                mask = image_mask(column, end - begin, seen, self.window, image)
-            given = tile, keys[:, :, columns], values[:, :, columns], mask
-            outputs.append(backends.current().attend(*given))
-        return self._output(_joined(outputs))
+        queries = self._queries(x, view.query_rope)
+        return self._output(attend_tiles(queries, keys, values, view.tiles))
 
     def denoise(
         self,
@@ -268,7 +235,7 @@ class Attention(nn.Module):
             kv = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
         keys, values = self._keys_values(kv, key_rope)
         queries = self._queries(x, query_rope)
-        return self._output(attend_tiled(queries, keys, values, mask))
+        return self._output(attend_all(queries, keys, values, mask))
 
     def project_kv(self, x: mx.array, query_rope: Tables) -> LayerKV:
         """What the cache holds of tokens (B, T, D), each part (B, K, T, head_dim)."""

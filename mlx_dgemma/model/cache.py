@@ -1,13 +1,14 @@
-"""The encoded prefix: what every layer keeps of it, written only by encode.
+"""The encoded prefix: what every layer stores of it. Only `encode` writes it.
 
-Sliding layers keep keys and values. Full layers make both from one projection and
-keep that, which halves them; the rotations of their keys are kept once for all of them.
+Sliding layers store keys and values. Full layers compute both from one projection and
+store that, which is half as much; the rotations of their keys are stored once.
 
-Rows of a batch end together: a shorter prefix has padding columns in front. So
-an append is one slice for all rows, and a canvas always follows directly.
+Rows of a batch end at the same column: a shorter prefix has padding columns in front.
+So an append is one slice for all rows, and a canvas follows directly.
 
-Full layers can be rewound to any column. Sliding layers drop what has left their
-window, so what they showed at a few columns, the snapshots, is copied and put back.
+Full layers can be rewound to any column. Sliding layers drop columns that have left
+their window; to rewind further, copies of the window at a few columns (snapshots) are
+restored.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import mlx.core as mx
 
 from ..checkpoint.config import ModelConfig
 
-LayerKV = tuple[mx.array, ...]
+LayerKV = tuple[mx.array, ...]  # keys and values, or the projection they are made of
 MIN_BUFFER = 256  # columns
 MAX_SNAPSHOTS = 4  # of the 26B release, each takes 0.2 GB
 
@@ -25,7 +26,7 @@ MAX_SNAPSHOTS = 4  # of the 26B release, each takes 0.2 GB
 def bucket(columns: int) -> int:
     """Return `columns` rounded up to one of eight sizes per doubling.
 
-    So buffers and compiled shapes change rarely, and at most a ninth is room.
+    Buffers and compiled shapes then change rarely, and at most a ninth is empty.
     """
     step = max(MIN_BUFFER, (1 << columns.bit_length()) // 16)
     return -(-columns // step) * step
@@ -46,10 +47,10 @@ class Span:
 
 
 class LayerCache:
-    """What one layer keeps, arrays of (B, K, columns, width), in order of columns.
+    """What one layer stores: arrays of (B, K, columns, width), in order of columns.
 
-    A sliding layer keeps the window that later tokens may see and `slack` columns
-    more, which is how far it can be rewound.
+    A sliding layer stores the window that later tokens may see and `slack` columns
+    more, so that it can be rewound by that many.
     """
 
     def __init__(self, window: int | None, slack: int):
@@ -81,22 +82,19 @@ class LayerCache:
         return 0 if self.lookback is None else max(0, column - self.lookback)
 
     def read(self, room: int = 0) -> LayerKV:
-        """Return what a canvas behind the prefix sees, and `room` empty columns.
-
-        Nothing when the prefix is empty.
-        """
+        """Return what a canvas sees and `room` empty columns; () without a prefix."""
         if self.end == 0:
             return ()
         return self._columns(self.visible_from(self.end), self.end + room)
 
     @property
     def window_full(self) -> bool:
-        """Whether what a canvas reads has the window's width, from now on."""
+        """Whether a canvas reads a whole window, as it does from then on."""
         return self.lookback is not None and self.end >= self.lookback
 
     @property
     def room(self) -> int:
-        """Empty columns to read, so that shapes change once per bucket only."""
+        """Empty columns to read, so that shapes change once per bucket."""
         if self.window_full:
             return 0
         size = bucket(self.end)
@@ -108,7 +106,7 @@ class LayerCache:
             self.begin, self.buffers = 0, ()
 
     def restore(self, column: int, window: LayerKV) -> None:
-        """Go back to a column of which only what was seen there is left."""
+        """Rewind to `column` with a copy of the window there."""
         width = window[0].shape[2]
         self.begin, self.end = column - width, column
         size = bucket(width)
@@ -157,7 +155,7 @@ def _write(buffer: mx.array | None, new: mx.array, start: int, size: int) -> mx.
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What sliding layers showed at a column: with it one can go back there."""
+    """Copies of the sliding layers' windows at a column, to rewind to it."""
 
     column: int
     windows: dict[int, LayerKV]  # by number of the layer
@@ -168,10 +166,10 @@ class Snapshot:
 
 
 def least_useful(snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Return the snapshot to drop: never the last.
+    """Return the snapshot to drop; never the last.
 
-    To lose one costs encoding what lies between it and the one before it again, and
-    the nearer to the end, the likelier one goes back there.
+    Dropping one costs encoding the columns since the one before it again. Rewinding is
+    the likelier, the nearer a snapshot is to the end.
     """
     before = [0, *(snapshot.column for snapshot in snapshots)]
     end = snapshots[-1].column
@@ -200,6 +198,7 @@ class PrefixCache:
             for layer in config.layers
             if not layer.sliding
         }
+        self._entries = [*self.layers, *self.key_rope.values()]
         self.columns = 0
         self.row_starts: tuple[int, ...] = (0,)
         self.snapshots: list[Snapshot] = []  # in order of columns
@@ -219,10 +218,6 @@ class PrefixCache:
         """Bytes in memory, room and snapshots included."""
         return sum(part.nbytes for part in [*self._entries, *self.snapshots])
 
-    @property
-    def _entries(self) -> list[LayerCache]:
-        return [*self.layers, *self.key_rope.values()]
-
     def reserve(self, tokens: int) -> None:
         """Make room for a prefix of that many tokens at the first append."""
         for entry in self._entries:
@@ -241,10 +236,7 @@ class PrefixCache:
         return Span(first, self.columns, self.row_starts)
 
     def save_snapshot(self) -> None:
-        """Make sure that one can come back to this length; copies the windows.
-
-        Of more than MAX_SNAPSHOTS lengths the least useful is dropped.
-        """
+        """Store a snapshot of this length; drop one if there are too many."""
         if not self.columns or self._snapshot_at(self.columns):
             return
         self.snapshots.append(self.snapshot())
@@ -252,7 +244,7 @@ class PrefixCache:
             self.snapshots.remove(least_useful(self.snapshots))
 
     def snapshot(self) -> Snapshot:
-        """Return what sliding layers show now, as copies."""
+        """Return copies of the sliding layers' windows."""
         windows = {
             index: tuple(map(mx.contiguous, layer.read()))
             for index, layer in enumerate(self.layers)
@@ -262,7 +254,7 @@ class PrefixCache:
         return Snapshot(self.columns, windows)
 
     def can_rewind_to(self, length: int) -> bool:
-        """Return whether one can rewind to that many tokens of the longest prefix."""
+        """Return whether `rewind` accepts that many tokens."""
         column = min(self.row_starts) + length
         inside = self._earliest <= column <= self.columns
         empty = length == 0 and max(self.row_starts) == 0
@@ -282,19 +274,17 @@ class PrefixCache:
                 f"cannot rewind to {length} tokens: possible from "
                 f"{self._earliest - start} to {self.length}{''.join(others)}"
             )
-        snapshot, restored = self._snapshot_at(column), False
+        snapshot = self._snapshot_at(column)
         for index, layer in enumerate(self.layers):
             if snapshot is not None and column < layer.earliest:
                 layer.restore(column, snapshot.windows[index])
-                restored = True
             else:
                 layer.rewind(column)
         for entry in self.key_rope.values():
             entry.rewind(column)
         self.columns = column
         self.snapshots = [one for one in self.snapshots if one.column <= column]
-        if restored:
-            self.evaluate()  # another thread may be the next to use it
+        self.evaluate()  # another thread may be the next to use it
 
     @property
     def _earliest(self) -> int:
@@ -306,7 +296,7 @@ class PrefixCache:
 
     @property
     def history(self) -> list[LayerKV]:
-        """What full layers keep of all columns, and the rotations of their keys."""
+        """What full layers store of all columns, and the rotations of their keys."""
         return [entry.read() for entry in self._entries if entry.lookback is None]
 
     def resume(self, history: Sequence[LayerKV], snapshots: Sequence[Snapshot]) -> None:

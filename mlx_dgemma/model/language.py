@@ -7,10 +7,8 @@ and only denoising is self-conditioned. Knows nothing of sampling or text.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
-from functools import cache as memo
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,32 +21,28 @@ from . import vocab
 from .attention import (
     Attention,
     CausalView,
-    MaskOf,
     Tables,
     canvas_mask,
-    causal_mask,
+    causal_tiles,
     rope_tables,
+    tile_size,
 )
-from .cache import LayerKV, PrefixCache, Span
+from .cache import LayerKV, PrefixCache
 from .layers import Experts, FeedForward, Router, SelfConditioning
 from .vision import Image, ImageEncoder, embed_images
 
 # runs a layer: given the layer, what it does to arrays, and those arrays
 RunLayer = Callable[..., Any]
+CausalViews = dict[LayerConfig, CausalView]  # by kind of layer
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
     prefixes: list[LayerKV]  # () where the prefix is empty
     query_rope: list[Tables]  # at the canvases
     key_rope: list[Tables]  # at prefix and canvas, for layers that rotate keys late
     masks: list[mx.array | None]
-
-    @property
-    def arrays(self) -> list[list]:
-        return [self.prefixes, self.query_rope, self.key_rope, self.masks]
 
 
 class Layer(nn.Module):
@@ -155,7 +149,7 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids below V, unchecked: a check would wait for them; signal
+        canvas (B, L) ids below V, not checked, as that would wait for them; signal
         (B, L, D) from `self_condition`, or None at the first step (zeros mean the
         same). Returns (B, L, V) float32 logits, soft-capped.
         """
@@ -165,39 +159,29 @@ class DiffusionGemma(nn.Module):
     def view(self, cache: PrefixCache, length: int, *, bucketed: bool = False) -> View:
         """Return what canvases of `length` behind the prefixes see, for all steps.
 
-        It holds the cache's arrays: drop it before encoding, or that copies them.
-        bucketed: with empty columns, masked, so that shapes rarely change.
+        It holds the cache's arrays: drop it before encoding, which copies them
+        otherwise. bucketed: add masked empty columns, so that shapes rarely change.
         """
-        layers = self.config.layers
-        room = [layer.room if bucketed else 0 for layer in cache.layers]
         query_rope = self._rope(cache, cache.columns, length)
-        key_rope = query_rope | {
-            kind: tuple(
-                mx.concatenate([prefix, own], axis=2)
-                for prefix, own in zip(
-                    entry.read(entry.room if bucketed else 0),
-                    query_rope[kind],
-                    strict=True,
+        key_rope, masks = dict(query_rope), {}
+        for kind, entry in cache.key_rope.items():
+            if prefix := entry.read(entry.room if bucketed else 0):
+                pairs = zip(prefix, query_rope[kind], strict=True)
+                key_rope[kind] = tuple(
+                    mx.concatenate([*pair], axis=2) for pair in pairs
                 )
-            )
-            for kind, entry in cache.key_rope.items()
-            if cache.columns
-        }
-        masks = {
-            kind: canvas_mask(
-                length,
-                cache.span(cache.layers[i]),
-                room[i],
-                # also where a bucket is full just now: the next prefix has room again
-                always=bucketed and not cache.layers[i].window_full,
-            )
-            for kind, i in self._kinds()
-        }
+        for kind, index in self._kinds():
+            layer = cache.layers[index]
+            room = layer.room if bucketed else 0
+            # also where a bucket is full just now: the next prefix has room again
+            always = bucketed and not layer.window_full
+            masks[kind] = canvas_mask(length, cache.span(layer), room, always=always)
+        kinds = self.config.layers
         return View(
-            [c.read(extra) for c, extra in zip(cache.layers, room, strict=True)],
-            [query_rope[kind] for kind in layers],
-            [key_rope[kind] for kind in layers],
-            [masks[kind] for kind in layers],
+            [layer.read(layer.room if bucketed else 0) for layer in cache.layers],
+            [query_rope[kind] for kind in kinds],
+            [key_rope[kind] for kind in kinds],
+            [masks[kind] for kind in kinds],
         )
 
     def denoise_hidden(
@@ -212,11 +196,8 @@ class DiffusionGemma(nn.Module):
         run_layer calls what each layer does to hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
-        for layer, prefix, query_rope, key_rope, mask in zip(
-            self.layers, *view.arrays, strict=True
-        ):
-            given = {"query_rope": query_rope, "key_rope": key_rope, "mask": mask}
-            h = run_layer(layer, partial(_denoise_layer, layer, given), h, prefix)
+        for layer, prefix, *given in zip(self.layers, *view, strict=True):
+            h = run_layer(layer, partial(_denoise_layer, layer, *given), h, prefix)
         return self.norm(h)
 
     def vocab_stats(
@@ -246,20 +227,16 @@ class DiffusionGemma(nn.Module):
 
     def _begin_encoding(
         self, tokens: mx.array, cache: PrefixCache, images: Sequence[Image]
-    ) -> tuple[mx.array, dict[LayerConfig, CausalView]]:
+    ) -> tuple[mx.array, CausalViews]:
         """Return the embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
-        extremes: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
-        lowest, highest = extremes
-        if lowest < 0 or highest >= self.config.vocab_size:
-            raise SettingsError(
-                f"ids run from {lowest} to {highest}; this model knows 0 to "
-                f"{self.config.vocab_size - 1}"
-            )
+        ends: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
+        if ends[0] < 0 or ends[1] >= self.config.vocab_size:
+            known = f"this model knows 0 to {self.config.vocab_size - 1}"
+            raise SettingsError(f"ids run from {ends[0]} to {ends[1]}; {known}")
         if cache.columns and rows != len(cache.row_starts):
-            raise SettingsError(
-                f"{rows} rows of tokens for {len(cache.row_starts)} prefixes"
-            )
+            prefixes = len(cache.row_starts)
+            raise SettingsError(f"{rows} rows of tokens for {prefixes} prefixes")
         embedded = embed_images(self.embed(tokens), images)
         cache.add_columns(rows, new)
         start = cache.columns - new
@@ -269,23 +246,18 @@ class DiffusionGemma(nn.Module):
             for kind, entry in cache.key_rope.items()
         }
         columns = tuple((start + image.start, start + image.end) for image in images)
-        return embedded, {
-            kind: CausalView(
-                query_rope[kind],
-                key_rope[kind],
-                cache.span(cache.layers[index], new),
-                _shared_masks(self.config.sliding_window if kind.sliding else None),
-                columns,
-            )
-            for kind, index in self._kinds()
-        }
+        views = {}
+        for kind, index in self._kinds():
+            window = self.config.sliding_window if kind.sliding else None
+            span = cache.span(cache.layers[index], new)
+            heads, keys = self.config.num_attention_heads, span.end - span.begin
+            size = tile_size(rows, heads, keys, window)
+            tiles = causal_tiles(new, span, window, size, columns)
+            views[kind] = CausalView(query_rope[kind], key_rope[kind], tiles)
+        return embedded, views
 
     def _encode_layer(
-        self,
-        index: int,
-        h: mx.array,
-        views: dict[LayerConfig, CausalView],
-        cache: PrefixCache,
+        self, index: int, h: mx.array, views: CausalViews, cache: PrefixCache
     ) -> mx.array:
         layer, view = self.encoder_layers[index], views[self.config.layers[index]]
         attend = partial(layer.self_attn.encode, cache=cache.layers[index], view=view)
@@ -308,20 +280,15 @@ class DiffusionGemma(nn.Module):
         }
 
 
-def _shared_masks(window: int | None) -> MaskOf:
-    """Masks of tiles that layers of a kind, and tiles of equal shape, share."""
-    made = memo(lambda new, span: causal_mask(new, span, window))
-
-    def mask_of(new: int, span: Span) -> mx.array | str | None:
-        if not span.padded:  # then only the number of columns matters
-            span = Span(0, span.end - span.begin, (0,))
-        return made(new, span)
-
-    return mask_of
-
-
 def _denoise_layer(
-    layer: Layer, given: dict[str, Any], h: mx.array, prefix: LayerKV
+    layer: Layer,
+    query_rope: Tables,
+    key_rope: Tables,
+    mask: mx.array | None,
+    h: mx.array,
+    prefix: LayerKV,
 ) -> mx.array:
-    attend = partial(layer.self_attn.denoise, prefix=prefix, **given)
+    def attend(x: mx.array) -> mx.array:
+        return layer.self_attn.denoise(x, prefix, query_rope, key_rope, mask)
+
     return layer(h, attend, layer.decoder_scalar)

@@ -79,9 +79,9 @@ class FeedForward(nn.Module):
         return self.down_proj(geglu(gate, up))
 
     def join(self) -> None:
-        """Make one quantised product of gate and up; it computes the same.
+        """Make one quantised product of gate and up, with the same results.
 
-        Nothing happens where one is dense or adapted, or where their codes differ.
+        Does nothing if one is dense or adapted, or if their quantisations differ.
         """
         gate, up = self.get("gate_proj"), self.get("up_proj")
         if not (isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)):
@@ -109,8 +109,8 @@ class SelfConditioning(FeedForward):
     def __call__(self, x: mx.array, signal: mx.array | None = None) -> mx.array:
         """(B, L, D) embeddings and the (B, L, D) signal, or None before any step.
 
-        The last norm has no weight and stands also where there is no signal; a
-        signal of zeros passes the feed-forward as zeros, so None skips it.
+        The last norm has no weight and applies without a signal too. A signal of
+        zeros leaves the feed-forward as zeros, so None skips it.
         """
         if signal is not None:
             x = x + super().__call__(self.pre_norm(signal.astype(x.dtype)))
@@ -222,7 +222,10 @@ class Experts(nn.Module):
         path = backends.current().experts(
             x.dtype, quantized=self.gate_up_proj.quantized, pairs=pairs.size
         )
-        y = PATHS[path](self, x, pairs).reshape(*indices.shape, -1)
+        order = mx.argsort(pairs)
+        tokens, numbers = order // indices.shape[1], pairs[order]
+        y = PATHS[path](self, x, tokens, numbers)[mx.argsort(order)]
+        y = y.reshape(*indices.shape, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(x.dtype)
 
     def run(self, rows: mx.array, expert: mx.array) -> mx.array:
@@ -231,63 +234,64 @@ class Experts(nn.Module):
         return self.down_proj.gather(geglu(gate, up), expert)
 
 
-# Three ways to run the R = N · k pairs of token and expert; each takes (N, D) tokens
-# and the (R,) experts of the pairs in order of tokens, and returns (R, D).
+# Three ways to run the R = N · k pairs of token and expert, in order of experts: each
+# takes (N, D) tokens and the (R,) token and expert of each pair, and returns (R, D).
 
 
-def _sorted(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
-    """One contiguous row per pair, sorted: what the GPUs' gather kernels want."""
-    order = mx.argsort(pairs)
-    rows = x[order // (pairs.size // len(x))]
-    return experts.run(rows[:, None], pairs[order])[mx.argsort(order), 0]
+def _sorted(
+    experts: Experts, x: mx.array, tokens: mx.array, numbers: mx.array
+) -> mx.array:
+    """One contiguous row per pair: what the GPUs' gather kernels want."""
+    return experts.run(x[tokens][:, None], numbers)[:, 0]
 
 
-def _in_blocks(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
+def _in_blocks(
+    experts: Experts, x: mx.array, tokens: mx.array, numbers: mx.array
+) -> mx.array:
     """Rows in blocks of one expert each, the last block of an expert half empty.
 
     However the tokens choose, R // size + E blocks are enough, so no shape depends
     on the choice.
     """
-    count, size = experts.gate_up_proj.experts, 4
-    while size < 64 and 8 * size * count <= pairs.size:
+    count, pairs, size = experts.gate_up_proj.experts, numbers.size, 4
+    while size < 64 and 8 * size * count <= pairs:
         size *= 2  # larger blocks where their padding weighs little
-    order = mx.argsort(pairs)
-    sizes = mx.sum(pairs[:, None] == mx.arange(count), axis=0)
+    sizes = mx.sum(numbers[:, None] == mx.arange(count), axis=0)
     blocks = (sizes + size - 1) // size
     ends = mx.cumsum(blocks)
     # where the first pair of an expert goes, less its place in the sorted order
     shift = (ends - blocks) * size - (mx.cumsum(sizes) - sizes)
-    place = shift[pairs[order]] + mx.arange(pairs.size)  # of each sorted pair
-    total = pairs.size // size + count
+    place = shift[numbers] + mx.arange(pairs)  # of each pair
+    total = pairs // size + count
     source = mx.zeros((total * size,), dtype=mx.uint32)
-    source[place] = (order // (pairs.size // len(x))).astype(mx.uint32)
+    source[place] = tokens.astype(mx.uint32)
     owner = mx.sum(mx.arange(total)[:, None] >= ends, axis=-1)
     rows = x[source].reshape(total, size, -1)
     y = experts.run(rows, mx.minimum(owner, count - 1))
-    return y.reshape(total * size, -1)[place[mx.argsort(order)]]
+    return y.reshape(total * size, -1)[place]
 
 
-def _one_by_one(experts: Experts, x: mx.array, pairs: mx.array) -> mx.array:
+def _one_by_one(
+    experts: Experts, x: mx.array, tokens: mx.array, numbers: mx.array
+) -> mx.array:
     """One product per expert; reads the choice on the host.
 
     For what MLX's CPU gather cannot do, or does slowly: other types than float32,
     and quantised weights.
     """
-    order = mx.argsort(pairs)
-    rows = x[order // (pairs.size // len(x))]
-    rows = rows.astype(backends.current().product_dtype(x.dtype))
-    numbers: list[int] = pairs[order].tolist()  # type: ignore[assignment]
+    rows = x[tokens].astype(backends.current().product_dtype(x.dtype))
+    choices: list[int] = numbers.tolist()  # type: ignore[assignment]
     outputs, start = [], 0
-    for number, group in itertools.groupby(numbers):
+    for number, group in itertools.groupby(choices):
         end = start + len(list(group))
         hidden = experts.gate_up_proj.one(rows[start:end], number)
         gate, up = mx.split(hidden, 2, axis=-1)
         outputs.append(experts.down_proj.one(geglu(gate, up), number))
         start = end
-    return mx.concatenate(outputs)[mx.argsort(order)].astype(x.dtype)
+    return mx.concatenate(outputs).astype(x.dtype)
 
 
-PATHS: dict[backends.ExpertPath, Callable[[Experts, mx.array, mx.array], mx.array]] = {
+PATHS: dict[backends.ExpertPath, Callable[..., mx.array]] = {
     "sorted": _sorted,
     "blocks": _in_blocks,
     "loop": _one_by_one,

@@ -1,7 +1,7 @@
 """The Gemma 4 vision tower: patches of an image to soft tokens of the language model.
 
-Formulas follow transformers' `models/gemma4`. One image at a time and without padding:
-nothing is masked. Knows nothing of files or pixels.
+Formulas follow transformers' `models/gemma4`. Images run one at a time, without padding
+or masks.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint.vision import LIMITS, ImageTokens, VisionConfig
 from ..errors import SettingsError
-from .attention import Tables, attend_tiled, cos_sin, rotate
+from .attention import Tables, attend_all, cos_sin, rotate
 from .layers import Linear, geglu
 
 
@@ -72,7 +72,7 @@ class VisionAttention(nn.Module):
         queries = rotate_halves(self.q_norm(self._heads(self.q_proj(x))), rope)
         keys = rotate_halves(self.k_norm(self._heads(self.k_proj(x))), rope)
         values = mx.fast.rms_norm(self._heads(self.v_proj(x)), None, self.eps)
-        y = attend_tiled(queries, keys, values, None)
+        y = attend_all(queries, keys, values)
         return self.o_proj(y[0].swapaxes(0, 1).flatten(1))
 
     def _heads(self, x: mx.array) -> mx.array:

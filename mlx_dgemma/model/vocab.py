@@ -1,12 +1,12 @@
 """Between hidden states and the vocabulary: embedding, head, soft embeddings.
 
 One tied matrix E of (V, D), dense or quantised, serves all three. `embed`,
-`soft_embed` and `head` are plain functions; `vocab_stats` is what a denoising step
-needs of all V logits of a position, without ever holding them.
+`soft_embed` and `head` are plain functions. `vocab_stats` computes what a denoising
+step needs of all V logits of a position without holding them all.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,8 +57,7 @@ def head(embedding: Embedding, hidden: mx.array, softcap: float) -> mx.array:
     return mx.tanh(logits / softcap) * softcap
 
 
-@dataclass(frozen=True)
-class VocabStats:
+class VocabStats(NamedTuple):
     """What one pass over the vocabulary says of N positions.
 
     With x the soft-capped logits over the temperature, m their maximum, e = exp(x - m)
@@ -71,13 +70,8 @@ class VocabStats:
     sample: mx.array  # (N,) int32: inverse CDF of e / Z at the position's uniform
     signal: mx.array  # (N, D): e / Z · E · sqrt(D), the self-conditioning signal
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self.argmax, self.peak, self.entropy, self.sample, self.signal]
 
-
-@dataclass(frozen=True)
-class Banned:
+class Banned(NamedTuple):
     """Tokens that some of N positions must not become."""
 
     ids: tuple[int, ...]
@@ -113,26 +107,24 @@ def vocab_stats(
     size, tiles = backends.current().vocabulary_rows, list[VocabStats]()
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        tile = hidden[rows]
+        queries = hidden[rows]
         if tiles:  # one tile's chunks live at a time
-            (tile,) = mx.depends([tile], [tiles[-1].signal])
-        scan = _Scan(
+            (queries,) = mx.depends([queries], [tiles[-1].signal])
+        tile = _Tile(
             embedding,
-            tile.astype(backends.current().product_dtype(hidden.dtype)),
+            queries.astype(backends.current().product_dtype(hidden.dtype)),
             (softcap / temperatures[rows])[:, None],
             softcap,
             None if banned is None else banned.select(rows),
         )
-        tiles.append(_tile_stats(scan, uniforms[rows, None], hidden.dtype))
+        tiles.append(_tile_stats(tile, uniforms[rows, None], hidden.dtype))
     if len(tiles) == 1:
         return tiles[0]
-    columns = zip(*(tile.arrays for tile in tiles), strict=True)
-    return VocabStats(*(mx.concatenate(list(column)) for column in columns))
+    return VocabStats(*(mx.concatenate(list(c)) for c in zip(*tiles, strict=True)))
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """What is looked up of a tile: (N, D) queries, (N, 1) softcap over temperature."""
+class _Tile(NamedTuple):
+    """N positions in one pass: (N, D) queries, (N, 1) softcap over temperature."""
 
     embedding: Embedding
     queries: mx.array
@@ -145,78 +137,67 @@ class _Scan:
         raw = logits.astype(mx.float32)
         return backends.current().softcap(raw, self.softcap, self.scale)
 
-    def banned_in(self, rows: slice) -> Banned | None:
-        """Return what is banned, if any of it is a token of these rows."""
-        if self.banned is None:
-            return None
-        inside = any(rows.start <= token < rows.stop for token in self.banned.ids)
-        return self.banned if inside else None
 
-
-def _tile_stats(scan: _Scan, uniforms: mx.array, dtype: mx.Dtype) -> VocabStats:
+def _tile_stats(tile: _Tile, uniforms: mx.array, dtype: mx.Dtype) -> VocabStats:
     """`vocab_stats` of one tile; uniforms (N, 1)."""
-    sums = _scan_vocabulary(scan)
-    cumulative = mx.cumsum(sums.blocks, axis=-1)
+    argmax, highest, blocks, product, soft = _scan_vocabulary(tile)
+    cumulative = mx.cumsum(blocks, axis=-1)
     total = cumulative[:, -1:]
     block, rest = _search(cumulative, uniforms * total)
-    ids, e = _tokens_of(scan, block, sums.highest)
+    ids, e = _tokens_of(tile, block, highest)
     inside = mx.cumsum(e, axis=-1)
     # the block again, summed in another order: scale what is left to its own sum
-    weight = mx.take_along_axis(sums.blocks, block, axis=-1)
+    weight = mx.take_along_axis(blocks, block, axis=-1)
     rest = rest / weight * inside[:, -1:]
     token = mx.take_along_axis(ids, _search(inside, rest)[0], axis=-1)
     # a GPU's running sums may dip by a rounding, and so lead to a block of nothing
-    token = mx.where(weight > 0, token, sums.argmax)
-    root = math.sqrt(scan.queries.shape[1])
+    token = mx.where(weight > 0, token, argmax)
     return VocabStats(
-        argmax=sums.argmax[:, 0].astype(mx.int32),
+        argmax=argmax[:, 0].astype(mx.int32),
         peak=(1 / total)[:, 0],
-        entropy=(mx.log(total) - sums.product / total)[:, 0],
+        entropy=(mx.log(total) - product / total)[:, 0],
         sample=token[:, 0].astype(mx.int32),
-        signal=(sums.soft / total * root).astype(dtype),
+        signal=(soft / total * math.sqrt(soft.shape[1])).astype(dtype),
     )
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over the vocabulary of e, relative to the (N, 1) highest x."""
+def _scan_vocabulary(tile: _Tile) -> tuple[mx.array, ...]:
+    """Read the vocabulary chunk by chunk; return, with e relative to the highest x:
 
-    argmax: mx.array  # (N, 1)
-    highest: mx.array
-    blocks: mx.array  # (N, V / BLOCK): of each block
-    product: mx.array  # (N, 1): Σ e · (x - highest)
-    soft: mx.array  # (N, D): e · E
-
-
-def _scan_vocabulary(scan: _Scan) -> _Sums:
-    """Chunk by chunk over the vocabulary."""
-    vocabulary, device = scan.embedding.weight.shape[0], backends.current()
-    chunk = device.vocabulary_chunk
-    queries, count = scan.queries, len(scan.queries)
-    highest = mx.full((count, 1), -1e30)
+    argmax and highest x (N, 1), Σ e of each block (N, V / BLOCK),
+    Σ e · (x - highest) (N, 1), e · E (N, D).
+    """
+    embedding, queries, banned = tile.embedding, tile.queries, tile.banned
+    vocabulary, count, device = len(embedding.weight), len(queries), backends.current()
+    highest = mx.full((count, 1), LOWEST)
     argmax = mx.zeros((count, 1), dtype=mx.uint32)
-    signal = mx.zeros(queries.shape)
+    soft = mx.zeros(queries.shape)
     parts = []
-    for start in range(0, vocabulary, chunk):
-        rows = slice(start, min(start + chunk, vocabulary))
-        table = _rows(scan.embedding, rows, queries.dtype)
+    for start in range(0, vocabulary, device.vocabulary_chunk):
+        end = min(start + device.vocabulary_chunk, vocabulary)
+        if isinstance(embedding, nn.QuantizedEmbedding):
+            table = dequantize(embedding, queries.dtype, slice(start, end))
+        else:
+            table = embedding.weight[start:end].astype(queries.dtype)
         # chunk after chunk: the graph alone would let all of them live at once
-        (queries,) = mx.depends([queries], [signal, *(parts[-1] if parts else ())])
-        logits, ban = queries @ table.T, scan.banned_in(rows)
+        (queries,) = mx.depends([queries], [soft, *(parts[-1] if parts else ())])
+        logits, ids = queries @ table.T, mx.arange(start, end)
+        some = banned is not None and any(start <= i < end for i in banned.ids)
+        ban = banned if some else None
         if ban is not None:
-            logits = ban.mask(logits, mx.arange(rows.start, rows.stop))
+            logits = ban.mask(logits, ids)
         # the cap rises with the logits, so the largest is so before it as well
         best = mx.argmax(logits, axis=-1, keepdims=True)
-        value = scan.processed(mx.take_along_axis(logits, best, axis=-1))
+        value = tile.processed(mx.take_along_axis(logits, best, axis=-1))
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
-        x = scan.processed(logits)
+        x = tile.processed(logits)
         if ban is not None:  # the cap has lifted what was banned
-            x = ban.mask(x, mx.arange(rows.start, rows.stop))
+            x = ban.mask(x, ids)
         x = x - highest
         e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
-        signal = signal * mx.exp(before - highest) + e.astype(table.dtype) @ table
+        soft = soft * mx.exp(before - highest) + e.astype(table.dtype) @ table
     # each part was relative to the highest so far: move all to the highest of all
     sums, product = [], mx.zeros_like(highest)
     for reference, part, weighted in parts:
@@ -224,32 +205,7 @@ def _scan_vocabulary(scan: _Scan) -> _Sums:
         sums.append(part * mx.exp(shift))
         part_sum = mx.sum(part, axis=-1, keepdims=True)
         product = product + mx.exp(shift) * (weighted + shift * part_sum)
-    return _Sums(argmax, highest, mx.concatenate(sums, axis=-1), product, signal)
-
-
-def _tokens_of(
-    scan: _Scan, blocks: mx.array, highest: mx.array
-) -> tuple[mx.array, mx.array]:
-    """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e.
-
-    Their logits are made again: to keep them all would take V for each position.
-    """
-    last = scan.embedding.weight.shape[0] - 1
-    ids = (blocks[..., None] * BLOCK + mx.arange(BLOCK)).flatten(1)
-    known = mx.minimum(ids, last)
-    rows = scan.embedding(known).astype(scan.queries.dtype)
-    x = scan.processed((rows @ scan.queries[..., None])[..., 0])
-    if scan.banned is not None:
-        x = scan.banned.mask(x, known)
-    x = x - highest
-    return known, mx.where(ids == known, backends.current().exp(x), 0)
-
-
-def _rows(embedding: Embedding, rows: slice, dtype: mx.Dtype) -> mx.array:
-    """Some rows of E, dense."""
-    if isinstance(embedding, nn.QuantizedEmbedding):
-        return dequantize(embedding, dtype, rows)
-    return embedding.weight[rows].astype(dtype)
+    return argmax, highest, mx.concatenate(sums, axis=-1), product, soft
 
 
 def _block_sums(e: mx.array) -> mx.array:
@@ -259,11 +215,27 @@ def _block_sums(e: mx.array) -> mx.array:
     return mx.sum(e.reshape(len(e), -1, BLOCK), axis=-1)
 
 
-def _search(cumulative: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-    """Where (N, 1) targets fall among (N, C) running sums, and what is left there.
+def _tokens_of(
+    tile: _Tile, blocks: mx.array, highest: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The tokens of (N, b) blocks: (N, b · BLOCK) ids and e.
 
-    Both (N, 1). Rounding may leave the target at the very end: then the last that
-    adds anything is meant.
+    Their logits are made again: to keep them all would take V for each position.
+    """
+    last = len(tile.embedding.weight) - 1
+    ids = (blocks[..., None] * BLOCK + mx.arange(BLOCK)).flatten(1)
+    known = mx.minimum(ids, last)
+    rows = tile.embedding(known).astype(tile.queries.dtype)
+    x = tile.processed((rows @ tile.queries[..., None])[..., 0])
+    if tile.banned is not None:
+        x = tile.banned.mask(x, known)
+    x = x - highest
+    return known, mx.where(ids == known, backends.current().exp(x), 0)
+
+
+def _search(cumulative: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+    """Where (N, 1) targets fall among (N, C) running sums, and the rest beyond the sum
+    before; both (N, 1). A target at the very end falls to the last that adds anything.
     """
     below = mx.sum(cumulative <= target, axis=-1, keepdims=True)
     last = mx.sum(cumulative < cumulative[:, -1:], axis=-1, keepdims=True)

@@ -150,7 +150,7 @@ def time_parts(model: DiffusionGemma, job: Workload) -> dict[str, float]:
         return model.denoise_hidden(canvas, view, signal).flatten(0, 1)
 
     def vocabulary(hidden: mx.array) -> list[mx.array]:
-        return model.vocab_stats(hidden, temperature, uniforms).arrays
+        return [*model.vocab_stats(hidden, temperature, uniforms)]
 
     def commit() -> None:
         encode(canvas[:1], first)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
-from ..model.attention import CausalView, Tables, rope_tables
+from ..model.attention import CausalView, Tables, causal_tiles, rope_tables, tile_size
 from ..model.cache import LayerKV, Span
 from ..model.language import DiffusionGemma, Layer, View
 
@@ -78,26 +78,31 @@ def encode(
 
     `inputs` may be of more columns.
     """
-    h, kv, columns = model.embed(tokens), [], tokens.shape[1]
-    for layer, kind in zip(model.encoder_layers, model.config.layers, strict=True):
+    config, (rows, columns) = model.config, tokens.shape
+    span, views = Span(0, columns, (0,)), {}
+    for kind in dict.fromkeys(config.layers):
+        window = config.sliding_window if kind.sliding else None
+        size = tile_size(rows, config.num_attention_heads, columns, window)
+        tiles = [
+            tile._replace(mask=inputs.causal[kind][..., tile.queries, tile.keys])
+            for tile in causal_tiles(columns, span, window, size)
+        ]
         rope = tuple(table[:, :, :columns] for table in inputs.rope[kind])
-        run = partial(_encode_layer, layer, rope, inputs.causal[kind])
-        h, layer_kv = run_layer(layer, run, h)
+        views[kind] = CausalView(rope, rope, tiles)
+    h, kv = model.embed(tokens), []
+    for layer, kind in zip(model.encoder_layers, config.layers, strict=True):
+        h, layer_kv = run_layer(layer, partial(_encode_layer, layer, views[kind]), h)
         kv.append(layer_kv)
     return model.norm(h), kv
 
 
 def _encode_layer(
-    layer: Layer, rope: Tables, causal: mx.array, h: mx.array
+    layer: Layer, view: CausalView, h: mx.array
 ) -> tuple[mx.array, LayerKV]:
-    span, kv = Span(0, h.shape[1], (0,)), list[LayerKV]()
-
-    def mask_of(new: int, seen: Span) -> mx.array:
-        return causal[..., seen.end - new : seen.end, seen.begin : seen.end]
+    kv = list[LayerKV]()
 
     def attend(x: mx.array) -> mx.array:
-        kv.append(layer.self_attn.project_kv(x, rope))
-        view = CausalView(rope, rope, span, mask_of)
+        kv.append(layer.self_attn.project_kv(x, view.query_rope))
         return layer.self_attn.attend_causal(x, kv[0], view)
 
     return layer(h, attend, layer.encoder_scalar), kv[0]

@@ -58,9 +58,6 @@ def test_backends_prints_state_memory_and_numbers():
     assert (shown["compiles"], shown["vocabulary_chunk"]) == ("False", "2048")
     assert shown["metal"].startswith("missing: this MLX has no Metal; it needs a Mac")
     assert "pip install 'mlx-dgemma[cuda13]'" in shown["cuda"]
-
-
-def test_backends_as_json():
     found = json.loads(run("benchmark", "--backends", "--json").stdout)
     assert list(found) == list(BACKENDS)
     assert found["cuda"] == {"state": f"missing: {BACKENDS['cuda'].missing()}"}
@@ -92,11 +89,11 @@ def test_backends_shows_a_wrong_choice_without_failing(monkeypatch, name, phrase
     assert last.startswith("none in use") and phrase in last
 
 
-@pytest.mark.parametrize("option", ["--roofline", "--model x", "--prompt 1"])
-def test_what_does_not_go_with_backends_is_refused(option):
-    result = run("benchmark", "--backends", *option.split())
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].startswith("error: ")
+def test_what_does_not_go_with_backends_is_refused():
+    for option in ("--roofline", "--model x", "--prompt 1"):
+        result = run("benchmark", "--backends", *option.split())
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -117,20 +114,17 @@ def test_backend_option_of_every_command(command, tmp_path, monkeypatch):
     assert backends.current().name == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("command", "args"),
-    [
-        ("benchmark", ["--synthetic", "tiny", "-p", "6", "--steps", "1", "-n", "1"]),
-        ("convert", ["--hf-path", "sudoku4", "--mlx-path", "{out}"]),
-        ("generate", ["--model", "sudoku4", "--prompt", "1"]),
-    ],
-)
-def test_a_wrong_variable_is_one_line(monkeypatch, tmp_path, command, args):
+def test_a_wrong_variable_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv(ENVIRONMENT, "gpu")
-    args = [part.format(out=tmp_path / "out") for part in args]
-    line = refused(run(command, *args))
-    assert f"asked for by ${ENVIRONMENT} is 'gpu'; known: cpu, metal, cuda" in line
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    for command, args in (
+        ("benchmark", "--synthetic tiny -p 6 --steps 1 -n 1"),
+        ("convert", f"--hf-path sudoku4 --mlx-path {out}"),
+        ("generate", "--model sudoku4 --prompt 1"),
+    ):
+        line = refused(run(command, *args.split()))
+        assert f"asked for by ${ENVIRONMENT} is 'gpu'; known: cpu, metal, cuda" in line
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

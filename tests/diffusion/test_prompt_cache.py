@@ -51,7 +51,7 @@ def test_prefix_comes_back_bit_for_bit(tiny_model, saved):
     before, after = talk.prefix.cache, prefix.cache
     assert after.length == len(prefix)
     for bucketed in (False, True):
-        views = [model.view(c, 16, bucketed=bucketed).arrays for c in (before, after)]
+        views = [model.view(c, 16, bucketed=bucketed) for c in (before, after)]
         same_arrays(*views)
     for a, b in zip(before.snapshots, after.snapshots, strict=True):
         assert a.column == b.column

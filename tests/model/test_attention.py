@@ -1,7 +1,5 @@
 """Masks and rope tables are functions of integers: checked against their words."""
 
-from functools import partial
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,27 +9,41 @@ from tiny import write_tiny
 
 from mlx_dgemma import backends, load
 from mlx_dgemma.checkpoint.config import Rope
-from mlx_dgemma.model import attention
+from mlx_dgemma.model import attention, language
 from mlx_dgemma.model.attention import (
     CausalView,
-    Tile,
     canvas_mask,
-    causal_mask,
     causal_tiles,
     rope_tables,
     rotate,
+    tile_size,
 )
 from mlx_dgemma.model.cache import LayerCache, PrefixCache, Span
 
 
-def _sees(query: int, key: int, start: int, window: int | None) -> bool:
-    """One sentence of the architecture: causal, in the window, no padding."""
-    near = window is None or query - key < window
-    return key <= query and near and (key >= start or key == query)
+@pytest.mark.parametrize(("width", "rotated"), [(8, 4), (16, 2)])
+def test_rope_rotates_the_first_pairs_of_halves(width, rotated):
+    """As complex numbers; the other pairs are left alone."""
+    places, half = [0, 1, 7], width // 2
+    tables = rope_tables(Rope(theta=1e4, rotated=rotated), width, np.array([places]))
+    x = mx.random.normal((1, 2, 3, width), key=mx.random.key(0))
+    found, x = (np.array(a, np.float64) for a in (rotate(x, tables), x))
+    angles = np.outer(places, 1e4 ** (-2 * np.arange(half) / width))
+    angles[:, rotated:] = 0
+    wanted = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    np.testing.assert_allclose(found[..., :half], wanted.real, atol=1e-6)
+    np.testing.assert_allclose(found[..., half:], wanted.imag, atol=1e-6)
 
 
-def _allowed(mask: mx.array | str | None, shape: tuple[int, ...]) -> np.ndarray:
-    """What `causal_mask` rerotated, spelled out for (rows, queries, keys)."""
+def test_far_positions_keep_their_precision():
+    tables = rope_tables(Rope(theta=1e4, rotated=1), 2, np.array([[200_000]]))
+    assert abs(tables[0].item() - np.cos(200_000.0)) < 1e-6
+    rope = Rope(theta=1e4, rotated=1, factor=4.0)
+    assert rope_tables(rope, 2, np.array([[800_000]]))[0].item() == tables[0].item()
+
+
+def allowed(mask: mx.array | str | None, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask spelled out for (rows, queries, keys)."""
     if mask is None:
         return np.ones(shape, bool)
     if isinstance(mask, str):
@@ -41,95 +53,47 @@ def _allowed(mask: mx.array | str | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @given(
-    window=st.sampled_from([None, 2, 3, 8]),
-    new=st.integers(1, 9),
-    last=st.integers(9, 30),
-    starts=st.sampled_from([(0,), (0, 3), (7, 0, 2)]),
-)
-@settings(max_examples=60, deadline=None)
-def test_causal_mask_says_who_sees_whom(window, new, last, starts):
-    first = 0 if window is None else max(0, last - new - (window - 1))
-    mask = causal_mask(new, Span(first, last, starts), window)
-    queries, keys = range(last - new, last), range(first, last)
-    wanted = np.array(
-        [[[_sees(q, k, s, window) for k in keys] for q in queries] for s in starts]
-    )
-    found = _allowed(mask, wanted.shape)
-    np.testing.assert_array_equal(found, wanted)
-    assert found.any(axis=-1).all()  # an all-False row has no softmax
-    if starts == (0,) and (window is None or last - first <= window):
-        assert not isinstance(mask, mx.array)  # slicing the keys does it
-
-
-def test_rope_rotates_pairs_of_halves():
-    rope = Rope(theta=10_000.0, rotated=4)
-    tables = rope_tables(rope, 8, np.array([[0, 1, 7]]))
-    x = mx.random.normal((1, 2, 3, 8), key=mx.random.key(0))
-    rotated = np.array(rotate(x, tables), np.float64)
-    x = np.array(x, np.float64)
-    for place, position in enumerate([0, 1, 7]):
-        for pair in range(4):
-            angle = position * 10_000 ** (-2 * pair / 8)
-            left, right = x[0, :, place, pair], x[0, :, place, pair + 4]
-            wanted = left * np.cos(angle) - right * np.sin(angle)
-            np.testing.assert_allclose(rotated[0, :, place, pair], wanted, atol=1e-6)
-            wanted = right * np.cos(angle) + left * np.sin(angle)
-            found = rotated[0, :, place, pair + 4]
-            np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
-def test_proportional_rope_leaves_the_other_pairs_alone():
-    tables = rope_tables(Rope(theta=1e6, rotated=2), 16, np.array([[5]]))
-    x = mx.random.normal((1, 1, 1, 16), key=mx.random.key(1))
-    rotated = np.array(rotate(x, tables))
-    still = [2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15]
-    np.testing.assert_array_equal(rotated[..., still], np.array(x)[..., still])
-    assert (rotated[..., [0, 1, 8, 9]] != np.array(x)[..., [0, 1, 8, 9]]).all()
-
-
-def test_far_positions_keep_their_precision():
-    tables = rope_tables(Rope(theta=1e4, rotated=1), 2, np.array([[200_000]]))
-    assert abs(tables[0].item() - np.cos(200_000.0)) < 1e-6
-    stretched = rope_tables(
-        Rope(theta=1e4, rotated=1, factor=4.0), 2, np.array([[800_000]])
-    )
-    assert stretched[0].item() == tables[0].item()
-
-
-@given(
     window=st.sampled_from([None, 1, 2, 8]),
-    most=st.integers(1, 20),
-    new=st.integers(1, 40),
+    size=st.integers(1, 20),
     before=st.integers(0, 30),
+    runs=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    images=st.sampled_from([None, 0, 1]),
     starts=st.lists(st.integers(0, 35), min_size=1, max_size=3),
 )
-@settings(max_examples=60, deadline=None)
-def test_tiles_see_together_what_all_queries_see(window, most, new, before, starts):
-    """Every query is in one tile, with its keys and none that no query there needs."""
-    last = before + new
+@settings(max_examples=100, deadline=None)
+def test_tiles_see_what_their_queries_should(
+    window, size, before, runs, images, starts
+):
+    """Every query is in one tile and sees what is in front of it within its window,
+    no padding, and all of the image it belongs to: every second run of a single row."""
+    ends = (before + np.cumsum(runs)).tolist()
+    last, blocks = ends[-1], []
+    if images is not None:
+        starts = [0]
+        blocks = list(zip([before, *ends], ends, strict=False))[images::2]
+    starts, new = [min(start, before) for start in starts], last - before
     first = 0 if window is None else max(0, before - (window - 1))
-    span = Span(first, last, tuple(min(start, before) for start in starts))
+    span, queries = Span(first, last, tuple(starts)), []
     seen = np.zeros((len(starts), new, last), bool)
-    queries = []
-    for begin, end, tile, _ in causal_tiles(new, span, window, most):
-        assert 0 < end - begin <= most
-        assert tile.row_starts == span.row_starts
-        assert first <= tile.begin and tile.end == before + end
-        # the tile's first key is the first that its first query may see
-        assert tile.begin == (
-            first if window is None else max(first, before + begin - window + 1)
-        )
+    for tile in causal_tiles(new, span, window, size, tuple(blocks)):
+        begin, end = tile.queries.start, tile.queries.stop
+        keys = slice(first + tile.keys.start, first + tile.keys.stop)
+        assert 0 < end - begin <= size
+        if not blocks:  # no keys that none of its queries needs
+            reach = first if window is None else max(first, before + begin - window + 1)
+            assert (keys.start, keys.stop) == (reach, before + end)
+        if max(starts) <= keys.start and (window is None or window > last - first):
+            assert not isinstance(tile.mask, mx.array)  # slicing the keys does it
         queries += range(begin, end)
-        seen[:, begin:end, tile.begin : tile.end] = _allowed(
-            causal_mask(end - begin, tile, window),
-            (len(starts), end - begin, tile.end - tile.begin),
-        )
+        shape = len(starts), end - begin, keys.stop - keys.start
+        seen[:, begin:end, keys] = allowed(tile.mask, shape)
     assert queries == list(range(new))
-    wanted = [
-        [[_sees(before + q, k, start, window) for k in range(last)] for q in range(new)]
-        for start in span.row_starts
-    ]
-    np.testing.assert_array_equal(seen, wanted)
+    image_of = {c: i for i, (f, e) in enumerate(blocks) for c in range(f, e)}
+    for row, query, key in np.ndindex(*seen.shape):
+        at = before + query
+        near = key <= at and (window is None or at - key < window)
+        same = key == at or (at in image_of and image_of.get(key) == image_of[at])
+        assert seen[row, query, key] == ((near and key >= starts[row]) or same)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +146,7 @@ def test_the_smallest_tiles_change_nothing(
     assert max(counts) == attention.MIN_TILE
     counts.clear()
     tuned(score_bytes=1 << 40)
-    monkeypatch.setattr(
-        attention,
-        "causal_tiles",
-        lambda new, span, window, most, blocks: [Tile(0, new, span)],
-    )
+    monkeypatch.setattr(language, "tile_size", lambda *a: 1 << 40)
     whole = results()
     assert set(counts) == {50, *lengths}
     for ours, wanted in zip(tiled, whole, strict=True):
@@ -206,8 +166,10 @@ def test_tiles_do_not_live_side_by_side(tiny_model, tuned, mode):
     if mode == "denoise":
         y = layer.denoise(x, (), rope, rope, None)
     else:
-        mask_of = partial(causal_mask, window=None)
-        view = CausalView(rope, rope, Span(0, tokens, (0,)), mask_of)
+        tiles = causal_tiles(
+            tokens, Span(0, tokens, (0,)), None, tile_size(1, 4, tokens)
+        )
+        view = CausalView(rope, rope, tiles)
         y = layer.encode(x, LayerCache(None, 0), view)
     mx.eval(y)
     scores = 4 * tokens * tokens * 4  # of 4 heads, in float32

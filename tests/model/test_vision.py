@@ -1,6 +1,5 @@
 """The vision tower against its formulas written plainly; images inside a prompt."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,18 +8,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config
+from tiny_vision import write_tiny_vision
 
 from mlx_dgemma import backends
 from mlx_dgemma.checkpoint.config import read_config
-from mlx_dgemma.checkpoint.vision import ROOT, read_vision, vision_shapes
+from mlx_dgemma.checkpoint.vision import ROOT, read_vision
 from mlx_dgemma.errors import CheckpointError, ConfigError, SettingsError
-from mlx_dgemma.model.attention import causal_mask, causal_tiles, image_mask
-from mlx_dgemma.model.cache import Span
 from mlx_dgemma.model.loading import load_model
-from mlx_dgemma.model.vision import Image, pool
+from mlx_dgemma.model.vision import Image
 
 VISION = {
     "model_type": "gemma4_vision",
@@ -38,32 +34,7 @@ VISION = {
 RNG = np.random.default_rng(4)
 KINDS = [(True, True), (False, False)]
 SEEN = np.stack(np.meshgrid(np.arange(9), np.arange(6)), axis=-1).reshape(-1, 2)
-PIXELS = RNG.random((54, 12)).astype(np.float32)
-
-
-def write(folder: Path, **changes) -> Path:
-    """A tiny checkpoint with a tower of random weights."""
-    write_tiny(folder)
-    raw = tiny_config() | {"vision_config": VISION | changes}
-    raw |= {"image_token_id": 9, "boi_token_id": 7, "eoi_token_id": 8}
-    (folder / "config.json").write_text(json.dumps(raw))
-    config = read_config(folder)
-    vision = read_vision(config, "config.json")
-    weights = {}
-    for name, shape in vision_shapes(vision, config.hidden_size).items():
-        values = RNG.normal(size=shape)
-        if name.endswith("_min"):
-            values = -1 - np.abs(values)
-        elif name.endswith("_max"):
-            values = 1 + np.abs(values)
-        elif "norm" in name or "scale" in name:
-            values = 1 + 0.3 * values
-        elif len(shape) == 2:
-            values /= shape[-1] ** 0.5
-        weights[ROOT + name] = mx.array(values.astype(np.float32))
-    file = str(folder / "model.safetensors")
-    mx.save_safetensors(file, weights | dict(mx.load(file)))
-    return folder
+IMAGE = RNG.random((54, 12)).astype(np.float32), SEEN
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +43,8 @@ def towers(tmp_path_factory):
     made = {}
     for kind in KINDS:
         changes = dict(zip(("standardize", "use_clipped_linears"), kind, strict=True))
-        made[kind] = write(tmp_path_factory.mktemp("tower") / "m", **changes)
+        folder = tmp_path_factory.mktemp("tower") / "m"
+        made[kind] = write_tiny_vision(folder, VISION | changes)
     return made
 
 
@@ -154,22 +126,16 @@ def loaded(folder: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tower_is_its_formulas(towers, kind):
+def test_the_tower_is_its_formulas(towers, kind, tuned):
     model = loaded(towers[kind])
-    found = np.array(model.vision.encode_image(PIXELS, SEEN))
+    wanted = plain(towers[kind], *IMAGE)
+    for score_bytes in (backends.current().score_bytes, 1):  # whole and in tiles
+        tuned(score_bytes=score_bytes)
+        found = np.array(model.vision.encode_image(*IMAGE))
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
     assert found.shape == (6, 64)
-    np.testing.assert_allclose(found, plain(towers[kind], PIXELS, SEEN), atol=2e-5)
     tokens = model.vision.tokens
     assert (tokens.image, tokens.begin, tokens.end) == (9, 7, 8)
-
-
-def test_tiles_of_patches_change_nothing(towers, tuned):
-    model = loaded(towers[KINDS[0]])
-    whole = np.array(model.vision.encode_image(PIXELS, SEEN))
-    tuned(score_bytes=1)
-    np.testing.assert_allclose(
-        np.array(model.vision.encode_image(PIXELS, SEEN)), whole, atol=1e-5
-    )
 
 
 def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
@@ -182,23 +148,17 @@ def test_the_tower_is_read_once_and_only_for_an_image(towers, monkeypatch):
     model = loaded(towers[KINDS[0]])
     model.encode(mx.array([[3, 4, 5]]), model.make_cache())
     assert not times
-    found: list[np.ndarray] = []
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(4):
-            pool.submit(
-                lambda: found.append(np.array(model.vision.encode_image(PIXELS, SEEN)))
-            )
-    assert len(times) == 1 and len(found) == 4
+        found = list(
+            pool.map(lambda _: np.array(model.vision.encode_image(*IMAGE)), range(4))
+        )
+    assert len(times) == 1
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_embeddings_in_place_of_tokens_read_as_the_tokens(tiny_model, request, gpu):
+def test_embeddings_in_place_of_tokens_read_as_the_tokens(tiny_model):
     """An image of one soft token, equal to an embedding, is that token."""
-    if gpu:
-        request.getfixturevalue("as_gpu")
-        assert backends.current().name == "metal"
     model, _ = tiny_model
     tokens = mx.array(RNG.integers(0, 32, (1, 20)).astype(np.int32))
     wanted = np.array(model.encode_hidden(tokens, model.make_cache()))
@@ -209,126 +169,62 @@ def test_embeddings_in_place_of_tokens_read_as_the_tokens(tiny_model, request, g
 
 
 def test_a_tower_in_16_bits_stays_in_them(tmp_path):
-    folder = write(tmp_path / "m")
-    exact = plain(folder, PIXELS, SEEN)
+    folder = write_tiny_vision(tmp_path / "m", VISION)
+    exact = plain(folder, *IMAGE)
     file = str(folder / "model.safetensors")
     weights = {name: a.astype(mx.bfloat16) for name, a in mx.load(file).items()}
     mx.save_safetensors(file, weights)
-    soft = loaded(folder).vision.encode_image(PIXELS, SEEN)
+    soft = loaded(folder).vision.encode_image(*IMAGE)
     assert soft.dtype == mx.bfloat16
     off = np.abs(np.array(soft.astype(mx.float32)) - exact)
     assert off.max() < 0.1 * np.abs(exact).max()
 
 
-def test_pooling_means_squares_row_by_row():
-    x = RNG.normal(size=(6, 12, 5)).astype(np.float32)
-    found = np.array(pool(mx.array(x.reshape(-1, 5)), 12, 6, 3))
-    wanted = [
-        x[row : row + 3, column : column + 3].mean(axis=(0, 1))
-        for row in (0, 3)
-        for column in (0, 3, 6, 9)
-    ]
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
 BIAS = f"{ROOT}vision_tower.std_bias"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_a_broken_tower_stops_images_and_not_text(towers, tmp_path):
+    folder = shutil.copytree(towers[KINDS[0]], tmp_path / "m")
+    file, more = str(folder / "model.safetensors"), f"{ROOT}vision_tower."
+    weights = {name: mx.array(a) for name, a in mx.load(file).items()}
+    for changes, message in (
         ({BIAS: None}, "missing tensors: .*std_bias"),
-        ({f"{ROOT}vision_tower.more": mx.zeros(1)}, "unexpected tensors: .*more"),
+        ({f"{more}more": mx.zeros(1)}, "unexpected tensors: .*more"),
         ({BIAS: mx.zeros(3)}, r"std_bias has shape \[3\].*needs \[24\]"),
-        ({f"{ROOT}vision_tower.x.scales": mx.zeros(1)}, "quantised vision tower"),
-    ],
-)
-def test_a_broken_tower_stops_images_and_not_text(towers, tmp_path, changes, message):
-    folder = tmp_path / "m"
-    shutil.copytree(towers[KINDS[0]], folder)
-    file = str(folder / "model.safetensors")
-    weights = mx.load(file) | changes
-    mx.save_safetensors(file, {n: a for n, a in weights.items() if a is not None})
-    model = loaded(folder)
-    model.encode(mx.array([[3, 4, 5]]), model.make_cache())
-    with pytest.raises(CheckpointError, match=message):
-        model.vision.encode_image(PIXELS, SEEN)
+        ({f"{more}x.scales": mx.zeros(1)}, "quantised vision tower"),
+    ):
+        changed = (weights | changes).items()
+        mx.save_safetensors(file, {n: a for n, a in changed if a is not None})
+        model = loaded(folder)
+        model.encode(mx.array([[3, 4, 5]]), model.make_cache())
+        with pytest.raises(CheckpointError, match=message):
+            model.vision.encode_image(*IMAGE)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_an_unknown_vision_config_is_refused(tiny):
+    for changes, message in (
         ({"head_dim": 6}, "head_dim is 6; must be a multiple of 4"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4, no multiple"),
         ({"model_type": "siglip"}, "model_type is 'siglip'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-    ],
-)
-def test_an_unknown_vision_config_is_refused(tiny, changes, message):
-    raw = tiny_config() | {"vision_config": VISION | changes}
-    with pytest.raises(ConfigError, match=message):
-        read_vision(replace(read_config(tiny), raw=raw), "config.json")
-
-
-@given(
-    window=st.sampled_from([None, 2, 5]),
-    size=st.integers(1, 12),
-    before=st.integers(0, 9),
-    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6),
-    first_is_image=st.booleans(),
-)
-@settings(max_examples=60, deadline=None)
-def test_tiles_of_images_see_what_they_should(
-    window, size, before, lengths, first_is_image
-):
-    """Runs of text and of images in turn, cut into tiles: every query sees what is in
-    front of it within its window, and all of the image it belongs to."""
-    images, end = [], before
-    for index, length in enumerate(lengths):
-        if (index % 2 == 0) == first_is_image:
-            images.append((end, end + length))
-        end += length
-    new, first = sum(lengths), 0 if window is None else max(0, before - window + 1)
-    seen, queries = np.zeros((new, end), bool), []
-    span = Span(first, end, (0,))
-    for start, stop, keys, image in causal_tiles(
-        new, span, window, size, tuple(images)
     ):
-        assert 0 < stop - start <= size
-        queries += range(start, stop)
-        if image is None:
-            mask = causal_mask(stop - start, keys, window)
-        else:
-            mask = image_mask(before + start, stop - start, keys, window, image)
-        shape = (stop - start, keys.end - keys.begin)
-        if isinstance(mask, str):
-            allowed = np.tril(np.ones(shape, bool), shape[1] - shape[0])
-        else:
-            allowed = np.ones(shape, bool) if mask is None else np.array(mask)[0, 0]
-        seen[start:stop, keys.begin : keys.end] = allowed
-    assert queries == list(range(new))
-    image_of = {c: i for i, (f, e) in enumerate(images) for c in range(f, e)}
-    for query, key in np.ndindex(new, end):
-        at = before + query
-        near = key <= at and (window is None or at - key < window)
-        same = at in image_of and image_of.get(key) == image_of[at]
-        assert seen[query, key] == (near or same)
+        raw = tiny_config() | {"vision_config": VISION | changes}
+        with pytest.raises(ConfigError, match=message):
+            read_vision(replace(read_config(tiny), raw=raw), "config.json")
 
 
-@pytest.mark.parametrize(
-    ("rows", "images"),
-    [
+def test_images_that_do_not_fit_leave_the_cache_alone(tiny_model):
+    model, _ = tiny_model
+    cache = model.make_cache()
+    for rows, images in (
         (1, [(3, 2, 64)]),  # behind the tokens
         (1, [(0, 2, 64), (1, 1, 64)]),  # over one another
         (1, [(0, 1, 32)]),  # of another width
         (1, [(1, 0, 64)]),  # of nothing
         (2, [(0, 2, 64)]),  # in two rows
-    ],
-)
-def test_images_that_do_not_fit_leave_the_cache_alone(tiny_model, rows, images):
-    model, _ = tiny_model
-    cache, tokens = model.make_cache(), mx.zeros((rows, 4), dtype=mx.int32)
-    placed = [Image(start, mx.zeros((n, width))) for start, n, width in images]
-    with pytest.raises(SettingsError, match=f"does not fit .* of {rows} × 4 tokens"):
-        model.encode(tokens, cache, placed)
+    ):
+        tokens = mx.zeros((rows, 4), dtype=mx.int32)
+        placed = [Image(start, mx.zeros((n, width))) for start, n, width in images]
+        with pytest.raises(SettingsError, match=f"does not fit .* of {rows} × 4 tok"):
+            model.encode(tokens, cache, placed)
     assert cache.length == 0
