@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -116,8 +117,16 @@ def main() -> None:
             read_picture(make(), ImageBudget())
         except MediaError as error:
             print(error, file=sys.stderr)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit)
+    print(peak_megabytes())
+
+
+def peak_megabytes() -> int:
+    """Return the most memory this process has held."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+    # on Linux ru_maxrss may be that of the process this one was started from
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 2**10
 
 
 if __name__ == "__main__":
