@@ -78,10 +78,10 @@ def test_checkpoints_ranks_and_short_rows():
 
 def test_the_released_model():
     """The figures of the README, and a full fine-tuning by hand."""
-    sizes = {(1, 1024): 17, (1, 2048): 18.2, (4, 1024): 23.6, (4, 2048): 28.4}
+    sizes = {(1, 1024): 16.9, (1, 2048): 17.9, (4, 1024): 23.2, (4, 2048): 27.3}
     for (batch, length), size in sizes.items():
         settings = CHECKPOINTED | {"batch_size": batch, "max_seq_length": length}
-        assert total(**settings) == pytest.approx(size * GB, rel=0.05)
+        assert total(**settings) == pytest.approx(size * GB, abs=0.06 * GB)
     dense = job("26b", lora=None)
     need, last = estimate(dense), estimate(replace(dense, num_layers=2))
     assert need["weights"] / 2 == pytest.approx(dense.trained, abs=60)  # scalars
