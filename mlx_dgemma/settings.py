@@ -52,8 +52,8 @@ class Settings:
     pinned          position in the answer -> token id that is fixed, never renoised
     min_tokens      tokens of text that come before any eos; 1 rules out empty answers
 
-    The following can change the text, and are off by default. The README gives their
-    measured quality.
+    The following can change the text, and are off by default. tests/bench/RESULTS.md
+    gives their measured quality.
 
     sampler           "entropy-bound", or "confidence": reveal for good every position
                       whose argmax is likely enough, at least one per step

@@ -17,7 +17,7 @@ NORM = "norm.weight"  # never quantised: the model computes in its dtype
 
 # Rows of a weight's first axis in float32: each expert apart, else all at once.
 Blocks = Iterator[tuple[slice, mx.array]]
-# From those to the rows that replace them. What it does not use is never read.
+# Maps blocks to the blocks that replace them; a block it skips is never read.
 Change = Callable[[Blocks], Iterator[mx.array]]
 
 

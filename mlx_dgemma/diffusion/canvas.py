@@ -35,8 +35,8 @@ class Canvas:
     cache: PrefixCache
     prefix: Prefix | None  # the owner of `cache`, if it outlives the request
     chunk: int  # tokens encoded at a time
-    state: State  # of a batch …
-    row: int = 0  # … in which this is its row
+    state: State  # of the batch that this canvas is in
+    row: int = 0  # of this canvas in `state`
     index: int = 0  # number of the canvas in the request
     step: int = 0  # steps reported
     committed: int = 0  # tokens of earlier canvases

@@ -116,7 +116,7 @@ class Engine:
                 canvas.prefix.in_use = False
                 canvas.prefix.trim()
         self.running = [c for c in self.running if c.request != request]
-        # a view holds its prefixes, which could then not be written in place
+        # MLX copies a buffer that is written while a view still holds it
         self._views = {
             batch: (canvases, view)
             for batch, (canvases, view) in self._views.items()

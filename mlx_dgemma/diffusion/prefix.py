@@ -1,8 +1,7 @@
 """An encoded prefix that outlives its request: the next encodes only what is new.
 
-In other chunks the same tokens round differently. So where chunks end is decided by
-the tokens alone: a prompt that continues an encoded one is cut where that one was,
-and its prefix is, bit for bit, the one of a prompt encoded from the start.
+Rounding depends on where chunks end, and where they end depends on the tokens alone.
+So a prefix that is reused is, bit for bit, the one of a prompt encoded from the start.
 """
 
 from collections.abc import Sequence, Set

@@ -203,12 +203,15 @@ class Stepper:
         if self._sampler == "entropy-bound":
             # pinned positions have entropy 0, so they are accepted
             accepted = sampler.accept(found.entropy, inputs.entropy_bound)
-        else:  # mlx-vlm's confidence-threshold sampler at its temperature 0
+        elif self._sampler == "confidence":
+            # mlx-vlm's confidence-threshold sampler at its temperature 0
             revealed = sampler.reveal(
                 found.argmax, found.peak, revealed, inputs.min_probability
             )
             accepted = revealed >= 0
             draft = tokens = mx.where(accepted, revealed, found.argmax)
+        else:
+            raise NotImplementedError(self._sampler)
         canvas = mx.where(accepted, tokens, noise)
         streak = sampler.count_unchanged(draft, state.draft, state.streak)
         mean = mx.mean(found.entropy, axis=-1)

@@ -119,9 +119,10 @@ class DiffusionGemma(nn.Module):
         """Append (B, T) token ids to the prefixes of B rows.
 
         The only writer of the cache; any chunking that leaves images whole gives the
-        same prefix. images, in order, stand in place of tokens of a single row. Raises
-        SettingsError, the cache untouched, for ids outside the vocabulary, for another
-        number of rows than the cache has, and for images that do not fit.
+        same prefix up to rounding. images, in order, stand in place of tokens of a
+        single row. Raises SettingsError, the cache untouched, for ids outside the
+        vocabulary, for another number of rows than the cache has, and for images that
+        do not fit.
         """
         if tokens.shape[1] == 0:
             return

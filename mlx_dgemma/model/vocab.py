@@ -186,19 +186,19 @@ def _scan_vocabulary(tile: _Tile) -> tuple[mx.array, ...]:
         ban = banned if some else None
         if ban is not None:
             logits = ban.mask(logits, ids)
-        # the cap rises with the logits, so the largest is so before it as well
+        # the softcap is monotonic, so the argmax of raw logits is enough
         best = mx.argmax(logits, axis=-1, keepdims=True)
         value = tile.processed(mx.take_along_axis(logits, best, axis=-1))
         argmax = mx.where(value > highest, best + start, argmax)
         before, highest = highest, mx.maximum(highest, value)
         x = tile.processed(logits)
-        if ban is not None:  # the cap has lifted what was banned
+        if ban is not None:  # the softcap undoes the mask
             x = ban.mask(x, ids)
         x = x - highest
         e = device.exp(x)
         parts.append((highest, _block_sums(e), mx.sum(e * x, axis=-1, keepdims=True)))
         soft = soft * mx.exp(before - highest) + e.astype(table.dtype) @ table
-    # each part was relative to the highest so far: move all to the highest of all
+    # each part is relative to the maximum so far: rescale to the final one
     sums, product = [], mx.zeros_like(highest)
     for reference, part, weighted in parts:
         shift = reference - highest
