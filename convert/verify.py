@@ -174,7 +174,7 @@ class Verifier:
         before = theirs.prompt + theirs.tokens[: index * settings.canvas_length]
         prefix = self.ours.make_cache()
         self.ours.encode(ids(np.array([before])), prefix)
-        signal, streak = None, mx.zeros((1,), dtype=mx.int32)
+        signal, unchanged = None, mx.zeros((1,), dtype=mx.int32)
         draft = mx.full((1, settings.canvas_length), -1)
         for number, step in enumerate(theirs.canvases[index]):
             temperature = settings.temperature(number)
@@ -183,8 +183,8 @@ class Verifier:
             logp = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
             entropy = -mx.sum(mx.exp(logp) * logp, axis=-1)
             argmax = mx.argmax(processed, axis=-1)
-            streak = sampler.count_unchanged(argmax, draft, streak)
-            stable = streak >= settings.stability
+            unchanged = sampler.count_unchanged(argmax, draft, unchanged)
+            stable = unchanged >= settings.stability
             confident = mx.mean(entropy) < settings.confidence
             bounds = mx.array([settings.entropy_bound])
             yield replace(

@@ -97,7 +97,7 @@ def load(model: DiffusionGemma, folder: str | Path) -> None:
     """
     folder = Path(folder).expanduser()
     if peft.is_peft(folder):
-        return peft.put(model, peft.read(folder, model.config))
+        return peft.attach(model, peft.read(folder, model.config))
     lora = read_config(folder)
     infos = check_weights(model, lora, folder / WEIGHTS)
     if lora is not None:
@@ -144,5 +144,5 @@ def check_file(
             raise AdapterError(f"{path.parent / CONFIG}: {error}") from None
     expected = {n: Expected(s, source="this model") for n, s in parameters.items()}
     infos, partial = read_header(path), lora is None
-    check_tensors(path, infos, expected, partial=partial, error=peft.misfit)
+    check_tensors(path, infos, expected, partial=partial, error=peft.mismatch)
     return infos

@@ -25,7 +25,7 @@ from ..files.safetensors import (
     load_tensors,
     read_header,
 )
-from ..model.language import DiffusionGemma, branch
+from ..model.language import DiffusionGemma, copy_layer
 from .lora import add_adapter, refuse_second
 
 WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +94,7 @@ def is_peft(folder: Path) -> bool:
         return False  # the reader of our own format says what is wrong
 
 
-def misfit(message: str) -> AdapterError:
+def mismatch(message: str) -> AdapterError:
     """Return the error for a tensor that does not fit."""
     return AdapterError(f"{message}; was it trained on another model?")
 
@@ -126,7 +126,7 @@ def read(folder: Path, config: ModelConfig) -> PeftAdapter:
             sides = zip(names, ((rank, inputs), (outputs, rank)), strict=True)
             expected = {n: Expected(s, source="rank and model") for n, s in sides}
             found_pair = {name: infos[name] for name in names}
-            check_tensors(path, found_pair, expected, error=misfit)
+            check_tensors(path, found_pair, expected, error=mismatch)
             a, b = (arrays[name].astype(mx.float32).T for name in names)
             found[mode][layer] = LowRank(a, b, scale)
     except ConfigError as error:
@@ -140,7 +140,7 @@ def read(folder: Path, config: ModelConfig) -> PeftAdapter:
     return PeftAdapter(decoder, encoder)
 
 
-def put(model: DiffusionGemma, adapter: PeftAdapter) -> None:
+def attach(model: DiffusionGemma, adapter: PeftAdapter) -> None:
     """Put adapters beside the layers of a frozen model that has none.
 
     Where the modes differ, the encoder gets layers of its own that share every weight
@@ -148,7 +148,7 @@ def put(model: DiffusionGemma, adapter: PeftAdapter) -> None:
     """
     refuse_second(model)
     if not adapter.shared:
-        model.encoder_layers = tuple(branch(layer) for layer in model.layers)
+        model.encoder_layers = tuple(copy_layer(layer) for layer in model.layers)
         for path, low in adapter.encoder.items():
             _, index, inside = path.split(".", 2)
             layer = model.encoder_layers[int(index)]
@@ -210,7 +210,9 @@ def _mode_and_layer(
         linear = len(shapes.get(f"{layer}.weight", ())) == 2
         if layer != module and linear and layer.startswith(roots):
             return mode, layer
-    raise misfit(f"{path}: base_model.model.{module} is no linear layer of this model")
+    raise mismatch(
+        f"{path}: base_model.model.{module} is no linear layer of this model"
+    )
 
 
 def _rank_and_scale(keys: Keys, module: str) -> tuple[int, float]:

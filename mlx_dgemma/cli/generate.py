@@ -65,7 +65,7 @@ def main(
                     view.write(event.text)
             if commit is not None and commit.finish_reason is None:
                 # committed text that might have begun a stop string
-                view.write(commit.held)
+                view.write(commit.pending_text)
         click.echo(report.line(), err=True)
     if view.interrupted:
         sys.exit(INTERRUPTED)

@@ -14,7 +14,7 @@ from .events import Step
 from .prefix import Prefix
 from .step import State, StepInputs, StepStats
 
-FAR_FROM_DONE = 10  # mean entropies above this multiple of `confidence`
+RUN_AHEAD_FACTOR = 10  # mean entropies above this multiple of `confidence`
 
 
 class BatchKey(NamedTuple):
@@ -63,7 +63,7 @@ class Canvas:
     def may_run_ahead(self) -> bool:
         """Whether another step is allowed, and likely needed."""
         more = self.step < self.settings.steps
-        return more and self.mean > FAR_FROM_DONE * self.settings.confidence
+        return more and self.mean > RUN_AHEAD_FACTOR * self.settings.confidence
 
     def advance(self) -> StepStats:
         """Move on to the step that was started; return what it reports."""
@@ -72,7 +72,7 @@ class Canvas:
         self.pending, self.step = None, self.step + 1
         return stats
 
-    def wait(self, stats: StepStats) -> Step:
+    def finish_step(self, stats: StepStats) -> Step:
         """Wait for the step the canvas has come to, and return its event."""
         state, row, step = self.state, self.row, self.step - 1
         arrays = state.draft, state.canvas, stats.accepted, stats.entropy
@@ -98,7 +98,7 @@ def join_states(canvases: list[Canvas]) -> State:
     """Return the states of canvases as one; usually they are one batch already."""
     first = canvases[0].state
     together = all(c.state is first and c.row == i for i, c in enumerate(canvases))
-    if together and len(first.streak) == len(canvases):
+    if together and len(first.unchanged) == len(canvases):
         return first
     return State.join([c.state.row(c.row) for c in canvases])
 
@@ -107,7 +107,9 @@ def step_inputs(canvases: list[Canvas]) -> StepInputs:
     """Return keys and settings for the next step of each canvas."""
     purposes = sampler.PROPOSE, sampler.RENOISE
     keys = [
-        sampler.fold(c.seed, c.index, c.step, p) for c in canvases for p in purposes
+        sampler.random_key(c.seed, c.index, c.step, p)
+        for c in canvases
+        for p in purposes
     ]
     columns = {
         "temperature": [c.settings.temperature(c.step) for c in canvases],

@@ -147,7 +147,7 @@ class Engine:
     ) -> State:
         """Return canvas number `index` before its first step: noise and pinned ids."""
         config, length = self.model.config, settings.canvas_length
-        key = sampler.fold(seed, index, 0, sampler.CANVAS)
+        key = sampler.random_key(seed, index, 0, sampler.CANVAS)
         noise = sampler.random_tokens(key, length, config.vocab_size)
         pinned = mx.array(sampler.pinned_tokens(settings.pinned, committed, length))
         tokens = mx.where(pinned >= 0, pinned, noise)
@@ -175,7 +175,7 @@ class Engine:
         if self._ahead and all(canvas.may_run_ahead for canvas in batch):
             self._start(batch)
         pairs = zip(batch, stats, strict=True)
-        return [(canvas, canvas.wait(one)) for canvas, one in pairs]
+        return [(canvas, canvas.finish_step(one)) for canvas, one in pairs]
 
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of canvases of a batch, without waiting for it."""

@@ -67,7 +67,7 @@ class Commit:
     # The engine knows ids only; `stream_generate` and `Conversation` fill in the rest.
     text: str = ""  # what the tokens add to the answer
     parts: tuple["Part", ...] = ()  # the same, with thoughts and calls
-    held: str = ""  # text that waits for the next commit: it may begin a stop string
+    pending_text: str = ""  # may begin a stop string: the next commit decides
 
 
 Event = Prefilled | Step | Commit

@@ -103,8 +103,12 @@ class StopFilter:
                 end -= max((_overlap(text, s) for s in self._stop), default=0)
             ready, self._held = _split(parts, end)
         ready = merged(ready)
-        held = _text(self._held)
-        return replace(commit, text=_text(ready), parts=tuple(ready), held=held)
+        return replace(
+            commit,
+            text=_text(ready),
+            parts=tuple(ready),
+            pending_text=_text(self._held),
+        )
 
     def rest(self) -> list[Part]:
         """Return what is held back when no other commit will follow."""

@@ -17,7 +17,7 @@ import numpy as np
 CANVAS, PROPOSE, RENOISE = "canvas", "propose", "renoise"
 
 
-def fold(seed: int, canvas: int, step: int, purpose: str) -> np.ndarray:
+def random_key(seed: int, canvas: int, step: int, purpose: str) -> np.ndarray:
     """Return a random key, (2,) uint32, that depends on these four values only.
 
     So a draw does not depend on batch neighbours, the live view or early stops.
@@ -44,14 +44,14 @@ def accept(entropies: mx.array, bounds: mx.array) -> mx.array:
     return mx.take_along_axis(chosen, mx.argsort(order, axis=-1), axis=-1)
 
 
-def count_unchanged(argmax: mx.array, before: mx.array, streak: mx.array) -> mx.array:
+def count_unchanged(argmax: mx.array, before: mx.array, count: mx.array) -> mx.array:
     """Return how many canvases in a row equal the newest (B, L) argmax: (B,) int32.
 
-    before is the last argmax canvas, streak the count for it; a canvas is stable once
-    the count reaches the setting `stability`.
+    before is the last argmax canvas, count that for it; a canvas is stable once the
+    count reaches the setting `stability`.
     """
     same = mx.all(argmax == before, axis=-1)
-    return mx.where(same, streak + 1, 0)
+    return mx.where(same, count + 1, 0)
 
 
 def reveal(

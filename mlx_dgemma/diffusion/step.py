@@ -29,7 +29,7 @@ class State(NamedTuple):
     canvas: mx.array  # (B, L) int32
     signal: mx.array  # (B, L, D), zeros before the first step
     draft: mx.array  # (B, L) int32 argmax canvas, -1 before the first step
-    streak: mx.array  # (B,) int32: how many drafts in a row equal this one
+    unchanged: mx.array  # (B,) int32: how many drafts in a row equal this one
     revealed: mx.array  # (B, L) int32: tokens revealed for good, -1 elsewhere
 
     @classmethod
@@ -39,7 +39,7 @@ class State(NamedTuple):
             canvas=canvas[None],
             signal=mx.zeros((1, len(canvas), width), dtype=dtype),
             draft=mx.full((1, len(canvas)), -1, dtype=mx.int32),
-            streak=mx.zeros((1,), dtype=mx.int32),
+            unchanged=mx.zeros((1,), dtype=mx.int32),
             revealed=mx.full((1, len(canvas)), -1, dtype=mx.int32),
         )
 
@@ -174,7 +174,7 @@ class Stepper:
         if pinned is None:
             found = self.model.vocab_stats(flat, temperature, uniforms, banned)
         else:
-            found = self._certain(pinned.tokens)
+            found = self._pinned_stats(pinned.tokens)
             if (free := pinned.free).size:
                 banned = None if banned is None else banned.select(free)
                 at_free = self.model.vocab_stats(
@@ -184,7 +184,7 @@ class Stepper:
                     array[free] = new
         return VocabStats(*(a.reshape(B, L, *a.shape[1:]) for a in found))
 
-    def _certain(self, tokens: mx.array) -> VocabStats:
+    def _pinned_stats(self, tokens: mx.array) -> VocabStats:
         """Return the statistics of positions that are certain of (B, L) tokens."""
         tokens = mx.maximum(tokens, 0).flatten()
         return VocabStats(
@@ -213,12 +213,12 @@ class Stepper:
         else:
             raise NotImplementedError(self._sampler)
         canvas = mx.where(accepted, tokens, noise)
-        streak = sampler.count_unchanged(draft, state.draft, state.streak)
+        unchanged = sampler.count_unchanged(draft, state.draft, state.unchanged)
         mean = mx.mean(found.entropy, axis=-1)
-        stopped = (streak >= inputs.stability) & (mean < inputs.confidence)
+        stopped = (unchanged >= inputs.stability) & (mean < inputs.confidence)
         if self._sampler == "confidence":
             stopped = stopped | mx.all(accepted, axis=-1)
-        after = State(canvas, found.signal, draft, streak, revealed)
+        after = State(canvas, found.signal, draft, unchanged, revealed)
         return after, StepStats(accepted, found.entropy, mean, stopped)
 
 

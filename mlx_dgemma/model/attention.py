@@ -16,9 +16,9 @@ from ..checkpoint.config import LayerConfig, ModelConfig, Rope
 from .cache import LayerCache, LayerKV, Span
 from .layers import Linear
 
-Tables = LayerKV  # cos and sin
+RopeTables = LayerKV  # cos and sin
 MIN_TILE = 4  # queries of a tile, however long the prefix
-Images = tuple[tuple[int, int], ...]  # first and end column of each image
+ImageColumns = tuple[tuple[int, int], ...]  # first and end column of each image
 
 
 class Tile(NamedTuple):
@@ -32,12 +32,12 @@ class Tile(NamedTuple):
 class CausalView(NamedTuple):
     """What tokens being encoded see in layers of one kind."""
 
-    query_rope: Tables  # at the tokens
-    key_rope: Tables  # at all columns they see, for layers that rotate keys late
+    query_rope: RopeTables  # at the tokens
+    key_rope: RopeTables  # at all columns they see, for layers that rotate keys late
     tiles: list[Tile]
 
 
-def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
+def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> RopeTables:
     """cos and sin, each (B, 1, T, rotated pairs) float32, for (B, T) positions.
 
     Made on the host: device trigonometry is inexact for large angles. The angle
@@ -48,14 +48,14 @@ def rope_tables(rope: Rope, head_dim: int, positions: np.ndarray) -> Tables:
     return cos_sin(positions[:, None], frequencies.astype(np.float32))
 
 
-def cos_sin(positions: np.ndarray, frequencies: np.ndarray) -> Tables:
+def cos_sin(positions: np.ndarray, frequencies: np.ndarray) -> RopeTables:
     """cos and sin of (…, T) positions times (pairs,) float32 frequencies."""
     angles = positions[..., None].astype(np.float32) * frequencies
     exact = angles.astype(np.float64)
     return tuple(mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
 
 
-def rotate(x: mx.array, tables: Tables) -> mx.array:
+def rotate(x: mx.array, tables: RopeTables) -> mx.array:
     """Rotary embedding of (B, H, T, head_dim), halves as pairs.
 
     The tables are of the first pairs; the others are not rotated.
@@ -77,7 +77,7 @@ def tile_size(rows: int, heads: int, keys: int, window: int | None = None) -> in
 
 
 def causal_tiles(
-    new: int, span: Span, window: int | None, size: int, images: Images = ()
+    new: int, span: Span, window: int | None, size: int, images: ImageColumns = ()
 ) -> list[Tile]:
     """Cut `new` queries at the end of `span` into tiles of at most `size`.
 
@@ -100,7 +100,7 @@ def causal_tiles(
 
 
 def _runs(
-    column: int, end: int, images: Images
+    column: int, end: int, images: ImageColumns
 ) -> Iterator[tuple[int, int, int | None]]:
     """Columns column … end-1 as runs of text and of one image each: begin, end, and
     the begin again where the run is an image."""
@@ -221,8 +221,8 @@ class Attention(nn.Module):
         self,
         x: mx.array,
         prefix: LayerKV,
-        query_rope: Tables,
-        key_rope: Tables,
+        query_rope: RopeTables,
+        key_rope: RopeTables,
         mask: mx.array | None,
     ) -> mx.array:
         """Attention of a canvas (B, L, D) to the prefix and all of itself.
@@ -237,7 +237,7 @@ class Attention(nn.Module):
         queries = self._queries(x, query_rope)
         return self._output(attend_all(queries, keys, values, mask))
 
-    def project_kv(self, x: mx.array, query_rope: Tables) -> LayerKV:
+    def project_kv(self, x: mx.array, query_rope: RopeTables) -> LayerKV:
         """What the cache holds of tokens (B, T, D), each part (B, K, T, head_dim)."""
         projected = self._heads(self.k_proj(x)).swapaxes(1, 2)
         if not self.sliding:
@@ -246,7 +246,9 @@ class Attention(nn.Module):
         keys = rotate(self.k_norm(projected), query_rope)
         return keys, mx.fast.rms_norm(values, None, self.eps)
 
-    def _keys_values(self, kv: LayerKV, key_rope: Tables) -> tuple[mx.array, mx.array]:
+    def _keys_values(
+        self, kv: LayerKV, key_rope: RopeTables
+    ) -> tuple[mx.array, mx.array]:
         """Keys and values of cached columns; key_rope are of the same columns."""
         if self.sliding:
             keys, values = kv
@@ -255,7 +257,7 @@ class Attention(nn.Module):
         values = mx.fast.rms_norm(projected, None, self.eps)
         return rotate(self.k_norm(projected), key_rope), values
 
-    def _queries(self, x: mx.array, query_rope: Tables) -> mx.array:
+    def _queries(self, x: mx.array, query_rope: RopeTables) -> mx.array:
         queries = self.q_norm(self._heads(self.q_proj(x)))
         return rotate(queries.swapaxes(1, 2), query_rope)
 

@@ -21,7 +21,7 @@ from . import vocab
 from .attention import (
     Attention,
     CausalView,
-    Tables,
+    RopeTables,
     canvas_mask,
     causal_tiles,
     rope_tables,
@@ -40,8 +40,8 @@ class View(NamedTuple):
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
     prefixes: list[LayerKV]  # () where the prefix is empty
-    query_rope: list[Tables]  # at the canvases
-    key_rope: list[Tables]  # at prefix and canvas, for layers that rotate keys late
+    query_rope: list[RopeTables]  # at the canvases
+    key_rope: list[RopeTables]  # at prefix and canvas, for layers that rotate keys late
     masks: list[mx.array | None]
 
 
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         return (h + self.post_feedforward_layernorm(both)) * scalar
 
 
-def branch(layer: Layer) -> Layer:
+def copy_layer(layer: Layer) -> Layer:
     """Return a layer of the same arrays, whose parts can be replaced separately."""
     other = copy(layer)
     for name, part in layer.items():
@@ -271,7 +271,7 @@ class DiffusionGemma(nn.Module):
 
     def _rope(
         self, cache: PrefixCache, column: int, count: int
-    ) -> dict[LayerConfig, Tables]:
+    ) -> dict[LayerConfig, RopeTables]:
         """Return rope tables of `count` columns from `column`, per kind of layer."""
         starts = np.array(cache.row_starts)[:, None]
         positions = np.arange(column, column + count) - starts
@@ -283,8 +283,8 @@ class DiffusionGemma(nn.Module):
 
 def _denoise_layer(
     layer: Layer,
-    query_rope: Tables,
-    key_rope: Tables,
+    query_rope: RopeTables,
+    key_rope: RopeTables,
     mask: mx.array | None,
     h: mx.array,
     prefix: LayerKV,

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint.vision import LIMITS, ImageTokens, VisionConfig
 from ..errors import SettingsError
-from .attention import Tables, attend_all, cos_sin, rotate
+from .attention import RopeTables, attend_all, cos_sin, rotate
 from .layers import Linear, geglu
 
 
@@ -67,7 +67,7 @@ class VisionAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
 
-    def __call__(self, x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
+    def __call__(self, x: mx.array, rope: tuple[RopeTables, RopeTables]) -> mx.array:
         """(P, D) -> (P, D); rope: tables of the patches' x and of their y."""
         queries = rotate_halves(self.q_norm(self._heads(self.q_proj(x))), rope)
         keys = rotate_halves(self.k_norm(self._heads(self.k_proj(x))), rope)
@@ -92,7 +92,7 @@ class VisionLayer(nn.Module):
         self.pre_feedforward_layernorm = nn.RMSNorm(width, eps=eps)
         self.post_feedforward_layernorm = nn.RMSNorm(width, eps=eps)
 
-    def __call__(self, x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
+    def __call__(self, x: mx.array, rope: tuple[RopeTables, RopeTables]) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), rope)
         x = x + self.post_attention_layernorm(attended)
         fed = self.mlp(self.pre_feedforward_layernorm(x))
@@ -177,7 +177,9 @@ class Vision(nn.Module):
         return self.embed_vision(self.vision_tower(patches, positions))
 
 
-def axial_tables(vision: VisionConfig, positions: np.ndarray) -> tuple[Tables, Tables]:
+def axial_tables(
+    vision: VisionConfig, positions: np.ndarray
+) -> tuple[RopeTables, RopeTables]:
     """cos and sin for the x and for the y of (P, 2) positions, each (1, 1, P, pairs).
 
     A head's first half is rotated by x, its second by y, with the same frequencies:
@@ -190,7 +192,7 @@ def axial_tables(vision: VisionConfig, positions: np.ndarray) -> tuple[Tables, T
     return x, y
 
 
-def rotate_halves(x: mx.array, rope: tuple[Tables, Tables]) -> mx.array:
+def rotate_halves(x: mx.array, rope: tuple[RopeTables, RopeTables]) -> mx.array:
     """Rotate the halves of (1, H, P, head_dim), each by its own axis."""
     halves = zip(mx.split(x, 2, axis=-1), rope, strict=True)
     return mx.concatenate([rotate(half, tables) for half, tables in halves], axis=-1)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.config import ModelConfig
-from .corruption import Sample, corrupt, draw_key, order
+from .corruption import Sample, corrupt, draw_key, shuffled_indices
 from .data import Dataset, Example
 from .settings import TrainSettings
 
@@ -20,11 +20,11 @@ class Batch:
 
     tokens: mx.array  # (B, column + L) int32: padding, prefix, clean canvas
     noisy: mx.array  # (B, L) int32
-    conditioned: mx.array  # (B, 1, 1) float32: 1 or 0
+    self_conditioned: mx.array  # (B, 1, 1) float32: 1 or 0
     weights: mx.array  # (B, column + L - 1) float32: of next-token pairs, sum 1
     starts: mx.array  # (B,) int32: first column of each row that is not padding
     column: int
-    any_conditioned: bool
+    any_self_conditioned: bool
 
     @classmethod
     def of(
@@ -47,15 +47,15 @@ class Batch:
             # pair i predicts token i + 1
             first = start + (sample.prompt - 1 if mask_prompt else 0)
             weights[row, first:] = 1 / ((column + length - 1 - first) * rows)
-        conditioned = [sample.conditioned for sample in samples]
+        self_conditioned = [sample.self_conditioned for sample in samples]
         return cls(
             mx.array(tokens),
             mx.array([list(sample.noisy) for sample in samples], dtype=mx.int32),
-            mx.array(conditioned, dtype=mx.float32)[:, None, None],
+            mx.array(self_conditioned, dtype=mx.float32)[:, None, None],
             mx.array(weights),
             mx.array(starts, dtype=mx.int32),
             column,
-            any(conditioned),
+            any(self_conditioned),
         )
 
     def __len__(self) -> int:
@@ -64,7 +64,13 @@ class Batch:
     @property
     def arrays(self) -> list[mx.array]:
         """The arrays in the order of the fields."""
-        return [self.tokens, self.noisy, self.conditioned, self.weights, self.starts]
+        return [
+            self.tokens,
+            self.noisy,
+            self.self_conditioned,
+            self.weights,
+            self.starts,
+        ]
 
 
 class Batches:
@@ -79,7 +85,7 @@ class Batches:
     def train(self, data: Dataset, step: int) -> Batch:
         """Return this rank's share of micro-batch `step`."""
         size = self.settings.batch_size
-        chosen = order(self.settings.seed, len(data), step * size, size)
+        chosen = shuffled_indices(self.settings.seed, len(data), step * size, size)
         examples = [data.examples[index] for index in chosen]
         own = range(self.rank, size, self.ranks)
         return self._batch(examples, "train", step, own)

@@ -25,7 +25,7 @@ class Sample:
     prompt: int  # how many tokens of the prefix are the prompt
     canvas: Sequence[int]  # L clean ids
     noisy: Sequence[int]  # L ids that the decoder sees
-    conditioned: bool  # whether it also sees its own first guess
+    self_conditioned: bool  # whether it also sees its own first guess
 
 
 def draw_key(seed: int, stream: str, step: int, position: int) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def corrupt(
     rng = np.random.default_rng(key)
     index = int(rng.integers(example.canvases(length)))
     level = rng.uniform(*settings.levels)
-    conditioned = bool(rng.random() < settings.self_conditioning)
+    self_conditioned = bool(rng.random() < settings.self_conditioning)
     before, canvas = example.cut(length, index)
     replaced = rng.random(length) < level
     noise = rng.integers(0, vocab_size, length)
@@ -57,11 +57,11 @@ def corrupt(
         prompt=len(example.prompt),
         canvas=canvas,
         noisy=np.where(replaced, noise, canvas).tolist(),
-        conditioned=conditioned,
+        self_conditioned=self_conditioned,
     )
 
 
-def order(seed: int, count: int, first: int, wanted: int) -> list[int]:
+def shuffled_indices(seed: int, count: int, first: int, wanted: int) -> list[int]:
     """Return `wanted` indices from `first` on, in endless shuffled epochs."""
     indices: list[int] = []
     while len(indices) < wanted:

@@ -44,10 +44,10 @@ def losses(
     seen = tokens if encoding else tokens[:, :column]
     states, kv = encode(model, seen, inputs, run_layer)
     canvas, signal = (batch.noisy, kv, inputs, column), None
-    if batch.any_conditioned:
+    if batch.any_self_conditioned:
         guess = denoise(model, *canvas, None)
         signal = loss.signal(embedding, guess, softcap)
-        signal = signal * batch.conditioned.astype(guess.dtype)
+        signal = signal * batch.self_conditioned.astype(guess.dtype)
     hidden = denoise(model, *canvas, signal, run_layer)
     nats = loss.cross_entropy(embedding, hidden, tokens[:, column:], softcap)
     denoising = mx.mean(nats)

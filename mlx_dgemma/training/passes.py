@@ -14,7 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.config import LayerConfig, ModelConfig
-from ..model.attention import CausalView, Tables, causal_tiles, rope_tables, tile_size
+from ..model.attention import (
+    CausalView,
+    RopeTables,
+    causal_tiles,
+    rope_tables,
+    tile_size,
+)
 from ..model.cache import LayerKV, Span
 from ..model.language import DiffusionGemma, Layer, View
 
@@ -44,7 +50,7 @@ def checkpointed(layer: Layer, run: Callable[..., Any], *inputs: Any) -> Any:
 class AttentionInputs:
     """Positions and masks of B rows of S columns, by kind of layer."""
 
-    rope: dict[LayerConfig, Tables]  # (B, 1, S, rotated pairs)
+    rope: dict[LayerConfig, RopeTables]  # (B, 1, S, rotated pairs)
     causal: dict[LayerConfig, mx.array]  # (B, 1, S, S): whether a query sees a key
     tokens: mx.array  # (B, 1, 1, S): whether a column is no padding
 

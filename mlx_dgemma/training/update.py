@@ -31,21 +31,21 @@ class Gradients:
 
     def __call__(self, weights: Tree, batch: Batch) -> tuple[Losses, Tree]:
         """Return the losses, and the gradients of `weights` in float32."""
-        key = batch.column, len(batch), batch.any_conditioned
+        key = batch.column, len(batch), batch.guessing
         if key not in self._programs:
-            self._programs[key] = self._program(batch.column, batch.any_conditioned)
+            self._programs[key] = self._program(batch.column, batch.guessing)
         (_, found), gradients = self._programs[key](weights, batch.arrays)
         self.model.update(weights)  # tracing has left its own arrays in the model
         return Losses(*found), tree_map(lambda g: g.astype(mx.float32), gradients)
 
-    def _program(self, column: int, any_conditioned: bool) -> Callable[..., Any]:
+    def _program(self, column: int, guessing: bool) -> Callable[..., Any]:
         settings = self.settings
 
         def objective(weights: Tree, arrays: list) -> tuple[mx.array, tuple]:
             self.model.update(weights)
             found = losses(
                 self.model,
-                Batch(*arrays, column=column, any_conditioned=any_conditioned),
+                Batch(*arrays, column=column, guessing=guessing),
                 encoding=settings.encoder_loss_weight > 0,
                 checkpoint=settings.grad_checkpoint,
             )

@@ -23,7 +23,7 @@ def plain_loop(model, prompt, s: Settings, seed: int):
     V, L = model.config.vocab_size, s.canvas_length
 
     def draw(kind, index, step, purpose):
-        key = mx.array(sampler.fold(seed, index, step, purpose))
+        key = mx.array(sampler.random_key(seed, index, step, purpose))
         return np.array(kind(shape=(L,), key=key))
 
     def ids(**of):
@@ -164,7 +164,7 @@ def test_request_equals_solo_whatever_shares_the_batch(
 ):
     """Also run ahead; where `far` is 0, most canvases have a step started in vain."""
     model, _ = tiny_model
-    monkeypatch.setattr(canvas, "FAR_FROM_DONE", far)
+    monkeypatch.setattr(canvas, "RUN_AHEAD_FACTOR", far)
     events = crowded(model, ahead=ahead, compiled=compiled)
     last = set()
     for number, request in enumerate(REQUESTS):
@@ -178,7 +178,7 @@ def test_request_equals_solo_whatever_shares_the_batch(
         others = [e for e in expected if isinstance(e, Step)]
         assert [facts(e) for e in steps] == [facts(e) for e in others]
         for a, b in zip(steps, others, strict=True):
-            assert a.mean_entropy == pytest.approx(b.mean_entropy, abs=5e-4)
+            assert a.mean_entropy == pytest.approx(b.mean_entropy, rel=1e-2)
         last |= {e.stopped for e in steps if e.last}
     assert last == {True, False}
 

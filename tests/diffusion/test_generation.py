@@ -95,7 +95,7 @@ def test_earliest_stop_string_ends_text_and_tokens(tiny_model, long_text):
         assert events[-1].finish_reason == "stop"
         commits = [e for e in events if isinstance(e, Commit)]
         tokens = [t for e in commits for t in e.tokens]
-        held = "".join(e.held for e in commits)
+        held = "".join(e.pending_text for e in commits)
         assert tiny_model[1].decode(tokens) == expected + held
     # the end is not held back for a stop string that never comes
     stop = long_text[-1] + "never"
@@ -122,7 +122,7 @@ def commit(text, reason=None, steps=1):
 def test_beginning_of_a_stop_string_is_held_back():
     filter = StopFilter(Echo(), ["END."])
     first = filter.write(commit("one EN"))
-    assert (first.text, first.held) == ("one ", "EN")
+    assert (first.text, first.pending_text) == ("one ", "EN")
     assert filter.write(commit("Dless ")).text == "ENDless "
     assert filter.write(commit("E")).text == ""
     last = filter.write(commit("ND. more", "length"))

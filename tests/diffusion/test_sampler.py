@@ -37,14 +37,14 @@ def test_accept_sums_what_was_accepted_before_with_a_bound_per_row():
 
 def test_equal_drafts_in_a_row_are_counted_per_row():
     a, b = [1, 2, 3], [1, 2, 4]
-    streak = mx.zeros((2,), dtype=mx.int32)
+    unchanged = mx.zeros((2,), dtype=mx.int32)
     before = mx.full((2, 3), -1)  # no canvas yet: the first never counts
     counted = []
     for first, second in ((a, b), (a, a), (a, a), (b, a), (b, b)):
         argmax = mx.array([first, second])
-        streak = sampler.count_unchanged(argmax, before, streak)
+        unchanged = sampler.count_unchanged(argmax, before, unchanged)
         before = argmax
-        counted.append(streak.tolist())
+        counted.append(unchanged.tolist())
     assert counted == [[0, 0], [1, 0], [2, 1], [0, 2], [1, 0]]
 
 
@@ -61,7 +61,7 @@ def test_reveal_takes_likely_positions_and_at_least_one():
 
 def test_fold_depends_on_each_of_its_four_arguments_only():
     keys = [
-        tuple(sampler.fold(seed, canvas, step, purpose).tolist())
+        tuple(sampler.random_key(seed, canvas, step, purpose).tolist())
         for _ in range(2)
         for seed in (0, 1, 2**40)
         for canvas in (0, 1, 11)
@@ -72,7 +72,7 @@ def test_fold_depends_on_each_of_its_four_arguments_only():
 
 
 def test_random_tokens_cover_the_vocabulary_evenly():
-    ids = np.array(sampler.random_tokens(sampler.fold(0, 0, 0, "x"), 64_000, 32))
+    ids = np.array(sampler.random_tokens(sampler.random_key(0, 0, 0, "x"), 64_000, 32))
     counts = np.bincount(ids, minlength=32)
     assert len(counts) == 32
     assert ((counts - 2000) ** 2 / 2000).sum() < 61.1  # 31 degrees, p = 0.001

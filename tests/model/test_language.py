@@ -17,7 +17,7 @@ from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.errors import SettingsError
 from mlx_dgemma.model import layers
 from mlx_dgemma.model.cache import PrefixCache
-from mlx_dgemma.model.language import branch
+from mlx_dgemma.model.language import copy_layer
 
 RNG = np.random.default_rng(7)
 PROMPT = RNG.integers(0, 32, 40)
@@ -170,7 +170,7 @@ def test_encoder_layers_are_no_parameters_of_their_own(tiny):
     model.layers[1].input_layernorm = nn.RMSNorm(64)  # encoding runs the same layer
     after = hidden()
     assert np.abs(after - before).max() > 1e-2
-    model.encoder_layers = tuple(branch(layer) for layer in model.layers)
+    model.encoder_layers = tuple(copy_layer(layer) for layer in model.layers)
     model.layers[1].input_layernorm = norm  # encoding runs a branch of it
     np.testing.assert_array_equal(hidden(), after)
 

@@ -52,7 +52,7 @@ def samples_of(seed, prefixes, length, vocabulary):
                 prompt=max(1, size // 2),
                 canvas=canvas.tolist(),
                 noisy=np.where(hit, noise, canvas).tolist(),
-                conditioned=bool((row + seed) % 2),
+                self_conditioned=bool((row + seed) % 2),
             )
         )
     return samples
@@ -85,7 +85,7 @@ def truth(path, samples, mask_prompt):
             logits = model(
                 **given,
                 self_conditioning_logits=guess,
-                self_conditioning_mask=torch.tensor([sample.conditioned]),
+                self_conditioning_mask=torch.tensor([sample.self_conditioned]),
             ).logits
             denoising = cross_entropy(logits[0], clean[0])
             after = encoder(input_ids=clean, **{name: cache})

@@ -22,7 +22,7 @@ def random(seed: int, shape: tuple[int, ...]) -> mx.array:
     return mx.array(values.astype(np.float32))
 
 
-def sample(size: int, *, conditioned: bool = False) -> Sample:
+def sample(size: int, *, self_conditioned: bool = False) -> Sample:
     rng = np.random.default_rng(size)
     canvas, noise = rng.integers(5, 32, (2, 16))
     return Sample(
@@ -30,7 +30,7 @@ def sample(size: int, *, conditioned: bool = False) -> Sample:
         prompt=size,
         canvas=canvas.tolist(),
         noisy=np.where(rng.random(16) < 0.5, noise, canvas).tolist(),
-        conditioned=conditioned,
+        self_conditioned=self_conditioned,
     )
 
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
         name: random(index, a.shape) * 0.5 / a.shape[-1] ** 0.5
         for index, (name, a) in enumerate(tree_flatten(model.trainable_parameters()))
     }
-    batch = Batch.of(model.config, [sample(3), sample(9, conditioned=True)])
+    batch = Batch.of(model.config, [sample(3), sample(9, self_conditioned=True)])
 
     def of(arrays: Arrays) -> mx.array:
         model.update(tree_unflatten(list(arrays.items())))

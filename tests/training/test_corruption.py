@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.training.corruption import STREAMS, corrupt, draw_key, order
+from mlx_dgemma.training.corruption import STREAMS, corrupt, draw_key, shuffled_indices
 from mlx_dgemma.training.data import Example
 from mlx_dgemma.training.settings import TrainSettings
 
@@ -89,7 +89,7 @@ def test_the_canvas_is_chosen_uniformly_behind_those_before_it():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_a_share_of_the_samples_is_conditioned(share):
     found = samples(LONG, self_conditioning=share)
-    chosen = np.array([s.conditioned for s in found])
+    chosen = np.array([s.self_conditioned for s in found])
     allowed = 5 * (share * (1 - share) / DRAWS) ** 0.5
     assert chosen.mean() == pytest.approx(share, abs=allowed)
     if 0 < share < 1:  # whatever the noise is
@@ -102,12 +102,12 @@ def test_a_share_of_the_samples_is_conditioned(share):
 def test_the_order_is_of_shuffled_epochs_and_continues_from_anywhere(
     count, first, wanted, seed
 ):
-    whole = order(seed, count, 0, first + wanted)
+    whole = shuffled_indices(seed, count, 0, first + wanted)
     assert len(whole) == first + wanted
-    assert order(seed, count, first, wanted) == whole[first:]
-    indices = order(seed, count, 0, 4 * count)
+    assert shuffled_indices(seed, count, first, wanted) == whole[first:]
+    indices = shuffled_indices(seed, count, 0, 4 * count)
     epochs = [indices[i : i + count] for i in range(0, 4 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     if count > 12:  # no two are the same
         assert len(set(map(tuple, epochs))) == 4 and epochs[0] != sorted(epochs[0])
-        assert order(seed + 1, count, 0, count) != epochs[0]
+        assert shuffled_indices(seed + 1, count, 0, count) != epochs[0]

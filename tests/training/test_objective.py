@@ -21,7 +21,7 @@ def model(tiny_model):
     return tiny_model[0]
 
 
-def sample(size, seed=0, *, prompt=None, conditioned=False):
+def sample(size, seed=0, *, prompt=None, self_conditioned=False):
     rng = np.random.default_rng([seed, size])
     canvas, noise = rng.integers(0, VOCABULARY, (2, LENGTH))
     return Sample(
@@ -29,7 +29,7 @@ def sample(size, seed=0, *, prompt=None, conditioned=False):
         prompt=size if prompt is None else prompt,
         canvas=canvas.tolist(),
         noisy=np.where(rng.random(LENGTH) < 0.5, noise, canvas).tolist(),
-        conditioned=conditioned,
+        self_conditioned=self_conditioned,
     )
 
 
@@ -109,8 +109,8 @@ def test_encoder_loss_is_that_of_each_next_token(model):
 
 
 def test_a_guess_is_seen_only_in_conditioned_samples(model):
-    """A sample that is not conditioned loses the same beside one that is."""
-    plain, other = sample(8), sample(8, seed=1, conditioned=True)
+    """A sample that is not self-conditioned loses the same beside one that is."""
+    plain, other = sample(8), sample(8, seed=1, self_conditioned=True)
 
     def denoising(*samples):
         batch = Batch.of(model.config, samples)
@@ -118,12 +118,12 @@ def test_a_guess_is_seen_only_in_conditioned_samples(model):
 
     mean = (denoising(plain) + denoising(other)) / 2
     assert denoising(plain, other) == pytest.approx(mean, rel=1e-5)
-    unconditioned = denoising(replace(other, conditioned=False))
+    unconditioned = denoising(replace(other, self_conditioned=False))
     assert abs(denoising(other) - unconditioned) > 1e-4
 
 
 def test_conditioned_loss_is_that_of_a_second_step_at_temperature_one(model):
-    one = sample(9, conditioned=True)
+    one = sample(9, self_conditioned=True)
     cache = model.make_cache()
     model.encode(mx.array([one.prefix], dtype=mx.int32), cache)
     noisy = mx.array([one.noisy], dtype=mx.int32)
@@ -135,7 +135,9 @@ def test_conditioned_loss_is_that_of_a_second_step_at_temperature_one(model):
 
 
 def test_checkpointed_layers_give_the_same_gradients_in_less_memory(model):
-    batch = Batch.of(model.config, [sample(40, n, conditioned=True) for n in range(8)])
+    batch = Batch.of(
+        model.config, [sample(40, n, self_conditioned=True) for n in range(8)]
+    )
     model.unfreeze()
     before = {name: np.array(a) for name, a in tree_flatten(model.parameters())}
 
