@@ -24,7 +24,7 @@ class Batch:
     weights: mx.array  # (B, column + L - 1) float32: of next-token pairs, sum 1
     starts: mx.array  # (B,) int32: first column of each row that is not padding
     column: int
-    any_self_conditioned: bool
+    needs_guess: bool
 
     @classmethod
     def of(

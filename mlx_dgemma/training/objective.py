@@ -44,7 +44,7 @@ def losses(
     seen = tokens if encoding else tokens[:, :column]
     states, kv = encode(model, seen, inputs, run_layer)
     canvas, signal = (batch.noisy, kv, inputs, column), None
-    if batch.any_self_conditioned:
+    if batch.needs_guess:
         guess = denoise(model, *canvas, None)
         signal = loss.signal(embedding, guess, softcap)
         signal = signal * batch.self_conditioned.astype(guess.dtype)

@@ -31,21 +31,21 @@ class Gradients:
 
     def __call__(self, weights: Tree, batch: Batch) -> tuple[Losses, Tree]:
         """Return the losses, and the gradients of `weights` in float32."""
-        key = batch.column, len(batch), batch.guessing
+        key = batch.column, len(batch), batch.needs_guess
         if key not in self._programs:
-            self._programs[key] = self._program(batch.column, batch.guessing)
+            self._programs[key] = self._program(batch.column, batch.needs_guess)
         (_, found), gradients = self._programs[key](weights, batch.arrays)
         self.model.update(weights)  # tracing has left its own arrays in the model
         return Losses(*found), tree_map(lambda g: g.astype(mx.float32), gradients)
 
-    def _program(self, column: int, guessing: bool) -> Callable[..., Any]:
+    def _program(self, column: int, needs_guess: bool) -> Callable[..., Any]:
         settings = self.settings
 
         def objective(weights: Tree, arrays: list) -> tuple[mx.array, tuple]:
             self.model.update(weights)
             found = losses(
                 self.model,
-                Batch(*arrays, column=column, guessing=guessing),
+                Batch(*arrays, column=column, needs_guess=needs_guess),
                 encoding=settings.encoder_loss_weight > 0,
                 checkpoint=settings.grad_checkpoint,
             )
