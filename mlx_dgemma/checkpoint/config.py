@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files.json import Keys, read_json
-from ..settings import MAX_CANVAS_LENGTH
+from ..settings import MAX_CANVAS_LENGTH, MAX_TOKEN
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING_PATTERN = 6  # without layer_types, every sixth layer is full
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> ModelConfig:
         **{key: text.integer(key, None, 1, MAX_WIDTH) for key in WIDTHS},
         layers=layers,
         # transformers keeps the last window - 1 positions; of 1 it would keep them all
-        sliding_window=text.integer("sliding_window", None, 2, 2**31 - 1),
+        sliding_window=text.integer("sliding_window", None, 2, MAX_TOKEN),
         rms_norm_eps=text.number("rms_norm_eps", 1e-6),
         final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
         attention_bias=text.boolean("attention_bias"),

@@ -6,7 +6,7 @@ under the target's own name there is nothing or everything.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,7 @@ def convert(
 
     quantize            quantise linear layers, experts and the embedding
     q_bits, q_group_size, q_mode   as mlx.core.quantize; the mode's own defaults
-    quant_predicate     recipe: "uniform", or "mixed" (experts as asked, the rest
-                        at 8 bits)
+    quant_predicate     "uniform", or "mixed": experts as asked, the rest at 8 bits
     dtype               of what stays dense ("float32", "float16", "bfloat16");
                         the source's when None. The vision tower keeps its own.
     dequantize          turn quantised layers dense again
@@ -98,27 +97,15 @@ def convert(
     Raises DGemmaError, one line, before anything is written; a conversion that
     fails later leaves nothing behind.
     """
-    target = Path(mlx_path).expanduser()
+    target, base = Path(mlx_path).expanduser(), None
     if quantize and dequantize:
         raise ConversionError("--quantize and --dequantize exclude one another")
-    for flag, value, allowed in (
-        ("dtype", dtype or "float32", DTYPES),
-        ("quant-predicate", quant_predicate, RECIPES),
-    ):
-        if value not in allowed:
-            supported = ", ".join(allowed)
-            raise ConversionError(f"{flag} is {value!r}; supported: {supported}")
-    for flag, given in (
-        ("q-bits", q_bits is not None),
-        ("q-group-size", q_group_size is not None),
-        ("q-mode", q_mode != "affine"),
-        ("quant-predicate", quant_predicate != "uniform"),
-    ):
-        if given and not quantize:
-            raise ConversionError(f"--{flag} is given without --quantize; add it")
-    base = None
+    _check_known("dtype", dtype or "float32", DTYPES)
+    _check_known("quant-predicate", quant_predicate, RECIPES)
     if quantize:
         base = Quantization.with_defaults(q_mode, q_bits, q_group_size)
+    else:
+        _refuse_flags_of_quantize(q_bits, q_group_size, q_mode, quant_predicate)
     layout = open_source(hf_path, revision, target, overwrite)
     if layout.quantized and not dequantize:
         raise ConversionError(
@@ -137,6 +124,24 @@ def convert(
         shard_bytes=shard_bytes,
         progress=progress,
     )
+
+
+def _check_known(flag: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConversionError(f"{flag} is {value!r}; supported: {', '.join(known)}")
+
+
+def _refuse_flags_of_quantize(
+    bits: int | None, group_size: int | None, mode: str, recipe: str
+) -> None:
+    for flag, given in (
+        ("q-bits", bits is not None),
+        ("q-group-size", group_size is not None),
+        ("q-mode", mode != "affine"),
+        ("quant-predicate", recipe != "uniform"),
+    ):
+        if given:
+            raise ConversionError(f"--{flag} is given without --quantize; add it")
 
 
 def open_source(

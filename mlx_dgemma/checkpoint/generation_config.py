@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files.json import Keys, read_json
-from ..settings import Settings
+from ..settings import MAX_TOKEN, Settings
 from .config import ModelConfig, warn_of_unknown
 
 SAMPLER = "EntropyBoundSamplerConfig"
@@ -45,7 +45,7 @@ def read_generation_config(config: ModelConfig, folder: Path | None = None) -> S
     try:
         settings = defaults.replace(
             max_tokens=keys.integer(
-                "max_new_tokens", defaults.max_tokens, 1, 2**31 - 1
+                "max_new_tokens", defaults.max_tokens, 1, MAX_TOKEN
             ),
             steps=keys.integer("max_denoising_steps", defaults.steps, 1, MAX_STEPS),
             entropy_bound=bound,

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..files.json import Keys
 from ..files.safetensors import Expected, check_tensors, load_tensors
-from .config import MAX_WIDTH, ModelConfig
+from .config import MAX_HEAD_DIM, MAX_WIDTH, ModelConfig
 from .weights import VISION, read_tensors
 
 ROOT = "model.encoder."
@@ -74,7 +74,7 @@ def read_vision(config: ModelConfig, where: str) -> VisionConfig:
         layers=keys.integer("num_hidden_layers", 16, 1, 1000),
         heads=heads,
         kv_heads=keys.integer("num_key_value_heads", heads, 1, MAX_WIDTH),
-        head_dim=keys.integer("head_dim", 64, 4, 4096),
+        head_dim=keys.integer("head_dim", 64, 4, MAX_HEAD_DIM),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope_theta=keys.number("rope_theta", theta),
         patch=keys.integer("patch_size", 16, 1, 1024),

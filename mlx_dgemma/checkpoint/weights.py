@@ -46,14 +46,14 @@ LAYER_NORMS = (
 
 
 def parameter_name(disk_name: str) -> str | None:
-    """Return the model parameter a tensor on disk fills; None if it fills none.
+    """Return the parameter of the text model that a tensor holds, or None.
 
-    Vision tensors and the tied copies of the encoder fill none.
+    None for the vision tower and for the encoder's copies of shared weights.
     """
     if match := SCALAR.fullmatch(disk_name):
         mode = "decoder" if match[1] == DECODER else "encoder"
         return f"layers.{match[2]}.{mode}_scalar"
-    # the model's own names of the scalars are no names on disk
+    # encoder_scalar and decoder_scalar are named layer_scalar in files
     if not disk_name.startswith(DECODER) or disk_name.endswith("coder_scalar"):
         return None
     return BARE_EXPERTS.sub(r"\1.weight", disk_name.removeprefix(DECODER))
@@ -175,11 +175,11 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint whose names, shapes and dtypes were checked against its config.
+    """What a checkpoint folder holds, checked against config.json, no data read.
 
-    tensors        all of them by name on disk, vision and tied copies too
-    parameters     those that fill a parameter of the model
-    quantized      layer of the model -> how it is stored, for layers that are not dense
+    tensors        every tensor by its name in the file, vision and tied copies too
+    parameters     the text model's tensors by the name of the parameter they hold
+    quantized      quantised layers by their path in the model, and how each is stored
     quantization   what config.json declares; None for a dense checkpoint
     """
 
