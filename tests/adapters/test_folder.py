@@ -205,8 +205,7 @@ def top(**changes: Any) -> dict[str, Any]:
 
 def parameters(**changes: Any) -> dict[str, Any]:
     given = adapters.config_of(SMALL, 2)["lora_parameters"] | changes
-    given = {name: value for name, value in given.items() if value is not ...}
-    return top(lora_parameters=given)
+    return top(lora_parameters={k: v for k, v in given.items() if v is not ...})
 
 
 BAD = [
