@@ -90,11 +90,9 @@ WRITTEN: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 WRITTEN |= {key: {} for key in ("alpha_pattern", "loftq_config", "rank_pattern")}
-OFF = "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora use_rslora"
-WRITTEN |= dict.fromkeys(OFF.split(), False)
+WRITTEN |= dict.fromkeys("fan_in_fan_out lora_bias use_dora use_rslora".split(), False)
 WRITTEN |= dict.fromkeys(
-    "alora_invocation_tokens arrow_config corda_config eva_config exclude_modules "
-    "kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config "
-    "megatron_config modules_to_save monteclora_config revision target_parameters "
+    "corda_config eva_config layers_to_transform megatron_config modules_to_save "
+    "target_parameters revision "
     "trainable_token_indices use_bdlora velora_config".split()
 )
