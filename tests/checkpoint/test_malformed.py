@@ -148,3 +148,13 @@ def test_whole_folders_are_accepted(tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     assert run("generate", model).exit_code == run("convert", model).exit_code == 0
     assert sorted(os.listdir(tmp_path)) == ["model", "out"]
+
+
+def test_a_token_the_model_does_not_have_is_named(tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    changed = json.loads((model / TOKENIZER).read_text())
+    changed["model"]["vocab"]["a"] = 99
+    (model / TOKENIZER).write_text(json.dumps(changed))
+    result = run("generate", model)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert "id 99" in result.stderr and "0 to 31" in result.stderr
