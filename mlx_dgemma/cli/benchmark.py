@@ -139,7 +139,7 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     from ..checkpoint import hub
     from ..loading import load
     from ..performance import measure
-    from ..performance.cost import Loaded, weight_bytes
+    from ..performance.cost import Storage
     from ..text.chat import chat_ids
 
     beside = None if options.beside is None else hub.resolve(options.beside)
@@ -164,7 +164,7 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": measure.machine(),
         "model": name,
-        "weight_bytes": weight_bytes(model.config, Loaded.of(model)),
+        "weight_bytes": Storage.of_model(model).weight_bytes,
         "job": {
             "prompt_tokens": len(job.prompts[0]),
             "rows": len(job.prompts),
@@ -197,17 +197,14 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     from ..checkpoint.quantize import Quantization
     from ..performance.synthetic import SHAPES, synthetic_model
 
-    quantization, name = None, f"synthetic {options.synthetic}"
+    q, name = None, f"synthetic {options.synthetic}"
     if options.q_bits is not None or options.q_mode is not None:
         bits = None if options.q_bits is None else int(options.q_bits)
-        quantization = Quantization.with_defaults(
-            options.q_mode or "affine", bits, None
-        )
-        name += f", {quantization.bits} bit {quantization.mode}"
-        name += f", {options.quant_predicate}"
+        q = Quantization.with_defaults(options.q_mode or "affine", bits)
+        name += f", {q.bits} bit {q.mode}, {options.quant_predicate}"
     model = synthetic_model(
         SHAPES[options.synthetic](),
-        quantization=quantization,
+        quantization=q,
         recipe=options.quant_predicate,
         dtype=DTYPES[options.dtype or "bfloat16"],
         seed=0,

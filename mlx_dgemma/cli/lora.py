@@ -112,9 +112,9 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
             raise click.UsageError("--data is missing")
         run = _run(given)
         if given["estimate"]:
-            from ..training import memory
+            from ..training import fit
 
-            click.echo("\n".join(memory.lines(run)))
+            click.echo("\n".join(fit.lines(run)))
         if given["train"]:
             _train(run)
         if given["test"]:

@@ -41,7 +41,8 @@ def run_beside(
     if isinstance(prompt, str):
         ids = chat_ids(Tokenizer.from_dir(folder), prompt)
     else:
-        ids = _random_ids(config, prompt)
+        size = config.get("text_config", config).get("vocab_size", 256)
+        ids = np.random.default_rng(0).integers(0, size, prompt).tolist()
     runs = [_run(model, ids, tokens, prefill_step_size) for _ in range(trials + 1)][1:]
     return {
         "prompt_tokens": len(ids),
@@ -49,12 +50,6 @@ def run_beside(
         "median": {k: statistics.median(run[k] for run in runs) for k in runs[0]},
         "trials": runs,
     }
-
-
-def _random_ids(config: dict[str, Any], count: int) -> list[int]:
-    text_config = config.get("text_config") or config
-    vocab_size = text_config.get("vocab_size", 256)
-    return np.random.default_rng(0).integers(0, vocab_size, count).tolist()
 
 
 def _run(

@@ -1,13 +1,10 @@
 """The chips Apple put into Macs, M1 to M5, as published.
 
-Memory sizes, bandwidth and GPU cores: Apple's technical specification pages. GPU
-clocks, which Apple does not publish: macOS `powermetrics`, as users reported it.
-Rates are derived: cores × operations per core and cycle × clock. Before M5 a core
-has 128 ALUs of one multiply-add each, for 16 and 32 bits alike, which gives the 2.6
-to 27.2 TFLOPS that Apple stated for M1 to M2 Ultra. From M5 on, 16-bit matrix
-products run on an accelerator in each core, 1024 operations a cycle by a public
-microbenchmark of the A19, which has the same one (Apple: "over 4x" M4). A public
-PyTorch benchmark reached 14.1 TFLOPS on M5, of the 16.2 this gives for its 10 cores.
+Memory sizes, bandwidth and GPU cores: Apple's specification pages. GPU clocks: macOS
+`powermetrics`, as users reported it. Rates are derived, cores × operations per core and
+cycle × clock: a core has 128 ALUs of one multiply-add each, which gives the 2.6 to 27.2
+TFLOPS that Apple stated for M1 to M2 Ultra; from M5 on, 16-bit matrix products run on
+an accelerator in each core, 1024 operations a cycle by a microbenchmark of the A19.
 """
 
 import re
@@ -15,22 +12,15 @@ from dataclasses import dataclass
 
 from ..errors import SettingsError
 
-ALU_FLOPS = 2 * 128  # per GPU core and cycle
-ACCELERATOR_FLOPS = 1024
+ALU_FLOPS, ACCELERATOR_FLOPS = 2 * 128, 1024  # per GPU core and cycle
 WRITTEN = re.compile(
     r"(?:apple\s+)?(m\d+(?:\s+(?:pro|max|ultra))?)[\s,]+(\d+)\s*(?:gb)?", re.IGNORECASE
 )
-EXAMPLE = "M4 Max 64GB"
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One bin of a chip.
-
-    clock        of the GPU at its highest, GHz
-    bandwidth    of memory, GB/s (10^9)
-    memory       sizes sold with it, GB (2^30)
-    """
+    """One bin of a chip: GHz of its GPU, GB/s (10^9), sizes sold in GB (2^30)."""
 
     name: str
     clock: float
@@ -73,16 +63,15 @@ CHIPS = [Chip(name, clock, *b) for name, (clock, *bins) in TABLE.items() for b i
 def find(text: str) -> tuple[Chip, int]:
     """Return the chip and the memory in GB that a text such as "M4 Max 64GB" names.
 
-    A memory size that Apple sells with one bin only decides the bin; with two, the
-    slower is taken. Raises SettingsError naming the known chips, or the memory sizes
-    of the chip.
+    Memory decides the bin; where both have that much, the slower is taken. Raises
+    SettingsError naming the known chips, or the memory sizes of the chip.
     """
     match = WRITTEN.fullmatch(text.strip())
     name = " ".join(match[1].split()).casefold() if match else ""
     bins = [chip for chip in CHIPS if chip.name.casefold() == name]
     if match is None or not bins:
         raise SettingsError(
-            f"chip is {text!r}; write it like {EXAMPLE!r}, with one of "
+            f"chip is {text!r}; write it like 'M4 Max 64GB', with one of "
             f"{', '.join(TABLE)}"
         )
     memory = int(match[2])

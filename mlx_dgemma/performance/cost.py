@@ -1,14 +1,13 @@
-"""What a denoising step and a commit cost in theory: operations and bytes.
+"""What weights, prefixes, steps and commits cost in theory: bytes and operations.
 
-Pure functions of the model's shape and of how its weights are stored. Every count is
-a floor. Only matrix products are operations. Only weights and the encoded prefix are
-bytes, each read once per pass: activations, new keys and values, and the (L, V)
-logits are counted as if they never touched memory.
+Every count is a floor. Only matrix products are operations, two per multiply-add. Only
+weights and the encoded prefix are bytes, each read once per pass.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlx.utils import tree_flatten
 
@@ -31,62 +30,53 @@ PARTS = (
 LAST_ENCODED = {"input_layernorm", "k_proj", "v_proj", "k_norm"}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Floating-point operations, two per multiply-add, and bytes read from memory.
-
-    Bytes of experts are expected values, so both are floats.
-    """
+class Cost(NamedTuple):
+    """Operations and bytes; those of experts are expected values."""
 
     flops: float = 0.0
     bytes: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
 
 @dataclass(frozen=True)
 class Storage:
-    """How weights lie in memory, tensor by tensor as a conversion leaves them.
+    """How the text weights of a model lie in memory.
 
-    value_bytes     of a dense weight, a scale or bias, a key or value: 2 or 4
-    quantization    of linear maps and embedding; None where all are dense
-    recipe          name in RECIPES: which layers the quantization is for
+    value_bytes   of a dense weight, a scale or bias, a key or value: 2 or 4
+    sizes         bytes of each parameter of the dense model, scales included
     """
 
     value_bytes: int
-    quantization: Quantization | None = None
-    recipe: str = "uniform"
-
-    def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a parameter of this dense shape, scales included."""
-        q = None
-        if self.quantization is not None and quantizable(parameter, shape):
-            layer = layer_path(parameter.removesuffix(".weight"))
-            q = RECIPES[self.recipe](layer, self.quantization).fit_to_shape(shape)
-        if q is None:
-            return math.prod(shape) * self.value_bytes
-        total = 0
-        for part, packed in q.packed_shapes(shape).items():
-            dtype = q.storage_dtype(part)
-            width = self.value_bytes if dtype is None else dtype.size
-            total += math.prod(packed) * width
-        return total
-
-
-@dataclass(frozen=True)
-class Loaded(Storage):
-    """How the weights of a model in memory lie there: bytes of each parameter."""
-
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int]
 
     @classmethod
-    def of(cls, model: DiffusionGemma) -> "Loaded":
-        """Measure a model; scales and biases count with their weight."""
+    def planned(
+        cls,
+        config: ModelConfig,
+        value_bytes: int,
+        quantization: Quantization | None = None,
+        recipe: str = "uniform",
+    ) -> "Storage":
+        """Return what a conversion makes; without quantization a dense model."""
         sizes: dict[str, int] = {}
-        parameters = tree_flatten(model.parameters())
-        assert isinstance(parameters, list)
-        for name, array in parameters:
+        for name, shape in expected_shapes(config).items():
+            q, parts = None, {"weight": shape}
+            if quantization is not None and quantizable(name, shape):
+                layer = layer_path(name.removesuffix(".weight"))
+                q = RECIPES[recipe](layer, quantization).fit_to_shape(shape)
+            if q is not None:
+                parts = q.packed_shapes(shape)
+            sizes[name] = 0
+            for part, packed in parts.items():
+                dtype = None if q is None else q.storage_dtype(part)
+                width = value_bytes if dtype is None else dtype.size
+                sizes[name] += math.prod(packed) * width
+        return cls(value_bytes, sizes)
+
+    @classmethod
+    def of_arrays(cls, value_bytes: int, arrays: Iterable[tuple[str, int]]):
+        """Return how named arrays of so many bytes are stored, by parameter."""
+        sizes: dict[str, int] = {}
+        for name, nbytes in arrays:
             layer, _, part = name.rpartition(".")
             weight = f"{layer}.weight" if part in ("scales", "biases") else name
             names = [weight]
@@ -94,27 +84,30 @@ class Loaded(Storage):
                 # loading may have joined two layers
                 names = [weight.replace("gate_up", half) for half in ("gate", "up")]
             for one in names:
-                sizes[one] = sizes.get(one, 0) + array.nbytes // len(names)
-        return cls(model.dtype.size, sizes=sizes)
+                sizes[one] = sizes.get(one, 0) + nbytes // len(names)
+        return cls(value_bytes, sizes)
 
-    def nbytes(self, parameter: str, shape: tuple[int, ...]) -> int:
-        return self.sizes[parameter]
+    @classmethod
+    def of_model(cls, model: DiffusionGemma) -> "Storage":
+        """Return how the weights of a model in memory lie there."""
+        parameters = dict(tree_flatten(model.parameters()))
+        arrays = ((name, array.nbytes) for name, array in parameters.items())
+        return cls.of_arrays(model.dtype.size, arrays)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all text weights; a vision tower is not counted."""
+        return sum(self.sizes.values())
 
 
-def weight_bytes(config: ModelConfig, storage: Storage) -> int:
-    """Return the bytes of all text weights; a vision tower is not counted."""
-    shapes = expected_shapes(config)
-    return sum(storage.nbytes(name, shape) for name, shape in shapes.items())
-
-
-def prefix_bytes(config: ModelConfig, tokens: int, storage: Storage) -> int:
+def prefix_bytes(config: ModelConfig, tokens: int, value_bytes: int) -> int:
     """Return the bytes of the cache of `tokens` encoded tokens.
 
     Full layers store every token, sliding ones the last window - 1. The float32 cos
     and sin of every position are stored once for each kind of full layer.
     """
     stored = sum(
-        _layer_prefix_bytes(config, layer, tokens, storage) for layer in config.layers
+        _layer_bytes(config, layer, tokens, value_bytes) for layer in config.layers
     )
     kinds = {layer for layer in config.layers if not layer.sliding}
     return stored + tokens * sum(2 * 4 * kind.rope.rotated for kind in kinds)
@@ -125,29 +118,28 @@ def step_cost(
 ) -> dict[str, Cost]:
     """Return the cost, by PARTS, of one denoising step of `rows` canvases.
 
-    A canvas has `canvas` tokens behind a prefix of `prefix` tokens of its own. The
-    step has a signal, unlike the first one. Head and soft embedding are an attention
-    over the vocabulary, so one read of the tied matrix serves both.
+    A canvas has `canvas` tokens behind a prefix of `prefix` tokens of its own, and a
+    signal, unlike at the first step. One read of the tied matrix serves both the head
+    and the soft embedding.
     """
     tokens = rows * canvas
-    costs = _weights_cost(config, storage, tokens, expected_shapes(config))
+    costs = _products(config, storage, tokens, expected_shapes(config))
     flops = sum(
         _score_flops(config, layer, tokens * (_visible(config, layer, prefix) + canvas))
         for layer in config.layers
     )
-    costs["scores"] = Cost(flops, rows * prefix_bytes(config, prefix, storage))
-    costs["signal"] = Cost(costs["head"].flops, 0)
+    read = rows * prefix_bytes(config, prefix, storage.value_bytes)
+    costs |= {"scores": Cost(flops, read), "signal": Cost(costs["head"].flops)}
     return {part: costs[part] for part in PARTS}
 
 
 def encode_cost(
     config: ModelConfig, storage: Storage, rows: int, prefix: int, tokens: int
 ) -> dict[str, Cost]:
-    """Return the cost, by part, of encoding `tokens` more tokens on each of `rows`
-    prefixes in one pass; a commit encodes a canvas.
+    """Return the cost, by part, of encoding `tokens` tokens on each of `rows` prefixes.
 
-    The last layer counts up to its keys and values. There is neither head nor signal,
-    and embedding rows are looked up.
+    A commit encodes a canvas. The last layer counts up to its keys and values; there is
+    neither head nor signal, and embedding rows are looked up.
     """
     *layers, last = (f"layers.{index}." for index in range(len(config.layers)))
     shapes = {
@@ -156,16 +148,14 @@ def encode_cost(
         if name.startswith(tuple(layers))
         or (name.startswith(last) and LAST_ENCODED & set(name.split(".")))
     }
-    costs = _weights_cost(config, storage, rows * tokens, shapes)
-    scores = Cost()
+    flops, read = 0, 0
     for layer in config.layers[:-1]:
         window = config.sliding_window if layer.sliding else prefix + tokens
         pairs = _causal_pairs(prefix + tokens, window) - _causal_pairs(prefix, window)
-        scores += Cost(
-            rows * _score_flops(config, layer, pairs),
-            rows * _layer_prefix_bytes(config, layer, prefix, storage),
-        )
-    return costs | {"scores": scores}
+        flops += rows * _score_flops(config, layer, pairs)
+        read += rows * _layer_bytes(config, layer, prefix, storage.value_bytes)
+    costs = _products(config, storage, rows * tokens, shapes)
+    return costs | {"scores": Cost(flops, read)}
 
 
 def floor_seconds(
@@ -181,7 +171,7 @@ def floor_seconds(
     )
 
 
-def _weights_cost(
+def _products(
     config: ModelConfig,
     storage: Storage,
     tokens: int,
@@ -195,12 +185,12 @@ def _weights_cost(
     chosen = config.top_k_experts / config.num_experts
     costs: dict[str, Cost] = {}
     for name, shape in shapes.items():
-        part, size = _part(name), storage.nbytes(name, shape)
+        part, size = _part(name), storage.sizes[name]
         flops = 2 * tokens * math.prod(shape) if quantizable(name, shape) else 0
-        cost = Cost(flops, size)
         if part == "experts":
-            cost = Cost(flops * chosen, size * (1 - (1 - chosen) ** tokens))
-        costs[part] = costs.get(part, Cost()) + cost
+            flops, size = flops * chosen, size * (1 - (1 - chosen) ** tokens)
+        before = costs.get(part, Cost())
+        costs[part] = Cost(before.flops + flops, before.bytes + size)
     return costs
 
 
@@ -229,10 +219,10 @@ def _visible(config: ModelConfig, layer: LayerConfig, prefix: int) -> int:
     return min(prefix, config.sliding_window - 1) if layer.sliding else prefix
 
 
-def _layer_prefix_bytes(
-    config: ModelConfig, layer: LayerConfig, prefix: int, storage: Storage
+def _layer_bytes(
+    config: ModelConfig, layer: LayerConfig, prefix: int, value_bytes: int
 ) -> int:
     """Keys and values of what the next token sees, or (full) their projection."""
     arrays = 2 if layer.sliding else 1
     numbers = arrays * layer.kv_heads * layer.head_dim
-    return _visible(config, layer, prefix) * numbers * storage.value_bytes
+    return _visible(config, layer, prefix) * numbers * value_bytes

@@ -9,35 +9,30 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..diffusion.engine import PREFILL_STEP
 from .chips import CHIPS, Chip
-from .cost import (
-    Storage,
-    encode_cost,
-    floor_seconds,
-    prefix_bytes,
-    step_cost,
-    weight_bytes,
-)
+from .cost import Storage, encode_cost, floor_seconds, prefix_bytes, step_cost
 
-# Ways to store the model, most precise first.
+# Ways to store the model, most precise first: quantization and recipe.
 PRECISIONS = {
-    "bf16": Storage(2),
-    "8 bit": Storage(2, Quantization(bits=8)),
-    "mixed": Storage(2, Quantization(bits=4), "mixed"),
-    "4 bit": Storage(2, Quantization(bits=4)),
+    "bf16": (None, "uniform"),
+    "8 bit": (Quantization(bits=8), "uniform"),
+    "mixed": (Quantization(bits=4), "mixed"),
+    "4 bit": (Quantization(bits=4), "uniform"),
 }
-SMALLEST = "4 bit"
 # Metal's recommendedMaxWorkingSetSize as public logs of llama.cpp show it; newer
 # systems allow more, and `sudo sysctl iogpu.wired_limit_mb` raises it.
 SMALL_SHARE, LARGE_SHARE, LARGE_FROM_GB = 2 / 3, 3 / 4, 36
 K = 1024
-PREFIXES = (4 * K, 32 * K, 256 * K)
-FITTING_PREFIX = 32 * K
-STEP_PREFIX = 1 * K
+PREFIXES, FITTING_PREFIX, STEP_PREFIX = (4 * K, 32 * K, 256 * K), 32 * K, K
 STEPS = (8, 16, 27)
 HEADLINE = (
     "ESTIMATE from published figures: a floor that no program reaches, "
     "not a measurement."
 )
+
+
+def precision(config: ModelConfig, name: str) -> Storage:
+    """Return how a model is stored in one of PRECISIONS."""
+    return Storage.planned(config, 2, *PRECISIONS[name])
 
 
 def usable_bytes(memory_gb: int) -> float:
@@ -54,28 +49,29 @@ def working_bytes(config: ModelConfig) -> int:
     the experts need for a chunk of the prompt: a row in, gate and up, their product
     and a row out for each token and expert.
     """
-    scores = 2 * Metal.score_bytes
     chunk = min(Metal.vocabulary_chunk, config.vocab_size)
     logits = 4 * 4 * config.canvas_length * chunk + 2 * config.hidden_size * chunk
     row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
     experts = PREFILL_STEP * config.top_k_experts * row * 2
-    return scores + logits + experts
+    return 2 * Metal.score_bytes + logits + experts
 
 
 def memory_bytes(config: ModelConfig, storage: Storage, prefix: int) -> int:
     """Return the bytes of weights, working memory and a prefix of `prefix` tokens."""
-    fixed = weight_bytes(config, storage) + working_bytes(config)
-    return fixed + prefix_bytes(config, prefix, storage)
+    fixed = storage.weight_bytes + working_bytes(config)
+    return fixed + prefix_bytes(config, prefix, storage.value_bytes)
 
 
 def canvas_seconds(
-    config: ModelConfig, storage: Storage, chips: list[Chip]
-) -> list[tuple[float, float]]:
-    """Return the floor of a step and of a commit behind STEP_PREFIX, for each chip."""
+    config: ModelConfig, storage: Storage, chip: Chip
+) -> tuple[float, float]:
+    """Return the floor of a step and of a commit behind STEP_PREFIX tokens."""
     shape = (config, storage, 1, STEP_PREFIX, config.canvas_length)
-    step, commit = step_cost(*shape), encode_cost(*shape)
-    rates = [(chip.tflops * 1e12, chip.bandwidth * 1e9) for chip in chips]
-    return [(floor_seconds(step, *r), floor_seconds(commit, *r)) for r in rates]
+    rates = chip.tflops * 1e12, chip.bandwidth * 1e9
+    return (
+        floor_seconds(step_cost(*shape), *rates),
+        floor_seconds(encode_cost(*shape), *rates),
+    )
 
 
 def lines(config: ModelConfig, chip: Chip, memory_gb: int) -> list[str]:
@@ -83,16 +79,17 @@ def lines(config: ModelConfig, chip: Chip, memory_gb: int) -> list[str]:
     limit, verdict = usable_bytes(memory_gb), "nothing here"
     rows = [["", "weights", *(f"{n // K}K" for n in PREFIXES), "fits", "step ms"]]
     rows[0] += [f"{steps} st." for steps in STEPS]
-    for name, storage in PRECISIONS.items():
+    for name in PRECISIONS:
+        storage = precision(config, name)
         memory = {n: memory_bytes(config, storage, n) for n in PREFIXES}
         fits = memory[FITTING_PREFIX] <= limit
         if fits and verdict == "nothing here":
             verdict = f"{name}, the most precise that"
-        ((step, commit),) = canvas_seconds(config, storage, [chip])
-        rates = [config.canvas_length / (n * step + commit) for n in STEPS]
-        sizes = [weight_bytes(config, storage), *memory.values()]
+        step, commit = canvas_seconds(config, storage, chip)
+        sizes = [storage.weight_bytes, *memory.values()]
         rows.append([name, *(f"{size / 1e9:.1f}" for size in sizes)])
         rows[-1] += ["yes" if fits else "no", f"{step * 1e3:.1f}"]
+        rates = [config.canvas_length / (n * step + commit) for n in STEPS]
         rows[-1] += [f"{rate:.0f}" for rate in rates]
     layout = "{:<6}{:>9}{:>8}{:>8}{:>8}{:>6}{:>10}{:>8}{:>8}{:>8}"
     return [
@@ -113,20 +110,21 @@ def table(config: ModelConfig) -> list[str]:
     """Return a line per chip: what fits each memory size sold, and the 4-bit floor."""
     shown = [
         HEADLINE,
-        f"{'chip':<9}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}  {SMALLEST + ' step ms':>13}"
+        f"{'chip':<9}{'cores':>6}{'TFLOPS':>8}{'GB/s':>6}  {'4 bit step ms':>13}"
         f"{f'tok/s at {STEPS[1]}':>13}  most precise that fits, by memory in GB",
     ]
-    required = {
-        name: memory_bytes(config, storage, FITTING_PREFIX)
-        for name, storage in PRECISIONS.items()
-    }
-    seconds = canvas_seconds(config, PRECISIONS[SMALLEST], CHIPS)
-    for chip, (step, commit) in zip(CHIPS, seconds, strict=True):
+    stored = {name: precision(config, name) for name in PRECISIONS}
+    for chip in CHIPS:
         fitting = []
         for memory_gb in chip.memory:
             usable = usable_bytes(memory_gb)
-            fit = [name for name, size in required.items() if size <= usable]
-            fitting.append(f"{memory_gb}: {fit[0] if fit else 'none'}")
+            fits = (
+                name
+                for name, storage in stored.items()
+                if memory_bytes(config, storage, FITTING_PREFIX) <= usable
+            )
+            fitting.append(f"{memory_gb}: {next(fits, 'none')}")
+        step, commit = canvas_seconds(config, stored["4 bit"], chip)
         rate = config.canvas_length / (STEPS[1] * step + commit)
         shown.append(
             f"{chip.name:<9}{chip.gpu_cores:>6}{chip.tflops:>8.1f}{chip.bandwidth:>6.0f}"

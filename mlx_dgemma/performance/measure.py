@@ -20,7 +20,7 @@ from ..diffusion.events import Commit
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma
 from ..settings import Settings
-from .cost import Loaded, floor_seconds, step_cost
+from .cost import Storage, floor_seconds, step_cost
 
 REPEATS = 3  # of each part of a step
 COPY_BYTES = 1 << 28
@@ -124,9 +124,9 @@ def time_parts(model: DiffusionGemma, job: Workload) -> dict[str, float]:
     vocabulary    hidden state to argmax, entropy, sample and signal
     commit        encoding a finished canvas of one row
     """
-    config, length = model.config, model.config.canvas_length
-    shape = (len(job.prompts), length)
-    canvas = mx.random.randint(0, config.vocab_size, shape, key=mx.random.key(0))
+    length, rows = model.config.canvas_length, len(job.prompts)
+    tokens = random_prompts(model, rows, length)
+    canvas = mx.array(tokens, dtype=mx.int32)
 
     def encode(tokens: mx.array, cache: PrefixCache) -> None:
         for start in range(0, tokens.shape[1], job.prefill_step_size):
@@ -138,13 +138,13 @@ def time_parts(model: DiffusionGemma, job: Workload) -> dict[str, float]:
         cache.reserve(len(prompt) + length)
         encode(mx.array([prompt], dtype=mx.int32), cache)
     first = caches[0]
-    batch = first if len(caches) == 1 else PrefixCache.join(config, caches)
+    batch = first if rows == 1 else PrefixCache.join(model.config, caches)
     batch.evaluate()
     compiles = backends.current().compiles
     view = model.view(batch, length, bucketed=compiles)
-    signal = mx.zeros((*shape, config.hidden_size), dtype=model.dtype)
+    signal = mx.zeros_like(model.embed(canvas))
     temperature = mx.full((canvas.size,), 0.6)
-    uniforms = mx.random.uniform(shape=(canvas.size,), key=mx.random.key(1))
+    uniforms = mx.full((canvas.size,), 0.5)
 
     def body(canvas: mx.array) -> mx.array:
         return model.denoise_hidden(canvas, view, signal).flatten(0, 1)
@@ -182,13 +182,13 @@ def roofline(model: DiffusionGemma, job: Workload) -> dict[str, Any]:
     """Return the cost of a step by part, and its floor at the measured peak rates."""
     rows, prefix = len(job.prompts), len(job.prompts[0])
     shape = (rows, prefix, model.config.canvas_length)
-    costs = step_cost(model.config, Loaded.of(model), *shape)
+    costs = step_cost(model.config, Storage.of_model(model), *shape)
     rates = peak_rates(model)
     return {
         "flops_per_second": rates[0],
         "bytes_per_second": rates[1],
         "parts": {
-            part: asdict(cost) | {"seconds": floor_seconds({part: cost}, *rates)}
+            part: cost._asdict() | {"seconds": floor_seconds({part: cost}, *rates)}
             for part, cost in costs.items()
         },
         "floor_seconds": floor_seconds(costs, *rates),

@@ -38,17 +38,15 @@ NUMBERS = {
     "top_k_experts": (8, 2),
     "sliding_window": (1024, 8),
 }
-RELEASE_26B: dict[str, Any] = {
-    "model_type": "diffusion_gemma",
-    "canvas_length": 256,
-    "eos_token_id": [1, 106, 50],
-    "text_config": {key: release for key, (release, _) in NUMBERS.items()},
-}
-TINY: dict[str, Any] = {
-    "model_type": "diffusion_gemma",
-    "canvas_length": 16,
-    "text_config": {key: tiny for key, (_, tiny) in NUMBERS.items()},
-}
+RELEASE_26B, TINY = (
+    {
+        "model_type": "diffusion_gemma",
+        "canvas_length": canvas_length,
+        "eos_token_id": [1, 106, 50],
+        "text_config": {key: numbers[column] for key, numbers in NUMBERS.items()},
+    }
+    for column, canvas_length in enumerate((256, 16))
+)
 NO_NAN = 0xFEFEFEFE  # clears bit 0 of each byte: of the 8-bit floats 0x7F, 0xFF are NaN
 
 
@@ -99,13 +97,11 @@ def synthetic_model(
             if (code := code.fit_to_shape(layer.weight.shape)) is not None:
                 replace_layer(model, path, code)
                 codes[path] = code
-    parameters = tree_flatten(model.parameters())
-    assert isinstance(parameters, list)
-    keys = mx.random.split(mx.random.key(seed), len(parameters))
+    shapes = {n: a.shape for n, a in dict(tree_flatten(model.parameters())).items()}
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = []
-    for (name, placeholder), key in zip(parameters, keys, strict=True):
+    for (name, shape), key in zip(shapes.items(), keys, strict=True):
         layer, _, part = name.rpartition(".")
-        shape = placeholder.shape
         if part == "bias":
             array = mx.zeros(shape, dtype=dtype)
         elif layer in codes:

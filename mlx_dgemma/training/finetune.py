@@ -12,9 +12,10 @@ from ..checkpoint.generation_config import read_generation_config
 from ..errors import DataError, TrainingError
 from ..loading import load, load_as_stored
 from ..text.tokenizer import Tokenizer
-from . import memory
+from . import fit
 from .batches import Batches
 from .data import FILES, Dataset, ExampleReader
+from .memory import Job, read_shape
 from .objective import mean_losses
 from .record import Event, Validated
 from .settings import Run, TrainSettings
@@ -91,7 +92,7 @@ def prepare(run: Run) -> Trainer:
             "--adapter-path"
         )
     settings, source = run.settings, hub.resolve(run.model, run.revision)
-    config, storage = memory.read_shape(source, None)
+    config, storage = read_shape(source, None)
     ends = read_generation_config(config, source).eos
     tokenizer, length = Tokenizer.from_dir(source), config.canvas_length
     reader = ExampleReader(tokenizer, length, ends, settings.max_seq_length)
@@ -99,8 +100,8 @@ def prepare(run: Run) -> Trainer:
     if settings.val_batches and (Path(run.data).expanduser() / FILES["valid"]).exists():
         valid = _read(reader, run, "valid")
     train, ranks = _read(reader, run, "train"), mx.distributed.init().size()
-    job = memory.Job(config, storage, settings, run.lora, run.num_layers)
-    memory.check(replace(job, longest=train.longest, ranks=ranks))
+    job = Job(config, storage, settings, run.lora, run.num_layers)
+    fit.check(replace(job, longest=train.longest, ranks=ranks))
     model, _ = load_as_stored(run.model, revision=run.revision)
     trainer = Trainer(run, model, train, valid)
     if run.resume:

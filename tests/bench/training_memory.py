@@ -62,7 +62,7 @@ class Model:
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.precision.size, self.quantization)
+        return Storage.planned(self.config, self.precision.size, self.quantization)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from mlx_dgemma.checkpoint.weights import (
 from mlx_dgemma.files.atomic import write_json
 from mlx_dgemma.model.loading import join_products, load_model
 from mlx_dgemma.performance import measure
-from mlx_dgemma.performance.cost import Storage, weight_bytes
+from mlx_dgemma.performance.cost import Storage
 from mlx_dgemma.performance.estimate import working_bytes
 from mlx_dgemma.performance.synthetic import (
     config_26b,
@@ -73,7 +73,7 @@ def required_bytes(precision: str) -> tuple[int, int]:
     """Return the device memory and the disk that a precision of the 26B needs."""
     quantization, recipe = PRECISIONS[precision]
     config = config_26b()
-    weights = weight_bytes(config, Storage(2, quantization, recipe))
+    weights = Storage.planned(config, 2, quantization, recipe).weight_bytes
     return weights + working_bytes(config) + 2 * GB, weights
 
 

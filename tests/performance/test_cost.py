@@ -7,23 +7,23 @@ from mlx.utils import tree_flatten
 
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.quantize import Quantization
-from mlx_dgemma.checkpoint.weights import expected_shapes
 from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.performance.cost import (
     PARTS,
     Cost,
-    Loaded,
     Storage,
     encode_cost,
     floor_seconds,
     prefix_bytes,
     step_cost,
-    weight_bytes,
 )
 from mlx_dgemma.performance.synthetic import config_26b, config_tiny, synthetic_model
 
 TINY, RELEASE = config_tiny(), config_26b()
-BF16, MIXED = Storage(2), Storage(2, Quantization(bits=4), "mixed")
+BF16 = Storage.planned(TINY, 2)
+MIXED = Storage.planned(TINY, 2, Quantization(bits=4), "mixed")
+BIG = Storage.planned(RELEASE, 2)
+BIG_MIXED = Storage.planned(RELEASE, 2, Quantization(bits=4), "mixed")
 SCORE_FLOPS = 2 * 2 * TINY.num_attention_heads  # per pair and number of a head
 
 
@@ -42,7 +42,7 @@ def visible(query: int, layer, keys: int) -> int:
 
 
 def total(costs) -> Cost:
-    return sum(costs.values(), Cost())
+    return Cost(*map(sum, zip(*costs.values(), strict=True)))
 
 
 # Operations
@@ -112,20 +112,17 @@ def test_encoding_is_causal_and_leaves_out_the_last_layers_output(prefix, new):
 )
 def test_bytes_of_each_parameter_are_those_of_a_real_model(q, recipe, dtype):
     made = {"quantization": q, "recipe": recipe, "dtype": dtype, "seed": 0}
-    model, storage = synthetic_model(TINY, **made), Storage(dtype.size, q, recipe)
-    loaded, shapes = Loaded.of(model), expected_shapes(TINY)
-    assert set(loaded.sizes) == set(shapes)
-    for name, shape in shapes.items():
-        assert loaded.nbytes(name, shape) == storage.nbytes(name, shape), name
-    assert loaded.value_bytes == storage.value_bytes
+    model, planned = synthetic_model(TINY, **made), Storage.planned
+    stored = Storage.of_model(model)
+    assert stored == planned(TINY, dtype.size, q, recipe)
     real = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert weight_bytes(TINY, loaded) == weight_bytes(TINY, storage) == real
+    assert stored.weight_bytes == real
 
 
 def test_bytes_of_a_loaded_checkpoint_are_counted():
     sudoku, _ = load("sudoku4")
     real = sum(array.nbytes for _, array in tree_flatten(sudoku.parameters()))
-    assert weight_bytes(sudoku.config, Loaded.of(sudoku)) == real
+    assert Storage.of_model(sudoku).weight_bytes == real
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -139,31 +136,29 @@ def test_prefix_is_what_later_tokens_see(size):
             stored += arrays * seen * layer.kv_heads * layer.head_dim * size
         (rotated,) = {layer.rope.rotated for layer in TINY.layers if not layer.sliding}
         stored += tokens * 2 * 4 * rotated  # cos and sin in float32
-        assert prefix_bytes(TINY, tokens, Storage(size)) == stored
+        assert prefix_bytes(TINY, tokens, size) == stored
 
 
 @pytest.mark.parametrize("storage", [BF16, MIXED])
 def test_large_step_reads_every_weight_once_and_every_prefix(storage):
     read = total(step_cost(TINY, storage, 3, 20, 64)).bytes
-    assert read == pytest.approx(
-        weight_bytes(TINY, storage) + 3 * prefix_bytes(TINY, 20, storage)
-    )
+    assert read == pytest.approx(storage.weight_bytes + 3 * prefix_bytes(TINY, 20, 2))
 
 
 def test_few_tokens_hit_few_experts():
     chosen, experts = RELEASE.top_k_experts, RELEASE.num_experts
-    all_bytes = step_cost(RELEASE, BF16, 1, 0, 256)["experts"].bytes
+    all_bytes = step_cost(RELEASE, BIG, 1, 0, 256)["experts"].bytes
     assert all_bytes == pytest.approx(2 * 30 * 128 * 3 * 704 * 2816)
     rng = np.random.default_rng(0)
     for tokens in (1, 4, 24):
-        counted = step_cost(RELEASE, BF16, 1, 0, tokens)["experts"].bytes
+        counted = step_cost(RELEASE, BIG, 1, 0, tokens)["experts"].bytes
         picks = rng.random((300, tokens, experts)).argpartition(chosen)
         hit = np.mean([len(np.unique(p)) for p in picks[..., :chosen]])
         assert counted / all_bytes == pytest.approx(hit / experts, rel=0.02)
 
 
 def test_costs_of_the_release_are_as_known_from_its_files():
-    costs = step_cost(RELEASE, MIXED, 1, 0, 256)
+    costs = step_cost(RELEASE, BIG_MIXED, 1, 0, 256)
     assert costs["experts"].flops == pytest.approx(0.73e12, rel=0.01)
     assert costs["head"].flops == pytest.approx(0.38e12, rel=0.01)
     products = total(costs).flops - costs["scores"].flops
@@ -171,9 +166,9 @@ def test_costs_of_the_release_are_as_known_from_its_files():
     assert costs["experts"].bytes == pytest.approx(12.85e9, rel=0.001)
     assert total(costs).bytes == pytest.approx(15.4e9, rel=0.001)
     text = 51_647_562_456 - 1.15e9  # all files less the vision tower
-    assert weight_bytes(RELEASE, BF16) == pytest.approx(text, rel=0.001)
+    assert BIG.weight_bytes == pytest.approx(text, rel=0.001)
     # half of the 20,480 bytes of its keys and values, and 64 rotated pairs
-    assert prefix_bytes(RELEASE, 1, BF16) == 10_240 + 512 + 25 * 8192
+    assert prefix_bytes(RELEASE, 1, 2) == 10_240 + 512 + 25 * 8192
 
 
 def test_floor_takes_the_slower_of_computing_and_reading_by_part():

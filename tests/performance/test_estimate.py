@@ -12,7 +12,6 @@ from mlx_dgemma.performance.cost import (
     floor_seconds,
     prefix_bytes,
     step_cost,
-    weight_bytes,
 )
 from mlx_dgemma.performance.synthetic import config_26b
 
@@ -42,10 +41,11 @@ def test_lines_show_memory_and_speed_of_each_precision():
     assert "M4 Max 64 GB: 40 GPU cores, 16.2 TFLOPS, 546 GB/s" in shown[1]
     assert "51.5 GB" in shown[1] and all(len(line) <= 110 for line in shown)
     rates, sizes = (40 * 256 * 1.578e9, 546e9), []
-    for name, storage in estimate.PRECISIONS.items():
+    for name in estimate.PRECISIONS:
+        storage = estimate.precision(RELEASE, name)
         (row,) = [line for line in shown if line.startswith(f"{name} ")]
-        sizes.append(weight_bytes(RELEASE, storage))
-        prefixes = [prefix_bytes(RELEASE, n * K, storage) for n in (4, 32, 256)]
+        sizes.append(storage.weight_bytes)
+        prefixes = [prefix_bytes(RELEASE, n * K, 2) for n in (4, 32, 256)]
         memory = [sizes[-1] + working + prefix for prefix in prefixes]
         step = floor_seconds(step_cost(RELEASE, storage, 1, K, 256), *rates)
         commit = floor_seconds(encode_cost(RELEASE, storage, 1, K, 256), *rates)

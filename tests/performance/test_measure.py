@@ -11,7 +11,7 @@ from mlx_dgemma.checkpoint.quantize import Quantization
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit
 from mlx_dgemma.performance import measure
-from mlx_dgemma.performance.cost import Loaded, floor_seconds, step_cost, weight_bytes
+from mlx_dgemma.performance.cost import Storage, floor_seconds, step_cost
 from mlx_dgemma.performance.measure import Trial, Workload, random_prompts
 from mlx_dgemma.performance.synthetic import config_tiny, synthetic_model
 from mlx_dgemma.text.chat import chat_ids
@@ -61,7 +61,7 @@ def test_run_takes_every_step_and_its_figures_agree(model, rows, canvases, steps
     # half of the steps that end with no canvas encoded took the median or more
     timed = canvases * steps - (canvases - 1)
     assert trial.step_seconds * (timed // 2) <= denoising
-    assert trial.peak_bytes >= weight_bytes(TINY, Loaded.of(model))
+    assert trial.peak_bytes >= Storage.of_model(model).weight_bytes
 
 
 def commit(tokens, steps, reason):
@@ -143,8 +143,8 @@ def test_roofline_is_the_cost_of_a_step_at_the_measured_rates(monkeypatch, as_gp
     found = measure.roofline(model, Workload(random_prompts(model, 2, 30)))
     rates = 2 * 64**3 / 0.5, 2 * (1 << 16) / 0.5
     assert (found["flops_per_second"], found["bytes_per_second"]) == rates
-    costs = step_cost(TINY, Loaded.of(model), 2, 30, L)
+    costs = step_cost(TINY, Storage.of_model(model), 2, 30, L)
     assert found["floor_seconds"] == floor_seconds(costs, *rates)
     for part, cost in costs.items():
         seconds = max(cost.flops / rates[0], cost.bytes / rates[1])
-        assert found["parts"][part] == asdict(cost) | {"seconds": seconds}
+        assert found["parts"][part] == cost._asdict() | {"seconds": seconds}

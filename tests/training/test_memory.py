@@ -15,10 +15,10 @@ from mlx_dgemma import convert, load
 from mlx_dgemma.adapters.lora import TARGETS, LoRA
 from mlx_dgemma.backends import BACKENDS
 from mlx_dgemma.errors import HubError, SettingsError, TrainingError
-from mlx_dgemma.performance.cost import weight_bytes
-from mlx_dgemma.performance.estimate import PRECISIONS, usable_bytes
-from mlx_dgemma.training import memory
-from mlx_dgemma.training.memory import Job, advise, estimate, read_shape
+from mlx_dgemma.performance.estimate import precision, usable_bytes
+from mlx_dgemma.training import fit, memory
+from mlx_dgemma.training.fit import advise
+from mlx_dgemma.training.memory import Job, estimate, read_shape
 from mlx_dgemma.training.settings import Run, TrainSettings
 
 GB = 10**9
@@ -97,9 +97,8 @@ def test_the_released_model():
 def test_weights_are_those_of_the_checkpoint(tiny, tmp_path, options):
     folder = convert(tiny, tmp_path / "model", quantize=True, **options).path
     parameters = tree_flatten(load(folder)[0].parameters())
-    assert weight_bytes(*read_shape(folder, None)) == sum(
-        a.nbytes for _, a in parameters
-    )
+    _, storage = read_shape(folder, None)
+    assert storage.weight_bytes == sum(a.nbytes for _, a in parameters)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_a_job_with_the_advised_flags_fits(model):
         after = replace(given, settings=replace(given.settings, **changes))
         after = replace(after, lora=replace(given.lora, rank=rank))
         if bits is not None:
-            after = replace(after, storage=PRECISIONS[f"{bits} bit"])
+            after = replace(after, storage=precision(after.config, f"{bits} bit"))
         assert memory.total(after) <= limit
         old, new = given.settings, after.settings
         examples = [s.batch_size * s.grad_accumulation_steps for s in (old, new)]
@@ -159,25 +158,25 @@ def test_a_job_with_the_advised_flags_fits(model):
 
 def test_a_run_that_does_not_fit_is_refused_in_one_line(tiny, monkeypatch):
     given = Job(*read_shape(tiny, None), TrainSettings(), LoRA())
-    memory.check(given)
+    fit.check(given)
     limit = memory.total(given) - 1
     monkeypatch.setattr(given.device, "memory", lambda: limit)
     with pytest.raises(TrainingError) as caught:
-        memory.check(given)
+        fit.check(given)
     size = f"{limit / GB:.1f}"
     assert str(caught.value) == (
         f"training needs about {size} GB, this machine has {size} GB: "
         "--grad-checkpoint would make it fit"
     )
-    memory.check(replace(given, settings=TrainSettings(grad_checkpoint=True)))
-    memory.check(replace(given, longest=100))
+    fit.check(replace(given, settings=TrainSettings(grad_checkpoint=True)))
+    fit.check(replace(given, longest=100))
 
 
 def test_estimate_in_words(tiny):
     settings = {"batch_size": 1, "max_seq_length": 1024, "grad_checkpoint": True}
     for name in ("26b", "26b-4bit"):
         run = Run(model=name, data="", settings=TrainSettings(**settings))
-        shown = memory.lines(run)
+        shown = fit.lines(run)
         assert "not measured on a Mac" in shown[0]
         assert shown[1].startswith(f"{name}, adapters of rank 16 of the last 30 layers")
         parts = [re.fullmatch(r"([a-z ]+?) +([\d.]+) GB", line) for line in shown]
@@ -185,12 +184,12 @@ def test_estimate_in_words(tiny):
         needed, together = total(name, **settings), sizes.pop("together")
         assert together == pytest.approx(needed / GB, abs=0.05)
         assert together == pytest.approx(sum(sizes.values()), abs=0.05 * len(sizes))
-        for line, memory_gb in zip(shown[-4:], memory.MACS, strict=True):
+        for line, memory_gb in zip(shown[-4:], fit.MACS, strict=True):
             limit = usable_bytes(memory_gb)
             assert line.startswith(f"Mac of {memory_gb} GB ({limit / GB:.1f} for one")
             assert line.endswith(": fits") == (needed <= limit)
-    shown = memory.lines(Run(model=tiny, data="", lora=None, num_layers=2))
+    shown = fit.lines(Run(model=tiny, data="", lora=None, num_layers=2))
     assert "all weights of the last 2 layers" in shown[1]
     assert all(line.endswith(": fits") for line in shown[-4:])
     with pytest.raises(HubError, match=r"26b-3bit: no such folder.* 26b, 26b-8bit"):
-        memory.lines(Run(model="26b-3bit", data=""))
+        fit.lines(Run(model="26b-3bit", data=""))
