@@ -65,12 +65,14 @@ def experts_run(monkeypatch):
 @pytest.fixture
 def as_gpu(unfused) -> Iterator[None]:
     """A GPU's numbers and operations, computed by the CPU."""
+    from devices import using
+
     from mlx_dgemma import backends
 
     class Simulated(backends.Metal):
         kind = backends.CPU.kind
 
-    with backends.using(Simulated()):
+    with using(Simulated()):
         yield
 
 

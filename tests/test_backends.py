@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from devices import using
 
 from mlx_dgemma import backends, installation
 from mlx_dgemma.backends import BACKENDS, ENVIRONMENT, cpu
@@ -90,7 +91,7 @@ def test_caller_before_environment_before_default(machine, monkeypatch):
     assert backends.current().name == "cuda"  # chosen once
     assert backends.choose().name == backends.current().name == "cpu"
     assert devices[-1].type == mx.DeviceType.cpu
-    with pytest.raises(KeyError), backends.using(BACKENDS["cuda"]) as other:
+    with pytest.raises(KeyError), using(BACKENDS["cuda"]) as other:
         assert backends.current() is other
         raise KeyError
     assert devices[-1].type == mx.DeviceType.cpu

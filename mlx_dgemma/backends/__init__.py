@@ -6,8 +6,6 @@ that $MLX_DGEMMA_BACKEND or `choose` names.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -67,20 +65,6 @@ def choose(name: str | None = None, by: str = "the caller") -> Backend:
     return backend
 
 
-@contextmanager
-def using(backend: Backend) -> Iterator[Backend]:
-    """Compute on another backend for a while."""
-    global _current, _reason
-    before = _current, _reason, mx.default_device()
-    mx.set_default_device(mx.Device(backend.kind))
-    _current, _reason = backend, "asked for by the program"
-    try:
-        yield backend
-    finally:
-        _current, _reason, device = before
-        mx.set_default_device(device)
-
-
 def describe() -> dict[str, dict[str, Any]]:
     """Return the state of each backend, as JSON can hold it.
 
@@ -89,8 +73,8 @@ def describe() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, backend in BACKENDS.items():
         missing = backend.missing()
-        state = f"missing: {missing}" if missing else f"available: --backend {name}"
-        found[name] = {"state": state}
+        ready = f"available: --backend {name}"
+        found[name] = {"state": f"missing: {missing}" if missing else ready}
     try:
         backend = current()
     except BackendError as error:

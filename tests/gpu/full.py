@@ -19,9 +19,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from parts import GB, ROOT, Setting
 
+sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 import peer
+from devices import using
 
 from mlx_dgemma import backends
 from mlx_dgemma.checkpoint.config import ModelConfig, read_config
@@ -132,7 +134,7 @@ def write_checkpoint(
     """Write a checkpoint of random weights, made on the device."""
     quantization, recipe = PRECISIONS[precision]
     unjoined = replace(backends.current(), product_rows=1)
-    with backends.using(unjoined):  # layers as they are on disk
+    with using(unjoined):  # layers as they are on disk
         model = synthetic_model(
             config, quantization=quantization, recipe=recipe, dtype=dtype, seed=0
         )

@@ -19,6 +19,7 @@ from parts import ROOT, Setting
 
 sys.path.insert(0, str(ROOT / "tests"))
 
+from devices import using
 from tiny import write_tiny
 
 from mlx_dgemma import backends, convert
@@ -61,7 +62,7 @@ def quantized(setting: Setting, recipe: str) -> dict[str, Any]:
     coded, plain = setting.scratch / "coded", setting.scratch / "dense"
     convert(source, coded, quantize=True, dtype="bfloat16", **RECIPES[recipe])
     convert(coded, plain, dequantize=True, dtype="float32")
-    with backends.using(backends.BACKENDS["cpu"]):
+    with using(backends.BACKENDS["cpu"]):
         with routing_gaps() as gaps:
             truth = _two_steps(_load(plain))
         processed = truth[0] / 0.65
