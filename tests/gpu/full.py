@@ -1,14 +1,18 @@
 """The full-size model with random weights: written, loaded, timed, beside mlx-vlm.
 
-Its text means nothing; its memory and times are those of the released 26B. The
-checkpoint lies in a scratch folder, so that every engine reads the same files.
+    python tests/gpu/full.py "4 bit" [--tiny]
+
+Its text means nothing; its memory and times are those of the released 26B. Every
+engine reads the same files of a temporary folder. Prints JSON.
 """
 
+import argparse
 import gc
 import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,10 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from parts import GB, ROOT, Setting
 
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import peer
 from devices import using
@@ -42,8 +45,6 @@ from mlx_dgemma.checkpoint.weights import (
 from mlx_dgemma.files.atomic import write_json
 from mlx_dgemma.model.loading import join_products, load_model
 from mlx_dgemma.performance import measure
-from mlx_dgemma.performance.cost import Storage
-from mlx_dgemma.performance.estimate import working_bytes
 from mlx_dgemma.performance.synthetic import (
     config_26b,
     config_tiny,
@@ -71,23 +72,12 @@ PRECISIONS: dict[str, tuple[Quantization | None, str]] = {
 }
 
 
-def required_bytes(precision: str) -> tuple[int, int]:
-    """Return the device memory and the disk that a precision of the 26B needs."""
-    quantization, recipe = PRECISIONS[precision]
-    config = config_26b()
-    weights = Storage.planned(config, 2, quantization, recipe).weight_bytes
-    return weights + working_bytes(config) + 2 * GB, weights
-
-
-def measure_precision(setting: Setting, precision: str) -> dict[str, Any]:
+def measure_precision(precision: str, path: Path, *, tiny: bool) -> dict[str, Any]:
     """Write, load, encode 8K tokens, denoise 3 canvases; mlx-vlm on the same files."""
-    config = config_tiny() if setting.rehearsal else config_26b()
-    steps, prompt_tokens = (2, 40) if setting.rehearsal else (16, 8192)
-    path = setting.scratch / "model"
+    config = config_tiny() if tiny else config_26b()
+    steps, prompt_tokens = (2, 40) if tiny else (16, 8192)
     # a CPU gathers dense experts in float32 only
-    write_checkpoint(
-        path, config, precision, mx.float32 if setting.rehearsal else mx.bfloat16
-    )
+    write_checkpoint(path, config, precision, mx.float32 if tiny else mx.bfloat16)
     _free_memory()
     begun = time.perf_counter()
     model = load_model(path, read_config(path))
@@ -172,3 +162,18 @@ def _with_tower(path: Path) -> Path:
 def _free_memory() -> None:
     gc.collect()  # a model and its compiled steps refer to one another
     mx.clear_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("precision", choices=PRECISIONS)
+    parser.add_argument("--tiny", action="store_true", help="to try the script")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        found = measure_precision(given.precision, path, tiny=given.tiny)
+    print(json.dumps({"precision": given.precision} | found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ same call on the CPU, or with numpy in float32 where the CPU would be slow.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -75,11 +75,10 @@ def families() -> dict[str, Family]:
     return found
 
 
-def run(family: Family, s: Shapes) -> dict[str, Any]:
-    """Run a group of probes; `failed` says what is wrong or missing."""
-    probes, failed = 0, []
+def run(family: Family, s: Shapes) -> list[str]:
+    """Run a group of probes; return what is wrong or missing."""
+    failed = []
     for name, call, allowed, expected in family(s):
-        probes += 1
         try:
             found = numpy(call()).astype(np.float64)
         except (RuntimeError, ValueError) as error:
@@ -91,7 +90,7 @@ def run(family: Family, s: Shapes) -> dict[str, Any]:
         error = np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1)
         if not error <= allowed:
             failed.append(f"{name}: off by {error:.1e}")
-    return {"operations": probes, "failed": failed, "passed": probes > 0 and not failed}
+    return failed
 
 
 def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = FULL) -> mx.array:
