@@ -43,39 +43,6 @@ def test_public_names_are_listed_alike_everywhere():
     assert all(alias.name == alias.asname for (alias,) in imports)  # re-exported
 
 
-def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"'mlx_dgemma' has no attribute 'nope'"):
-        _ = mlx_dgemma.nope
-    with pytest.raises(ImportError):
-        exec("from mlx_dgemma import nope")
-
-
-ORDERS = {
-    "module first": "import mlx_dgemma.{name}",
-    "function first": "from mlx_dgemma import {name}; import mlx_dgemma.{name}",
-    "run as a module": (
-        "import runpy, sys; sys.argv[1:] = ['--help']\n"
-        "try: runpy.run_module('mlx_dgemma.{name}', run_name='__main__')\n"
-        "except SystemExit as left: assert left.code == 0"
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["convert", "evaluate", "fuse", "generate"])
-@pytest.mark.parametrize("order", ORDERS)
-def test_function_is_never_hidden_by_the_command_of_its_name(name, order):
-    ended = python(
-        "-c",
-        f"{ORDERS[order].format(name=name)}\n"
-        "import types, mlx_dgemma\n"
-        f"from mlx_dgemma import {name} as imported\n"
-        f"assert isinstance(mlx_dgemma.{name}, types.FunctionType)\n"
-        f"assert imported is mlx_dgemma.{name}\n",
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-
-
 def test_function_and_command_of_one_name_live_side_by_side(monkeypatch):
     importlib.reload(mlx_dgemma)
     module = importlib.import_module("mlx_dgemma.convert")

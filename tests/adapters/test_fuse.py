@@ -205,26 +205,6 @@ def test_the_folder_is_a_model_like_any_other(quantised, some, tmp_path):
     same(tensors(tmp_path / "many"), tensors(out))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantise", [False, True])
-def test_only_a_few_tensors_are_in_memory_at_a_time(tmp_path, quantise):
-    kinds = ["sliding_attention"] * 7 + ["full_attention"]
-    sizes = {"num_hidden_layers": 8, "layer_types": kinds, "num_experts": 32}
-    base = write_tiny(tmp_path / "base", **sizes)
-    adapter = write_adapter(tmp_path / "a", read_config(base))
-    tuned = fine_tuned(base, tmp_path / "full")
-    largest = 32 * 64 * 64 * 4
-    assert sum(array.nbytes for array in tensors(base).values()) > 10 * largest
-    if quantise:
-        convert(base, tmp_path / "q", quantize=True)
-        base = tmp_path / "q"
-    for number, folder in enumerate((adapter, tuned)):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        fuse(base, folder, tmp_path / f"out-{number}", dequantize=quantise)
-        assert mx.get_peak_memory() - before < 3 * largest
-
-
 # Refused
 
 

@@ -156,19 +156,6 @@ def test_each_target_is_adapted_in_the_last_layers(tiny, target):
         assert adapted(model) == wanted - {"layers.2.self_attn.v_proj"}
 
 
-def test_by_default_all_but_experts_and_routers_are_adapted(tiny):
-    model = fresh(tiny)
-    adapt(model, LoRA())
-    found = adapted(model)
-    assert not [path for path in found if "experts" in path or "router" in path]
-    assert len(found) == 2 * 4 + 3 + 3 * 3 + 3
-    files = shapes(model.config, LoRA(rank=5, keys=EVERY))  # as mlx-lm stores them
-    assert files["layers.2.self_attn.o_proj.lora_a"] == (128, 5)
-    assert files["layers.0.self_attn.k_proj.lora_b"] == (5, 32)
-    assert files["layers.1.experts.gate_up_proj.lora_a"] == (4, 5, 64)
-    assert files["layers.1.experts.down_proj.lora_b"] == (4, 64, 5)
-
-
 def begun(tiny, seed: int = 0, **options: Any) -> dict[str, mx.array]:
     model = fresh(tiny)
     adapt(model, LoRA(**options), seed)

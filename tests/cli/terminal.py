@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import pyte
 from rich.cells import cell_len
 
 ROOT = Path(__file__).parents[2]
@@ -25,78 +26,32 @@ BRACKETED_PASTE = "\x1b[?2004h"  # a prompt begins
 
 
 class Screen:
-    """As much of a terminal as the commands use; anything else is an error."""
+    """What a person sees of what was sent to a terminal."""
 
     def __init__(self, columns: int = 80):
-        self.columns = columns
-        self.rows: list[list[str]] = [[]]
-        self.row = self.column = 0
-        self.wraps = True
-        self.widest = 0
+        self._screen = pyte.Screen(columns, 1000)
+        self._stream = pyte.Stream(self._screen)
 
     def feed(self, text: str) -> "Screen":
-        end = 0
-        for match in TOKEN.finditer(text):
-            assert match.start() == end, f"unknown code at {text[end : end + 9]!r}"
-            end = match.end()
-            argument, code, character = match.groups()
-            self._code(argument, code) if code else self._put(character)
-        assert end == len(text), f"unknown code at {text[end:]!r}"
+        # the kernel makes carriage returns of line feeds where a terminal is attached
+        self._stream.feed(text.replace("\r\n", "\n").replace("\n", "\r\n"))
         return self
 
     def lines(self) -> list[str]:
         """What is on it, without blanks at the ends and empty lines at the bottom."""
-        lines = ["".join(row).rstrip() for row in self.rows]
+        lines = [line.rstrip() for line in self._screen.display]
         while lines and not lines[-1]:
             lines.pop()
         return lines
 
-    def narrow(self, columns: int) -> None:
-        """Made narrower by a person: lines that no longer fit are broken."""
-        rows: list[list[str]] = []
-        for index, row in enumerate(self.rows):
-            pieces = [row[i : i + columns] for i in range(0, len(row), columns)] or [[]]
-            rows += pieces
-            if index == self.row:
-                self.row, self.column = len(rows) - 1, len(pieces[-1])
-        self.rows, self.columns = rows, columns
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """Row and column."""
+        return self._screen.cursor.y, self._screen.cursor.x
 
-    def _code(self, argument: str, code: str) -> None:
-        match argument, code:
-            case "?7", ("l" | "h"):
-                self.wraps = code == "h"
-            case _, "A":
-                assert int(argument) <= self.row, "moved above the top"
-                self.row -= int(argument)
-            case "", ("K" | "J"):
-                del self.rows[self.row][self.column :]
-                if code == "J":
-                    del self.rows[self.row + 1 :]
-            case _:
-                assert code == "m", f"unknown code {argument}{code}"
-
-    def _put(self, character: str) -> None:
-        if character == "\r":
-            self.column = 0
-        elif character == "\n":
-            self._feed_line()
-        else:
-            assert character.isprintable() or character in "\u200c\u200d", character
-            width = cell_len(character)
-            if self.column + width > self.columns:
-                if not self.wraps:
-                    return
-                self._feed_line()
-            row = self.rows[self.row]
-            row += [" "] * (self.column - len(row))
-            row[self.column : self.column + width] = [character, ""][:width]
-            self.column += width
-            self.widest = max(self.widest, self.column)
-
-    def _feed_line(self) -> None:
-        self.row, self.column = self.row + 1, 0
-        if self.row == len(self.rows):
-            self.rows.append([])
+    @property
+    def widest(self) -> int:
+        return max(map(cell_len, self.lines()), default=0)
 
 
 def environment() -> dict[str, str]:

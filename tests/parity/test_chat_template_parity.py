@@ -176,38 +176,6 @@ def test_a_conversation(both, name):
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
-def test_conversations_reach_the_branches_of_the_template(both):
-    def shown(name, thinking=False, tools="none"):
-        options = {"tools": check_tools(TOOLS[tools]) or None}
-        options |= {"add_generation_prompt": True, "enable_thinking": thinking}
-        return same(both, CONVERSATIONS[name], **options)
-
-    stub = "<|turn>model\n<|channel>thought\n<channel|>"
-    assert shown("one") == f"<bos><|turn>user\nhello<turn|>\n{stub}"
-    start = "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nhello<turn|>\n"
-    assert shown("one", True) == f"{start}<|turn>model\n"
-    assert shown("image").count("\n\n<|image|>\n\nwhatis it?") == 1
-    call = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,unit:<|"|>°C<|"|>}<tool_call|>'
-    response = '<|tool_response>response:weather{value:<|"|>{"t": -3}<|"|>}'
-    turn = f"<|turn>model\n<|channel>thought\nLook it up.\n<channel|>{call}{response}"
-    assert shown("loop").endswith(f"{turn}<tool_response|>")
-    assert shown("loop", True).endswith("<tool_response|><|channel>thought\n")
-    assert shown("called").endswith(f"{call}<|tool_response>")
-    past = shown("loop in the past")
-    assert f"<|turn>model\n{call}{response}<tool_response|>Cold.<turn|>\n" in past
-    assert "Look it up" not in past
-    assert "hm" not in shown("reasoning last")
-    values = '{a:{y:[<|"|>q<|"|>,[]],z:{}},b:[1,2.5,true,null,-1e+30]}'
-    assert values in shown("values")
-    tools = shown("one", tools="nested")
-    for part in (
-        '<|tool>declaration:weather{description:<|"|>Looks it up<|"|>,parameters:{',
-        'zones:{type:<|"|>ARRAY<|"|>,items:{type:<|"|>OBJECT<|"|>,properties:{name:{',
-        'any:{type:<|"|>ANY<|"|>,anyOf:[{"type":"string"},{"type":"null"}]}',
-    ):
-        assert part in tools
-
-
 def test_the_final_message_is_continued(both):
     for last in (
         *(model(said) for said in ("so it", "so it ", " so\n it\n\n", "")),

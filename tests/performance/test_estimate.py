@@ -17,19 +17,11 @@ from mlx_dgemma.performance.synthetic import config_26b
 
 RELEASE = config_26b()
 K = 1024
-# TFLOPS of the larger bin in Apple's press releases.
-STATED = {"M1": 2.6, "M1 Pro": 5.2, "M1 Max": 10.4, "M1 Ultra": 21}
-STATED |= {"M2": 3.6, "M2 Pro": 6.8, "M2 Max": 13.6, "M2 Ultra": 27.2}
 LARGEST = {chip.name: chip for chip in CHIPS}
 
 
 def at(text: str) -> list[str]:
     return estimate.lines(RELEASE, *find(text))
-
-
-def test_metal_lets_a_process_use_a_part_of_memory():
-    for memory, usable in ((16, 32 / 3), (32, 64 / 3), (36, 27), (64, 48), (128, 96)):
-        assert estimate.usable_bytes(memory) == pytest.approx(usable * 2**30)
 
 
 def test_lines_show_memory_and_speed_of_each_precision():
@@ -92,14 +84,6 @@ def test_table_has_a_line_per_chip():
 
 
 # Chips
-
-
-def test_derived_rates_are_those_apple_stated():
-    for name, tflops in STATED.items():
-        assert LARGEST[name].tflops == pytest.approx(tflops, rel=0.025)
-    for before, after in (("M4", "M5"), ("M4 Max", "M5 Max")):
-        # "over 4x" with the accelerators of M5
-        assert 4 < LARGEST[after].tflops / LARGEST[before].tflops < 4.5
 
 
 def test_memory_decides_the_bin():

@@ -68,14 +68,6 @@ def test_more_of_anything_needs_more(checkpoint):
         assert total(**less | given) < total(**more | given), (less, more)
 
 
-def test_checkpoints_ranks_and_short_rows():
-    kept = [estimate(job(grad_checkpoint=c))["activations kept"] for c in (False, True)]
-    assert kept[1] < kept[0] / 4 and total(**CHECKPOINTED) < total() / 2
-    assert total(batch_size=8, more={"ranks": 4}) == total(batch_size=2)
-    assert total(more={"longest": 701}) == total(max_seq_length=700 + 256)
-    assert total(more={"longest": 10**6}) == total()
-
-
 def test_the_released_model():
     """The figures of the README, and a full fine-tuning by hand."""
     sizes = {(1, 1024): 16.9, (1, 2048): 17.9, (4, 1024): 23.2, (4, 2048): 27.3}
