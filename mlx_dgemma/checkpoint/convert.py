@@ -108,15 +108,13 @@ def convert(
         _refuse_flags_of_quantize(q_bits, q_group_size, q_mode, quant_predicate)
     layout = open_source(hf_path, revision, target, overwrite)
     if layout.quantized and not dequantize:
-        raise ConversionError(
-            f"{layout.folder}: is quantised already; "
-            "use it as it is, or make it dense with --dequantize"
-        )
+        why = "is quantised already; use it as it is, or add --dequantize"
+        raise ConversionError(f"{layout.folder}: {why}")
     if dequantize and not layout.quantized:
         raise ConversionError(f"{layout.folder}: is not quantised")
-    dense = None if dtype is None else DTYPES[dtype]
+    kept = None if dtype is None else DTYPES[dtype]
     return write_checkpoint(
-        plan_conversion(layout, base=base, recipe=quant_predicate, dtype=dense),
+        plan_conversion(layout, base=base, recipe=quant_predicate, dtype=kept),
         target,
         card=CARD.format(made="converted", command="convert"),
         upload_repo=upload_repo,

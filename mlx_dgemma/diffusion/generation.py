@@ -49,29 +49,23 @@ def stream_generate(
 ) -> Iterator[Event]:
     """Denoise the answer to `prompt`, yielding Prefilled, Step and Commit events.
 
-    prompt              text (put into the chat template once; text that is rendered
-                        already is taken as it is), token ids, or a list of chat
-                        messages, whose content may have parts
-                        {"type": "image", "image": source}
-    images, videos      in front of a text prompt: pictures as paths, bytes of files,
-                        data: URLs or Pillow's images; videos as paths, of which the
-                        model sees a frame a second (extra "video")
+    prompt              text, which the chat template renders unless it is rendered
+                        already; token ids; or a list of chat messages
+    images, videos      in front of a text prompt: paths, bytes, data: URLs or Pillow's
+                        images; paths of videos, seen a frame a second (extra "video")
     system, thinking    a system turn; whether the model thinks first
     tools               functions the model may call, as OpenAI's JSON
     chat_template_kwargs     other variables of the chat template
-    continue_final_message   go on with the last message, the assistant's, instead of
-                        starting a new one; the returned text is only what is new
+    continue_final_message   go on with the last message, the assistant's
     stop                a string, or several, that end the text and are left out
-    seed                same seed, same machine, same text; chosen when None and
-                        reported by the Prefilled event
+    seed                same seed, same machine, same text; chosen when None
     prefill_step_size   prompt tokens encoded at a time
     settings            in place of the checkpoint's, `model.settings`
     overrides           single settings, which win over both; see `Settings`
 
-    Every event has `text`, the final text it adds: join them for the answer. A Commit's
-    `parts` hold thoughts and calls of tools too. Closing the iterator ends the request.
-    Raises, at once, SettingsError for an unknown or impossible setting, MediaError for
-    a picture.
+    Every event has `text`, the final text it adds; a Commit's `parts` hold thoughts and
+    calls too. Closing the iterator ends the request. Raises, at once, SettingsError for
+    an unknown or impossible setting, MediaError for a picture.
     """
     encoded = encode_prompt(
         model,

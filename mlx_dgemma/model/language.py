@@ -36,6 +36,11 @@ RunLayer = Callable[..., Any]
 CausalViews = dict[LayerConfig, CausalView]  # by kind of layer
 
 
+def run_plainly(layer: "Layer", run: Callable[..., Any], *arrays: Any) -> Any:
+    """Run a layer and keep its activations for its gradient, if one is taken."""
+    return run(*arrays)
+
+
 class View(NamedTuple):
     """What the canvases of B rows see, by layer: the same in all their steps."""
 
@@ -190,7 +195,7 @@ class DiffusionGemma(nn.Module):
         canvas: mx.array,
         view: View,
         signal: mx.array | None = None,
-        run_layer: RunLayer = lambda layer, function, *arrays: function(*arrays),
+        run_layer: RunLayer = run_plainly,
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 

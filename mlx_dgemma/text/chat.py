@@ -39,19 +39,14 @@ def encode_chat(
 ) -> tuple[list[int], list[Any]]:
     """Return the ids of a prompt, and the sources of its images in order.
 
-    prompt      text, token ids or messages. Text is one user message; where it is
-                rendered already (see `is_rendered`), and where the tokenizer has no
-                chat template, it is encoded as it is, behind BOS. Token ids are used
-                as they are. Messages are {"role", "content"}; content is text or a
-                list of parts: {"type": "text", "text": …} and images, see
-                `image_source`. An image is one image token of the template, for
-                `insert_image_tokens` to make room.
+    prompt      text, one user message unless it is rendered or there is no chat
+                template: then it is encoded as it is, behind BOS; token ids, used as
+                they are; or messages {"role", "content"}, content being text or parts
+                {"type": "text", "text": …} and images, see `image_source`
     system      a system message in front of a text or of messages without one
-    thinking    whether the template asks the model to think first
     tools       what the model may call, as OpenAI's JSON; see `text.tools`
     chat_template_kwargs    further variables of the chat template
-    continue_final_message  have the model continue the last message, which is the
-                            assistant's, instead of answering it
+    continue_final_message  continue the last message, the assistant's
 
     Raises SettingsError naming the argument, the message or the tool, TokenizerError
     when the chat template refuses the messages or is missing.
@@ -62,34 +57,28 @@ def encode_chat(
     variables = _check_variables(chat_template_kwargs)
     unused = _why_no_template(tokenizer, prompt)
     if unused is not None:
-        given = {"system": system is not None, "thinking": thinking, "tools": functions}
-        given["chat_template_kwargs"] = variables
-        given["continue_final_message"] = continue_final_message
-        for name in given:
-            require(not given[name], f"{name} cannot be used: {unused}")
+        for name, given in (
+            ("system", system is not None),
+            ("thinking", thinking),
+            ("tools", functions),
+            ("chat_template_kwargs", variables),
+            ("continue_final_message", continue_final_message),
+        ):
+            require(not given, f"{name} cannot be used: {unused}")
         return _encode_plain(tokenizer, prompt), []
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    messages = link_tool_results(
-        _check_message(message, f"message {i}") for i, message in enumerate(prompt)
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    checked = (
+        _check_message(message, f"message {i}") for i, message in enumerate(chat)
     )
+    messages = link_tool_results(checked)
     roles = [message["role"] for message in messages]
-    require(
-        not continue_final_message or roles[-1] == "assistant",
-        "continue_final_message needs messages that end with the assistant's",
-    )
+    wrong = "continue_final_message needs messages that end with the assistant's"
+    require(not continue_final_message or roles[-1] == "assistant", wrong)
     if system is not None:
-        if "system" in roles:
-            raise SettingsError(
-                f"system is given and message {roles.index('system')} is a system "
-                "message; leave one out"
-            )
+        wrong = "system is given and a message is a system message; leave one out"
+        require("system" not in roles, wrong)
         messages.insert(0, {"role": "system", "content": system})
-    sources = image_sources(messages)
-    for message in messages:  # templates see {"type": "image"} without its source
-        if isinstance(parts := message.get("content"), list | tuple):
-            images = [{"type": "image"} if is_image(part) else part for part in parts]
-            message["content"] = images
+    sources = take_images(messages)
     ids = tokenizer.apply_chat_template(
         messages,
         tools=functions or None,
@@ -143,6 +132,16 @@ def image_sources(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
         for part in parts
         if is_image(part)
     ]
+
+
+def take_images(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the sources of all images, and leave {"type": "image"} to the template."""
+    sources = image_sources(messages)
+    for message in messages:
+        if isinstance(parts := message.get("content"), list | tuple):
+            images = [{"type": "image"} if is_image(part) else part for part in parts]
+            message["content"] = images
+    return sources
 
 
 def insert_image_tokens(

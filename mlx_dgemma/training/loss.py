@@ -15,7 +15,7 @@ import mlx.nn as nn
 from .. import backends
 from ..backends import differentiable
 from ..model.layers import dequantize
-from ..model.vocab import Embedding
+from ..model.vocab import LOWEST, Embedding
 
 
 def cross_entropy(
@@ -155,7 +155,7 @@ class _Head:
         self, queries: mx.array, targets: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         """Return (N, 1) log Σ e^x, and (N, 1) x of the (N,) targets, if any."""
-        device, highest = backends.current(), mx.full((len(queries), 1), -1e30)
+        device, highest = backends.current(), mx.full((len(queries), 1), LOWEST)
         total, wanted = mx.zeros_like(highest), mx.zeros_like(highest)
         for rows in self.chunks:
             x, _ = self.logits(queries, rows, [total, wanted])

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..model.language import DiffusionGemma
+from ..model.language import DiffusionGemma, run_plainly
 from . import loss
 from .batches import Batch, Batches
 from .data import Dataset
-from .passes import AttentionInputs, checkpointed, denoise, encode, plain
+from .passes import AttentionInputs, checkpointed, denoise, encode
 
 
 class Losses(NamedTuple):
@@ -37,7 +37,7 @@ def losses(
     encoding     whether to compute the encoder's loss; zero if not
     checkpoint   run layers again for their gradients, which saves memory
     """
-    run_layer = checkpointed if checkpoint else plain
+    run_layer = checkpointed if checkpoint else run_plainly
     tokens, column = batch.tokens, batch.column
     embedding, softcap = model.embed_tokens, model.config.final_logit_softcapping
     inputs = AttentionInputs.of(model.config, batch.starts, tokens.shape[1])

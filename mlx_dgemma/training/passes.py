@@ -22,14 +22,7 @@ from ..model.attention import (
     tile_size,
 )
 from ..model.cache import LayerKV, Span
-from ..model.language import DiffusionGemma, Layer, View
-
-RunLayer = Callable[..., Any]  # of a layer, a function and its arguments
-
-
-def plain(layer: Layer, run: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a layer and keep its activations for its gradient."""
-    return run(*inputs)
+from ..model.language import DiffusionGemma, Layer, RunLayer, View, run_plainly
 
 
 def checkpointed(layer: Layer, run: Callable[..., Any], *inputs: Any) -> Any:
@@ -78,7 +71,7 @@ def encode(
     model: DiffusionGemma,
     tokens: mx.array,
     inputs: AttentionInputs,
-    run_layer: RunLayer = plain,
+    run_layer: RunLayer = run_plainly,
 ) -> tuple[mx.array, list[LayerKV]]:
     """Return the (B, S, D) normed states of (B, S) ids, and keys and values by layer.
 
@@ -121,7 +114,7 @@ def denoise(
     inputs: AttentionInputs,
     column: int,
     signal: mx.array | None,
-    run_layer: RunLayer = plain,
+    run_layer: RunLayer = run_plainly,
 ) -> mx.array:
     """Return the (B, L, D) normed states of (B, L) noisy ids that begin at `column`.
 

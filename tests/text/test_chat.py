@@ -169,7 +169,7 @@ def test_messages_of_tools_are_completed(tmp_path):
         (user(URL | {"image_url": {"url": b"x"}}), {}, "an image_url part must be"),
         (user(WHAT, URL), {}, "the prompt holds images; only text can be used"),
         (user(image("a.png")), {}, "the prompt holds images; only text can be used"),
-        ([USER, SYSTEM], {"system": "x"}, "system is given and message 1 is a system"),
+        ([USER, SYSTEM], {"system": "x"}, "system is given and a message is a system"),
         ("hi", {"system": 3}, "system must be text, not int"),
         ("hi", {"tools": [{}]}, 'tool 0: it must be {"type": "function"'),
         ([USER, {"role": "tool", "content": "1"}], {}, "message 1: no call of a tool"),
