@@ -48,8 +48,7 @@ def encode_chat(
     chat_template_kwargs    further variables of the chat template
     continue_final_message  continue the last message, the assistant's
 
-    Raises SettingsError naming the argument, the message or the tool, TokenizerError
-    when the chat template refuses the messages or is missing.
+    Raises SettingsError naming what is wrong, TokenizerError of the chat template.
     """
     wrong = f"system must be text, not {type(system).__name__}"
     require(isinstance(system, str | None), wrong)
