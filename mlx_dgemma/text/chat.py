@@ -54,8 +54,7 @@ def encode_chat(
     require(isinstance(system, str | None), wrong)
     functions = [] if tools is None else check_tools(tools)
     variables = _check_variables(chat_template_kwargs)
-    unused = _why_no_template(tokenizer, prompt)
-    if unused is not None:
+    if (unused := _why_no_template(tokenizer, prompt)) is not None:
         for name, given in (
             ("system", system is not None),
             ("thinking", thinking),
