@@ -29,6 +29,10 @@ class SettingsError(DGemmaError, ValueError):
     """A setting is unknown or out of its range."""
 
 
+class NumericError(DGemmaError):
+    """A weight, a logit or a loss is NaN or infinite."""
+
+
 class BackendError(DGemmaError):
     """The requested device cannot be used here."""
 

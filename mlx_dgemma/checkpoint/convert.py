@@ -6,6 +6,7 @@ under the target's own name there is nothing or everything.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ import mlx.core as mx
 from .. import backends
 from ..errors import ConversionError
 from ..files import atomic
-from ..files.safetensors import write_file
+from ..files.safetensors import count_nonfinite, shorten, write_file
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .config import ModelConfig, read_config
 from .generation_config import read_generation_config
 from .plan import ConversionPlan, plan_conversion
 from .quantize import RECIPES, Quantization, QuantizationMap
+from .sums import write_sums
 from .weights import INDEX, SINGLE, Layout, read_layout
 
 SHARD_BYTES = 5 * 10**9  # as mlx-lm
@@ -189,13 +191,23 @@ def write_checkpoint(
         regrouped=plan.regrouped,
     )
     plan.tensors.clear()  # so that each array is freed once it is written
+    zeros = list[str]()
+
+    def check(name: str, array: mx.array) -> None:
+        sources = plan.sources.pop(name, [array])
+        _check_numbers(name, sources, array, zeros)
+
     with atomic.staged(target, overwrite) as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_weights(folder, shards, converted.bytes, progress)
+        sums = _write_weights(folder, shards, converted.bytes, progress, check)
         atomic.write_json(folder / "config.json", config)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        write_sums(folder, sums)
+    if zeros:
+        message = f"{source}: all zeros, as after a torn download: {shorten(zeros)}"
+        warnings.warn(message, stacklevel=2)
     if upload_repo is not None:
         hub.upload(target, upload_repo)
     return converted
@@ -224,15 +236,19 @@ def _write_weights(
     shards: dict[str, dict[str, mx.array]],
     total: int,
     progress: Progress | None,
-) -> None:
-    """Write weight files, and their index if there are several."""
+    check: Callable[[str, mx.array], None],
+) -> dict[str, str]:
+    """Write weight files, and their index if there are several; return their SHA-256.
+
+    `check` sees each tensor before it is written.
+    """
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    done = 0
+    sums, done = dict[str, str](), 0
     cache_limit = mx.set_cache_limit(0)  # freed buffers would add up to a shard
     try:
         for file, tensors in shards.items():
-            for name, size in write_file(folder / file, tensors):
-                done += size
+            for name, size, digest in write_file(folder / file, tensors, check):
+                done, sums[file] = done + size, digest.hex()
                 if progress is not None:
                     progress(name, done, total)
     finally:
@@ -240,6 +256,24 @@ def _write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         atomic.write_json(folder / INDEX, index)
+    return sums
+
+
+def _check_numbers(
+    name: str, sources: list[mx.array], written: mx.array, zeros: list[str]
+) -> None:
+    """Raise ConversionError for values that are none; note a weight of zeros alone."""
+    if count := sum(map(count_nonfinite, sources)):
+        why = "are NaN or infinite in the source; it is damaged: download it again"
+        raise ConversionError(f"{name}: {count:,} values {why}")
+    if count := count_nonfinite(written):
+        kind = str(written.dtype).removeprefix("mlx.core.")
+        raise ConversionError(
+            f"{name}: {count:,} values are too large for {kind}; use --dtype bfloat16"
+        )
+    made = name.endswith((".scales", ".biases"))  # by the quantisation
+    if written.ndim > 1 and not made and not mx.any(sources[0]).item():
+        zeros.append(name)
 
 
 def released_config(

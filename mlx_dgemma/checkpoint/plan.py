@@ -27,6 +27,8 @@ class ConversionPlan:
 
     layout: Layout
     tensors: dict[str, mx.array] = field(default_factory=dict)
+    # what a tensor is made of, if that is not what is written
+    sources: dict[str, list[mx.array]] = field(default_factory=dict)
     quantization: QuantizationMap | None = None
     dense: list[str] = field(default_factory=list)
     regrouped: dict[str, int] = field(default_factory=dict)
@@ -99,11 +101,13 @@ def plan_conversion(
         else:
             names = stored.packed_shapes(shape)
             parts, own = {part: source[f"{layer}.{part}"] for part in names}, NORM
+        name = disk_name(parameter) if chosen is None else f"{layer_path(layer)}.weight"
+        plan.sources[name] = list(parts.values())
         if chosen is None or chosen != stored or change is not None:
             weight = _weight(parts, stored, change, dtype or source[own].dtype)
             parts = {"weight": weight} if chosen is None else chosen.quantize(weight)
         if chosen is None:
-            plan.tensors[disk_name(parameter)] = parts["weight"]
+            plan.tensors[name] = parts["weight"]
         else:
             path = layer_path(layer)
             plan.tensors |= {f"{path}.{part}": array for part, array in parts.items()}

@@ -29,7 +29,7 @@ upload_option = click.option(
 
 
 @click.command(cls=Command)
-@click.option("--hf-path", required=True, help=MODEL_HELP)
+@click.option("--hf-path", help=MODEL_HELP)
 @click.option(
     "--mlx-path", default="mlx_model", show_default=True, help="Folder to write."
 )
@@ -66,16 +66,24 @@ upload_option = click.option(
 @revision_option
 @upload_option
 @click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
+@click.option("--verify", help="Check the SHA-256 of a folder or download instead.")
 @common_options
 @click.pass_context
 def main(
-    context: click.Context, hf_path: str, mlx_path: str, debug: bool, **options: Any
+    context: click.Context,
+    hf_path: str | None,
+    mlx_path: str,
+    verify: str | None,
+    debug: bool,
+    **options: Any,
 ) -> None:
     """Convert a DiffusionGemma checkpoint to MLX, quantised if asked.
 
     Tensors are read and written one at a time. An interrupted conversion leaves
     nothing at --mlx-path.
     """
+    if (hf_path is None) == (verify is None):
+        raise click.UsageError("give one of --hf-path and --verify")
     if options["quantize"] and options["dequantize"]:
         raise click.UsageError("--quantize and --dequantize exclude one another")
     for name in QUANTIZING:
@@ -86,8 +94,15 @@ def main(
     for name in ("q_bits", "q_group_size"):
         options[name] = options[name] and int(options[name])
     with one_line_errors(debug):
+        from ..checkpoint import hub, sums
         from ..checkpoint.convert import convert
 
+        if hf_path is None:
+            with show_progress("checking") as progress:
+                folder = hub.resolve(verify or "", options["revision"])
+                checked = sums.verify(folder, progress)
+            click.echo(f"{folder}: {len(checked)} files are as they were written")
+            return
         with show_progress("converting") as progress:
             converted = convert(hf_path, mlx_path, progress=progress, **options)
         print_summary(converted)

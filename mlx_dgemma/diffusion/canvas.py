@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..errors import NumericError
 from ..model.cache import PrefixCache
 from ..settings import Settings
 from . import sampler
@@ -79,6 +80,12 @@ class Canvas:
         draft, canvas, accepted, entropy = rows = [array[row] for array in arrays]
         mx.eval(rows, stats.mean, stats.stopped)
         self.mean = float(np.array(stats.mean)[row])
+        if not math.isfinite(self.mean):
+            raise NumericError(
+                f"request {self.request}, canvas {self.index}, step {step}: the model "
+                "computes NaN; its weights are damaged (mlx_dgemma.convert --verify), "
+                "or too large for float16: convert with --dtype bfloat16"
+            )
         return Step(
             request=self.request,
             canvas_index=self.index,

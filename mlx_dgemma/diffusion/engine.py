@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from .. import backends
-from ..errors import SettingsError
+from ..errors import NumericError, SettingsError
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma, View
 from ..model.vision import Image
@@ -174,8 +174,14 @@ class Engine:
         stats = [canvas.advance() for canvas in batch]
         if self._ahead and all(canvas.may_run_ahead for canvas in batch):
             self._start(batch)
-        pairs = zip(batch, stats, strict=True)
-        return [(canvas, canvas.finish_step(one)) for canvas, one in pairs]
+        steps = []
+        for canvas, one in zip(batch, stats, strict=True):
+            try:
+                steps.append((canvas, canvas.finish_step(one)))
+            except NumericError:
+                self.cancel(canvas.request)
+                raise
+        return steps
 
     def _start(self, canvases: list[Canvas]) -> None:
         """Start one step of canvases of a batch, without waiting for it."""

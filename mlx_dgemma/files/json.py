@@ -13,12 +13,19 @@ MAX_JSON_BYTES = 64 * 2**20  # a weight index of a large model is a few MB
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def parse_object(text: str | bytes, *, unique: bool = False) -> dict[str, Any]:
     """Return the JSON object in a text, or in UTF-8 bytes with or without a BOM.
 
     Raises DataError with a reason, without a place: broken JSON, no object, NaN or
-    Infinity (which JSON does not have), half a surrogate pair, or nested too deeply.
+    Infinity (which JSON does not have), half a surrogate pair, nested too deeply, or,
+    if keys must be `unique`, one that stands twice.
     """
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if unique and len(found) < len(pairs):
+            raise DataError("a key stands twice")
+        return found
 
     def refuse(constant: str) -> None:
         raise DataError(f"holds {constant}, which is not a JSON number")
@@ -26,7 +33,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=collect)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:

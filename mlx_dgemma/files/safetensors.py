@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +23,7 @@ from .json import parse_object
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 MAX_NAMES = 5  # shown in one message
+MAX_DIMENSION = 2**31 - 1
 DTYPES: dict[str, mx.Dtype] = {
     "F32": mx.float32,
     "F16": mx.float16,
@@ -69,14 +71,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: header of {length} bytes in a file of {size}; "
                     "truncated, or not safetensors: download it again"
                 )
-            header = parse_object(file.read(length))
+            text = file.read(length)
+            if not text.startswith(b"{"):  # the format allows nothing before it
+                raise DataError("is no object")
+            header = parse_object(text, unique=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except DataError:
         raise CheckpointError(f"{path}: broken header; download it again") from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    values = {} if metadata is None else metadata
+    if not isinstance(values, dict) or not all(
+        isinstance(text, str) for text in values.values()
+    ):
+        raise CheckpointError(f"{path}: broken header; download it again")
     return _check_entries(path, header, size - 8 - length)
 
 
@@ -102,9 +112,14 @@ def _check_entries(
         infos[name] = info
         ranges.append((start, end, name))
     ranges.sort()
+    # as the official reader: no overlap, no hole, nothing behind the last tensor
+    ranges = [(0, 0, "the header"), *ranges, (available, available, "the file's end")]
     for (_, end, name), (start, _, following) in pairwise(ranges):
         if start < end:
             raise CheckpointError(f"{path}: {name} and {following} overlap")
+        if start > end:
+            why = f"{start - end} bytes of no tensor lie between {name} and {following}"
+            raise CheckpointError(f"{path}: {why}; damaged: download it again")
     return infos
 
 
@@ -112,8 +127,10 @@ def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Return dtype, shape and byte range of a header entry."""
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
-    # bool is an int too
+    # bool is an int too; dimensions are int32 in MLX
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError
+    if any(n > MAX_DIMENSION for n in shape):
         raise ValueError
     return str(entry["dtype"]), shape, start, end
 
@@ -174,11 +191,32 @@ def load_tensors(infos: Mapping[Key, TensorInfo]) -> dict[Key, mx.array]:
     return {key: files[info.file][info.name] for key, info in infos.items()}
 
 
-def write_file(path: Path, tensors: dict[str, mx.array]) -> Iterator[tuple[str, int]]:
-    """Write tensors in order and take them out of the dict; yield (name, bytes).
+def count_nonfinite(array: mx.array) -> int:
+    """Return how many values of an array of floats are NaN or infinite."""
+    bits = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
+    exponent = {mx.float32: 0x7F800000, mx.float16: 0x7C00, mx.bfloat16: 0x7F80}
+    if array.dtype not in bits or array.size == 0:
+        return 0
+    # by their exponents: three times as fast as isfinite on a CPU
+    exponents: Any = mx.view(mx.contiguous(array.reshape(-1)), bits[array.dtype])
+    exponents = exponents & exponent[array.dtype]
+    largest: Any = mx.max(exponents).item()
+    if largest < exponent[array.dtype]:
+        return 0
+    count: Any = mx.sum(exponents == exponent[array.dtype]).item()
+    return count
 
-    Arrays that are not evaluated yet are computed one at a time. The file is durable
-    before the last yield returns.
+
+def write_file(
+    path: Path,
+    tensors: dict[str, mx.array],
+    check: Callable[[str, mx.array], None] = lambda name, array: None,
+) -> Iterator[tuple[str, int, bytes]]:
+    """Write tensors in order and take them out of the dict.
+
+    Yields the name of each, its size in bytes, and the SHA-256 of the file so far.
+    Arrays that are not evaluated yet are computed one at a time; `check` sees each
+    before it is written. The file is durable before the last yield returns.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
@@ -191,15 +229,19 @@ def write_file(path: Path, tensors: dict[str, mx.array]) -> Iterator[tuple[str, 
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned data, as other writers leave it
+    start = struct.pack("<Q", len(text)) + text
+    digest = sha256(start)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(start)
         for name in list(tensors):
             array = tensors.pop(name)
+            check(name, array)
             array = mx.contiguous(array.reshape(-1) if array.ndim == 0 else array)
             data: Any = mx.view(array, mx.uint8)
             del array
             file.write(memoryview(data))
-            yield name, data.nbytes
+            digest.update(memoryview(data))
+            yield name, data.nbytes, digest.digest()
             del data
         file.flush()
         os.fsync(file.fileno())

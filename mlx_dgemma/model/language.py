@@ -155,10 +155,11 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """One denoising pass over the canvases of B rows; never writes the cache.
 
-        canvas (B, L) ids below V, not checked, as that would wait for them; signal
-        (B, L, D) from `self_condition`, or None at the first step (zeros mean the
-        same). Returns (B, L, V) float32 logits, soft-capped.
+        canvas (B, L) ids; signal (B, L, D) from `self_condition`, or None at the first
+        step (zeros mean the same). Returns (B, L, V) float32 logits, soft-capped.
+        Raises SettingsError for ids outside the vocabulary.
         """
+        self._check_ids(canvas)
         view = self.view(cache, canvas.shape[1])
         return self.logits(self.denoise_hidden(canvas, view, signal))
 
@@ -199,7 +200,8 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """`denoise` up to the (B, L, D) normed hidden state of the last layer.
 
-        run_layer calls what each layer does to hidden states and prefix.
+        The ids are not checked, as that would wait for them. run_layer calls what each
+        layer does to hidden states and prefix.
         """
         h = self.self_conditioning(self.embed(canvas), signal)
         for layer, prefix, *given in zip(self.layers, *view, strict=True):
@@ -236,10 +238,7 @@ class DiffusionGemma(nn.Module):
     ) -> tuple[mx.array, CausalViews]:
         """Return the embedded tokens, and what they see in each kind of layer."""
         rows, new = tokens.shape
-        ends: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
-        if ends[0] < 0 or ends[1] >= self.config.vocab_size:
-            known = f"this model knows 0 to {self.config.vocab_size - 1}"
-            raise SettingsError(f"ids run from {ends[0]} to {ends[1]}; {known}")
+        self._check_ids(tokens)
         if cache.columns and rows != len(cache.row_starts):
             prefixes = len(cache.row_starts)
             raise SettingsError(f"{rows} rows of tokens for {prefixes} prefixes")
@@ -261,6 +260,13 @@ class DiffusionGemma(nn.Module):
             tiles = causal_tiles(new, span, window, size, columns)
             views[kind] = CausalView(query_rope[kind], key_rope[kind], tiles)
         return embedded, views
+
+    def _check_ids(self, tokens: mx.array) -> None:
+        """Raise SettingsError for ids without a row; MLX would read on behind it."""
+        ends: list[int] = mx.stack([tokens.min(), tokens.max()]).tolist()  # type: ignore[assignment]
+        if ends[0] < 0 or ends[1] >= self.config.vocab_size:
+            known = f"this model knows 0 to {self.config.vocab_size - 1}"
+            raise SettingsError(f"ids run from {ends[0]} to {ends[1]}; {known}")
 
     def _encode_layer(
         self, index: int, h: mx.array, views: CausalViews, cache: PrefixCache

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.vision import LIMITS, ImageTokens, VisionConfig
-from ..errors import SettingsError
+from ..errors import MediaError, SettingsError
 from .attention import RopeTables, attend_all, cos_sin, rotate
 from .layers import Linear, geglu
 
@@ -232,14 +232,35 @@ class ImageEncoder:
     def encode_image(self, patches: np.ndarray, positions: np.ndarray) -> mx.array:
         """One image's patches (P, 3 · patch²) and (P, 2) x, y -> (n, D), evaluated.
 
-        Raises ConfigError or CheckpointError where the tower cannot be read.
+        Raises ConfigError or CheckpointError where the tower cannot be read,
+        MediaError for an image that it has no positions for.
         """
         with self._lock:
             if self._tower is None:
                 self._tower = self._load()
+        check_patches(self._tower.vision_tower.vision, patches, positions)
         soft = self._tower(patches, positions)
         mx.eval(soft)
         return soft
+
+
+def check_patches(
+    vision: VisionConfig, patches: np.ndarray, positions: np.ndarray
+) -> None:
+    """Raise MediaError unless the tower can take an image: MLX checks no index."""
+    width, height = (int(n) + 1 for n in positions.max(axis=0))
+    if max(width, height) > vision.positions or positions.min() < 0:
+        raise MediaError(
+            f"the picture has {width} x {height} patches and the vision tower "
+            f"{vision.positions} positions a side; make the picture squarer"
+        )
+    shape = (width * height, 3 * vision.patch**2)
+    if patches.shape != shape or width % vision.pooling or height % vision.pooling:
+        raise MediaError(
+            f"the picture is cut into {list(patches.shape)} numbers for a vision tower "
+            f"of patch_size {vision.patch} and pooling_kernel_size {vision.pooling}; "
+            "processor_config.json contradicts config.json"
+        )
 
 
 @dataclass(frozen=True)

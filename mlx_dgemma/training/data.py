@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import DataError, DGemmaError
 from ..files.json import parse_object, read_lines
+from ..settings import MAX_TOKEN
 from ..text.chat import ROLES, chat_ids
 from ..text.template import REASONING
 from ..text.tokenizer import Tokenizer
@@ -87,15 +88,21 @@ class ExampleReader:
     ends      ids that end an answer: the checkpoint's eos tokens
     longest   most tokens of prompt and answer together; a longer answer is cut to
               whole canvases
+    vocab_size   of the model, which may know fewer tokens than the tokenizer
 
     Raises DataError if the tokenizer has no eos token that ends an answer.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, length: int, ends: frozenset[int], longest: int
+        self,
+        tokenizer: Tokenizer,
+        length: int,
+        ends: frozenset[int],
+        longest: int,
+        vocab_size: int = MAX_TOKEN,
     ):
         self.tokenizer, self.length = tokenizer, length
-        self.ends, self.longest = ends, longest
+        self.ends, self.longest, self.vocab_size = ends, longest, vocab_size
         candidates = (tokenizer.token_id("<eos>"), tokenizer.eos_token_id)
         fills = [token for token in candidates if token in ends and token is not None]
         if not fills:
@@ -140,6 +147,9 @@ class ExampleReader:
             prompt, response = self._encode(before, answer, row.get("tools"))
         except RecursionError:
             raise DataError("is nested too deeply") from None
+        if (largest := max([*prompt, *response, self.fill])) >= self.vocab_size:
+            known = f"the model knows 0 to {self.vocab_size - 1}"
+            raise DataError(f"the tokenizer makes id {largest}; {known}")
         room = (self.longest - len(prompt)) // self.length * self.length
         if room <= 0:
             raise DataError(

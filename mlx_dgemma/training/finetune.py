@@ -95,7 +95,8 @@ def prepare(run: Run) -> Trainer:
     config, storage = read_shape(source, None)
     ends = read_generation_config(config, source).eos
     tokenizer, length = Tokenizer.from_dir(source), config.canvas_length
-    reader = ExampleReader(tokenizer, length, ends, settings.max_seq_length)
+    longest, size = settings.max_seq_length, config.vocab_size
+    reader = ExampleReader(tokenizer, length, ends, longest, size)
     valid = None
     if settings.val_batches and (Path(run.data).expanduser() / FILES["valid"]).exists():
         valid = _read(reader, run, "valid")
@@ -119,7 +120,9 @@ def measure(run: Run, batches: int = 500) -> tuple[float, float]:
     """
     model, tokenizer = load(run.model, run.adapter_path or None, revision=run.revision)
     ends, longest = model.settings.eos, run.settings.max_seq_length
-    reader = ExampleReader(tokenizer, model.config.canvas_length, ends, longest)
+    config = model.config
+    length, size = config.canvas_length, config.vocab_size
+    reader = ExampleReader(tokenizer, length, ends, longest, size)
     data = _read(reader, run, "test")
     order = Batches(model.config, run.settings, mx.distributed.init())
     return mean_losses(model, order, data, "test", batches)

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 from .. import backends
 from ..adapters import folder as adapters
 from ..adapters.lora import adapt, unfreeze
-from ..errors import AdapterError, SettingsError, TrainingError
+from ..errors import AdapterError, NumericError, SettingsError, TrainingError
 from ..files.atomic import save_arrays
 from ..model.language import DiffusionGemma
 from .batches import Batches
@@ -128,7 +128,17 @@ class Trainer:
         if self.done == 0 and self.valid is not None:
             yield log.add(self._validate(self.valid))
         while self.done < settings.iters and not self._any_rank_stopped():
-            figures.append(self._update())
+            try:
+                figures.append(self._update())
+            except NumericError as error:
+                failed = self.done
+                self.done -= settings.grad_accumulation_steps
+                if saved < self.done:
+                    yield self._save()
+                raise TrainingError(
+                    f"iteration {failed}: {error}; iteration {self.done} is kept. Look "
+                    "at the rows, or lower --learning-rate"
+                ) from None
             if self._due(settings.steps_per_report):
                 yield log.add(self._report(figures))
                 figures = []

@@ -4,6 +4,7 @@ The optimizer updates float32 copies, whatever the model computes in: a bfloat16
 would swallow small updates. An adapter is float32 itself.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from ..errors import NumericError
 from ..model.language import DiffusionGemma
 from .batches import Batch
 from .objective import Losses, losses
@@ -79,8 +81,14 @@ class Weights:
         self.model.update(weights)
 
     def update(self, gradients: Tree, number: int) -> mx.array:
-        """Make update `number`; return the norm the gradients had before clipping."""
+        """Make update `number`; return the norm the gradients had before clipping.
+
+        Raises NumericError, nothing changed, when the norm is not finite.
+        """
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
+        value: Any = norm.item()
+        if not math.isfinite(value):
+            raise NumericError(f"the norm of the gradients is {value}")
         self.optimizer.learning_rate = self.settings.rate(number)
         self.master = self.optimizer.apply_gradients(gradients, self.master)
         mx.eval(self.master, self.optimizer.state, norm)

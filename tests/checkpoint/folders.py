@@ -93,5 +93,5 @@ def listing(folder: Path) -> list[str]:
 def whole(folder: Path, source: Path) -> None:
     """The folder holds the source's model, complete."""
     same(tensors(folder), tensors(source))
-    card = {"README.md"}  # a source may have none
-    assert {*listing(folder)} - card == {*listing(source)} - card
+    own = {"README.md", "SHA256SUMS"}  # a source may have none
+    assert {*listing(folder)} - own == {*listing(source)} - own

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiny import tiny_config, write_tiny
 from mlx_dgemma import load
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.convert import convert
+from mlx_dgemma.checkpoint.sums import verify
 from mlx_dgemma.checkpoint.weights import INDEX, read_tensors
 from mlx_dgemma.model.loading import load_model
 
@@ -211,7 +213,9 @@ def test_files_of_a_model_are_copied_and_no_others(tiny, tmp_path):
         (source / name).write_bytes(content)
     convert(source, tmp_path / "out")
     # README.md is our own card, not the source's
-    assert listing(tmp_path / "out") == sorted([*kept, *listing(tiny), "README.md"])
+    assert listing(tmp_path / "out") == sorted(
+        [*kept, *listing(tiny), "README.md", "SHA256SUMS"]
+    )
     for name in (*kept, "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert "library_name: mlx" in (tmp_path / "out" / "README.md").read_text()
@@ -253,6 +257,76 @@ def test_shards_and_their_index_hold_what_one_file_would(tiny, tmp_path, how):
     done = [done for _, done, _ in calls]
     assert done == sorted(done) and done[-1] == converted.bytes
     assert {total for _, _, total in calls} == {converted.bytes}
+
+
+# Numbers that are none, and bytes that changed
+
+
+def changed_weight(tiny: Path, folder: Path, value: float) -> Path:
+    """A copy of the checkpoint with one value changed."""
+    copied(tiny, folder)
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    name = f"{DECODER}layers.1.mlp.up_proj.weight"
+    weights[name] = mx.array(weights[name])
+    weights[name][3, 5] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.mark.parametrize("mode", [None, "affine", "mxfp4"])
+def test_values_that_are_no_numbers_are_refused_by_name(tiny, tmp_path, mode):
+    how = {} if mode is None else {"quantize": True, "q_mode": mode}
+    for number, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+        source = changed_weight(tiny, tmp_path / str(number), value)
+        message = refusal(convert, source, tmp_path / "out", **how)
+        assert message.startswith(f"{DECODER}layers.1.mlp.up_proj.weight: 1 values")
+        assert "NaN or infinite in the source" in message
+    source = changed_weight(tiny, tmp_path / "large", 1e5)
+    message = refusal(convert, source, tmp_path / "out", dtype="float16")
+    assert "up_proj.weight: 1 values are too large for float16; use --dtype" in message
+    convert(source, tmp_path / "out", dtype="bfloat16")
+
+
+def test_weights_of_zeros_alone_are_named(tiny, tmp_path):
+    source = copied(tiny, tmp_path / "source")
+    weights = dict(mx.load(str(source / "model.safetensors")))
+    name = f"{DECODER}layers.1.mlp.up_proj.weight"
+    weights[name] = mx.zeros_like(weights[name])
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    with pytest.warns(UserWarning, match=f"all zeros, as after a torn .*: {name}$"):
+        convert(source, tmp_path / "out", quantize=True)
+
+
+def test_sums_tell_a_folder_that_changed_from_one_that_did_not(tiny, tmp_path):
+    out = tmp_path / "out"
+    convert(tiny, out, shard_bytes=20_000)
+    names = [name for name in listing(out) if name != "SHA256SUMS"]
+    assert sorted(verify(out)) == names
+    lines = (out / "SHA256SUMS").read_text().splitlines()
+    for line in lines:  # as `sha256sum -c` reads it
+        digest, name = line.split("  ")
+        assert sha256((out / name).read_bytes()).hexdigest() == digest
+    shards = [name for name in names if name.endswith(".safetensors")]
+    for name in ("config.json", shards[1], shards[-1]):
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert refusal(verify, out).startswith(f"{out / name}: differs from what was")
+        (out / name).unlink()
+        assert refusal(verify, out).startswith(f"{out / name}: is missing")
+        (out / name).write_bytes(before)
+    (out / "more.safetensors").touch()
+    assert "more.safetensors: has no sum" in refusal(verify, out)
+    assert "has no SHA256SUMS" in refusal(verify, tiny)
+    # a hub download: links to blobs that are called by their sum
+    content = b"weights"
+    blob = tmp_path / "blobs" / sha256(content).hexdigest()
+    blob.parent.mkdir()
+    blob.write_bytes(content)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    assert verify(tmp_path / "snapshot") == ["model.safetensors"]
+    blob.write_bytes(b"torn")
+    assert "model.safetensors: differs" in refusal(verify, tmp_path / "snapshot")
 
 
 # Refused before a byte is written

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict:
 
 
 def write(path: Path, tensors: dict[str, mx.array]) -> list[tuple[str, int]]:
-    return list(write_file(path, dict(tensors)))
+    written = list(write_file(path, dict(tensors)))
+    assert written[-1][2] == sha256(path.read_bytes()).digest()
+    return [(name, size) for name, size, _ in written]
 
 
 def loaded(path: Path) -> dict[str, mx.array]:
@@ -76,7 +79,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     tensors = {n: mx.full((2**20,), i) + 0.5 for i, n in enumerate("zamb")}
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    for count, (name, written) in enumerate(write_file(tmp_path / "f", tensors), 1):
+    for count, (name, written, _) in enumerate(write_file(tmp_path / "f", tensors), 1):
         assert (name, written) == ("zamb"[count - 1], size)
         assert list(tensors) == list("zamb"[count:])
     assert mx.get_peak_memory() - before < 3 * size
@@ -93,10 +96,10 @@ def refused(tmp_path: Path, content: bytes, named: str = "") -> None:
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
-    for content in (GOOD, GOOD + b"trailing"):
-        (tmp_path / "w").write_bytes(content)
-        found = {n: i.shape for n, i in read_header(tmp_path / "w").items()}
-        assert found == {"x": (2,), "y": (3,)}
+    (tmp_path / "w").write_bytes(GOOD)
+    found = {n: i.shape for n, i in read_header(tmp_path / "w").items()}
+    assert found == {"x": (2,), "y": (3,)}
+    refused(tmp_path, GOOD + b"trailing", "8 bytes of no tensor lie between y and the")
     for length in range(len(GOOD)):
         refused(tmp_path, GOOD[:length])
     for cut, named in ((0, "0 bytes"), (7, "7 bytes"), (20, "truncated")):
@@ -131,13 +134,19 @@ BAD = [
     (one(offsets=[8, 0]), "x: -8 bytes"),
     (one(offsets=[0, 7]), "x: 7 bytes for shape [2] of F32, which needs 8"),
     (one(offsets=[0, 9], size=9), "x: 9 bytes"),
-    (one(shape=[2**62] * 4), "x: 8 bytes"),
+    (one(shape=[2**30] * 8), "x: 8 bytes"),
     (one(offsets=[4, 12]), "x: ends 4"),
     (one("F8_E4M3", [8]), "F8_E4M3 is not supported; convert from the bfloat16"),
     (one(None), "x: dtype None"),
     (pack({"x": entry(), "y": entry(offsets=[4, 12])}, bytes(12)), "x and y over"),
     (pack({"b": entry(), "a": entry()}, bytes(8)), "a and b overlap"),
     (pack({"in": entry("U8", [1], [3, 4]), "out": entry()}, bytes(8)), "and in ov"),
+    (one(offsets=[1, 9], size=9), "1 bytes of no tensor lie between the header and x"),
+    (one(shape=[2**31, 0], offsets=[0, 0], size=0), "x: broken"),
+    (pack(b"\xef\xbb\xbf{}"), "broken header"),
+    (pack(b'{"x": 1, "x": 1}'), "broken header"),
+    (pack({"__metadata__": {"step": 1}}), "broken header"),
+    (pack({"__metadata__": []}), "broken header"),
 ]
 
 
@@ -158,7 +167,7 @@ def test_neither_a_vast_header_nor_data_is_read(tmp_path):
     with pytest.raises(CheckpointError, match=f"header of {length} bytes"):
         read_header(path)
     count = 2**36
-    path.write_bytes(pack({"x": entry("U8", [count], [0, count])}))
+    path.write_bytes(pack({"x": entry("U8", [2**20, 2**16], [0, count])}))
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + count)  # a hole of 64 GiB
     assert read_header(path)["x"].nbytes == count

@@ -132,8 +132,8 @@ def test_a_failure_midway_leaves_everything_as_it_was(
 ):
     write = conversion.write_file
 
-    def write_some(path, tensors):
-        for number, written in enumerate(write(path, tensors)):
+    def write_some(path, tensors, check):
+        for number, written in enumerate(write(path, tensors, check)):
             if number == 9:
                 raise error
             yield written

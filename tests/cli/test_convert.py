@@ -144,6 +144,22 @@ def test_folder_holds_what_the_last_line_says(tiny, adapter, tmp_path):
     assert f"(from {source / MB:.1f} MB)" in results[small].stdout
 
 
+def test_a_folder_is_verified(tiny, tmp_path):
+    convert(tiny, tmp_path / "out")
+    result = run(convert_main, "--verify", tmp_path / "out")
+    count = len(list((tmp_path / "out").iterdir())) - 1
+    assert result.stdout == (
+        f"{tmp_path / 'out'}: {count} files are as they were written\n"
+    )
+    (tmp_path / "out" / "config.json").write_text("{}")
+    result = run(convert_main, "--verify", tmp_path / "out")
+    assert result.exit_code == 1 and "config.json: differs" in result.stderr
+    for args in ([], ["--verify", "x", "--hf-path", "y"]):
+        result = run(convert_main, *args)
+        assert result.exit_code == 2
+        assert result.stderr.endswith("error: give one of --hf-path and --verify\n")
+
+
 def test_peft_adapter_must_be_the_same_in_both_modes(tiny, tmp_path):
     layers = factors(read_config(tiny), ("layers.0.mlp.up_proj",))
     same = write_peft(tmp_path / "same", {"decoder": layers, "encoder": layers})

@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma import load
 from mlx_dgemma.diffusion import canvas, sampler
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.events import Commit, Step
-from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.errors import NumericError, SettingsError
 from mlx_dgemma.settings import Settings
 
 PROMPT = [2, 7, 8, 9, 5, 11, 12, 13, 14, 15, 16]
@@ -197,6 +198,16 @@ def test_text_depends_on_the_seed_and_not_on_global_random_state_or_chunks(tiny_
         texts.append(outcome(events))
         assert mx.random.uniform().item() == expected
     assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_a_step_of_no_numbers_ends_its_request_in_one_line(tiny):
+    model, _ = load(tiny)
+    model.norm.weight = mx.full(model.norm.weight.shape, float("nan"))
+    engine = Engine(model)
+    engine.admit(PROMPT, model.settings, 0)
+    with pytest.raises(NumericError, match="canvas 0, step 0: the model computes NaN"):
+        list(engine.run())
+    assert engine.running == []
 
 
 def test_ids_outside_the_vocabulary_are_refused(tiny_model):

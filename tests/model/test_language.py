@@ -76,6 +76,8 @@ def test_a_refused_or_empty_encode_leaves_the_cache_as_it_was(tiny_model):
         model.encode(mx.array([[1.0, 2.0]]), cache)
     model.encode(ids([]), cache)
     assert model.encode_hidden(ids([]), cache).shape == (1, 0, 64)
+    with pytest.raises(SettingsError, match=r"ids run from -1 to 32; .*knows 0 to 31"):
+        model.denoise(ids([-1, 32]), cache)
     assert cache.lengths == (40,)
     np.testing.assert_array_equal(np.array(model.denoise(CANVAS, cache)), before)
 

@@ -14,7 +14,12 @@ from tiny_vision import write_tiny_vision
 from mlx_dgemma import backends
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.vision import ROOT, read_vision
-from mlx_dgemma.errors import CheckpointError, ConfigError, SettingsError
+from mlx_dgemma.errors import (
+    CheckpointError,
+    ConfigError,
+    MediaError,
+    SettingsError,
+)
 from mlx_dgemma.model.loading import load_model
 from mlx_dgemma.model.vision import Image
 
@@ -199,6 +204,21 @@ def test_a_broken_tower_stops_images_and_not_text(towers, tmp_path):
         model.encode(mx.array([[3, 4, 5]]), model.make_cache())
         with pytest.raises(CheckpointError, match=message):
             model.vision.encode_image(*IMAGE)
+
+
+def test_an_image_the_tower_has_no_room_for_is_refused(towers):
+    """MLX checks no index: a gather behind the position table would read on."""
+    tower = loaded(towers[KINDS[0]]).vision
+    patches, positions = IMAGE
+    for moved, why in (
+        (positions + 40, "32 positions a side; make the picture squarer"),
+        (positions - 1, "32 positions a side"),
+        (positions * 2, "contradicts config.json"),
+    ):
+        with pytest.raises(MediaError, match=why):
+            tower.encode_image(patches, moved)
+    with pytest.raises(MediaError, match=r"patch_size \d.*contradicts config.json"):
+        tower.encode_image(patches[:, :-1], positions)
 
 
 def test_an_unknown_vision_config_is_refused(tiny):

@@ -280,6 +280,13 @@ def test_line_ends_blank_lines_and_a_byte_order_mark(reader, tmp_path):
     assert len(found) == 2 and len(found.examples[0].prompt) == 7
 
 
+def test_an_id_the_model_lacks_is_refused(tokenizer):
+    row = json.dumps({"messages": [ASKED, ANSWERED]})
+    reader = ExampleReader(tokenizer, 8, ENDS, longest=64, vocab_size=6)
+    with pytest.raises(DGemmaError, match=r"makes id \d+; the model knows 0 to 5"):
+        reader.example(row)
+
+
 def test_files_without_usable_rows_are_named(reader, tmp_path):
     path = tmp_path / "rows.jsonl"
     for content in (b"", b"\n \r\n", b"{\n[]\n"):

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from runs import command, environment, run, write_rows
 from tiny import write_tiny
 
@@ -265,6 +265,23 @@ def test_accumulated_gradients_are_the_mean_of_their_batches(begin, monkeypatch)
     (found,) = given
     mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in found}
     assert_same(found, mean, atol=1e-6)
+
+
+def test_a_loss_of_no_numbers_ends_the_run_and_keeps_what_was(begin):
+    trainer, saved = begin("a", save_every=100), []
+    update = trainer.weights.update
+
+    def broken(gradients, number):
+        nan = tree_map(lambda g: g * float("nan") if number == 5 else g, gradients)
+        return update(nan, number)
+
+    trainer.weights.update = broken
+    with pytest.raises(TrainingError, match=r"iteration 6: .* is nan; iteration 5 is"):
+        for event in trainer.events():
+            saved += [event.iteration] if isinstance(event, Saved) else []
+    assert saved == [5]
+    kept = mx.load(str(trainer.folder / adapters.WEIGHTS))
+    assert all(mx.isfinite(array).all().item() for array in kept.values())
 
 
 def test_resuming_needs_the_same_run_and_no_run_is_written_over(begin, tiny, tmp_path):
