@@ -2,6 +2,7 @@
 writes it (a default, and overrides by the layer's path on disk).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -65,8 +66,11 @@ class Quantization:
     def fit_to_shape(self, shape: tuple[int, ...]) -> "Quantization | None":
         """Return this for a (…, out, in) weight, in smaller groups if `in` needs them.
 
-        None when no group size divides `in`: the weight then stays dense.
+        None when no group size divides `in`, and for a weight of another size than a
+        multiple of 64, which mlx-vlm takes for dense: it then stays dense.
         """
+        if math.prod(shape) % 64:
+            return None
         for size in sorted(MODES[self.mode].group_sizes, reverse=True):
             # kernels take `in` in blocks of 32, also where groups are of 16
             if size <= self.group_size and shape[-1] % max(size, 32) == 0:

@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
 def write_sums(folder: Path, known: dict[str, str]) -> None:
     """Write the sums of all files of a folder; `known` are not read again."""
-    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    files = sorted(path for path in folder.iterdir() if path.name[0] != ".")
     lines = [f"{known.get(p.name) or _sum(p)}  {p.name}\n" for p in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CheckpointError, DataError, DGemmaError
 from .json import parse_object
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 MAX_NAMES = 5  # shown in one message
+SUMMED = 2**22  # words of an array summed at a time
 MAX_DIMENSION = 2**31 - 1
 DTYPES: dict[str, mx.Dtype] = {
     "F32": mx.float32,
@@ -33,6 +35,7 @@ DTYPES: dict[str, mx.Dtype] = {
     "I8": mx.int8,
     "I32": mx.int32,
     "I64": mx.int64,
+    "U64": mx.uint64,
     "BOOL": mx.bool_,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -189,6 +192,27 @@ def load_tensors(infos: Mapping[Key, TensorInfo]) -> dict[Key, mx.array]:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from None
     return {key: files[info.file][info.name] for key, info in infos.items()}
+
+
+def checksum(arrays: dict[str, mx.array]) -> str:
+    """Return a hash of names, types, shapes and every bit of arrays.
+
+    The bits go in as two sums over the words of each array, plain and weighted by odd
+    numbers, modulo 2^32: made on the device, in the time of one read.
+    """
+    digest = sha256()
+    for name, array in sorted(arrays.items()):
+        flat = mx.contiguous(array.reshape(-1))
+        words = mx.view(flat, {1: mx.uint8, 2: mx.uint16}.get(flat.itemsize, mx.uint32))
+        sums = mx.zeros((2,), dtype=mx.uint32)
+        for start in range(0, words.size, SUMMED):
+            some = words[start : start + SUMMED].astype(mx.uint32)
+            odd = (mx.arange(some.size, dtype=mx.uint32) + start) * 2 + 1
+            sums = sums + mx.stack([mx.sum(some), mx.sum(some * odd)])
+            mx.eval(sums)
+        numbers = np.array(sums).tolist()
+        digest.update(repr([name, str(array.dtype), array.shape, numbers]).encode())
+    return digest.hexdigest()
 
 
 def count_nonfinite(array: mx.array) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..adapters.folder import WEIGHTS
 from ..adapters.lora import LoRA
 from ..checkpoint import hub
 from ..checkpoint.generation_config import read_generation_config
@@ -91,6 +92,9 @@ def prepare(run: Run) -> Trainer:
             f"{run.folder}: holds a run already; add --resume, or choose another "
             "--adapter-path"
         )
+    if not run.resume and (run.folder / WEIGHTS).exists():
+        why = "holds an adapter already; choose another --adapter-path"
+        raise TrainingError(f"{run.folder}: {why}")
     settings, source = run.settings, hub.resolve(run.model, run.revision)
     config, storage = read_shape(source, None)
     ends = read_generation_config(config, source).eos

@@ -68,14 +68,22 @@ class Log:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a log, without the torn last line of a killed run."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path}: not UTF-8 at byte {error.start}") from None
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))  # losses may be NaN
-            rows[-1]["iteration"]
-        except (ValueError, TypeError, KeyError):
-            raise TrainingError(f"{path}:{number}: is not a line of a log") from None
+            row = json.loads(line)  # losses may be NaN
+        except (ValueError, RecursionError):
+            row = None
+        row = row if isinstance(row, dict) else {}
+        numbers = [row.get(name) for name in ("iteration", "denoising", "encoding")]
+        known = row.get("kind") in ("train", "valid")
+        if not known or not all(type(n) in (int, float) for n in numbers):
+            raise TrainingError(f"{path}:{number}: is not a line of a log")
+        rows.append(row)
     return rows
 
 

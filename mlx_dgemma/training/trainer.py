@@ -20,8 +20,15 @@ from mlx.utils import tree_flatten, tree_map
 from .. import backends
 from ..adapters import folder as adapters
 from ..adapters.lora import adapt, unfreeze
-from ..errors import AdapterError, NumericError, SettingsError, TrainingError
-from ..files.atomic import save_arrays
+from ..errors import (
+    AdapterError,
+    CheckpointError,
+    NumericError,
+    SettingsError,
+    TrainingError,
+)
+from ..files.atomic import LOCK, locked, save_arrays
+from ..files.safetensors import Expected, check_tensors, checksum, read_header
 from ..model.language import DiffusionGemma
 from .batches import Batches
 from .data import Dataset
@@ -98,8 +105,9 @@ class Trainer:
             raise TrainingError(f"{path}: no such file; nothing to --resume")
         loaded: Any
         try:
+            infos = read_header(path)
             loaded = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
+        except (CheckpointError, RuntimeError, ValueError) as error:
             raise TrainingError(f"{path}: cannot be read ({error})") from None
         arrays, metadata = loaded
         for name, value in self.fingerprint.items():
@@ -108,10 +116,16 @@ class Trainer:
                     f"{path}: {name} was {metadata.get(name)} and is {value} now; "
                     "give the same, or begin anew with --resume-adapter-file"
                 )
+        own = self.weights.state().items()
+        expected = {n: Expected(a.shape, (a.dtype,), "this run") for n, a in own}
+        check_tensors(path, infos, expected, error=TrainingError)
+        numbers = [metadata.get(name, "") for name in ("iteration", "trained_tokens")]
+        whole = all(n.isascii() and n.isdecimal() and len(n) < 19 for n in numbers)
+        if not whole or metadata.get("arrays") != checksum(arrays):
+            why = "damaged; begin anew with --resume-adapter-file"
+            raise TrainingError(f"{path}: {why}")
         self.weights.restore(arrays)
-        self.done = int(metadata["iteration"])
-        if self.rank == 0:
-            adapters.drop_partials(self.folder)
+        self.done, self.tokens = map(int, numbers)
 
     def start_from(self, path: Path) -> None:
         """Start from trained weights, with a fresh optimizer."""
@@ -122,7 +136,22 @@ class Trainer:
         self.weights.replace(arrays)
 
     def events(self) -> Iterator[Event]:
-        """Train to the last iteration, or until `stop`, and yield all events."""
+        """Train to the last iteration, or until `stop`, and yield all events.
+
+        Raises TrainingError where another run writes to the folder, and for an update
+        that computes NaN.
+        """
+        if self.rank:
+            yield from self._events()
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / LOCK) as free:
+            if not free:
+                raise TrainingError(f"{self.folder}: another run is writing to it")
+            yield from self._events()
+            (self.folder / LOCK).unlink(missing_ok=True)
+
+    def _events(self) -> Iterator[Event]:
         settings, figures, saved = self.settings, [], self.done
         log = Log(self.folder / LOG, self.done, writes=self.rank == 0)
         if self.done == 0 and self.valid is not None:
@@ -218,12 +247,18 @@ class Trainer:
         """Write the adapter and all that a resumed run needs, each file atomically."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata = self.fingerprint | {"iteration": str(self.done)}
-            save_arrays(self.folder / STATE, self.weights.state(), metadata)
             weights: Any = dict(tree_flatten(self.weights.tree))
             names = {"model": str(self.run.model), "data": str(self.run.data)}
             config = adapters.config_of(self.run.lora, self.run.num_layers)
             described = names | asdict(self.settings) | config
             adapters.save(self.folder, weights, described)
             save_arrays(self.folder / f"{self.done:07}_{adapters.WEIGHTS}", weights)
+            # the state comes last: a run that is killed before repeats the save
+            state = self.weights.state()
+            metadata = self.fingerprint | {
+                "iteration": str(self.done),
+                "trained_tokens": str(self.tokens),
+                "arrays": checksum(state),
+            }
+            save_arrays(self.folder / STATE, state, metadata)
         return Saved(self.done, self.folder / adapters.WEIGHTS)

@@ -103,7 +103,7 @@ def test_the_configuration_is_mlx_lms_and_is_read_as_written(tmp_path):
 def test_saving_again_replaces_both_files(tiny, small, monkeypatch):
     before = stored(small)
     mx.eval(before)
-    (small / f".partial-{WEIGHTS}").write_bytes(b"torn")  # of a killed run
+    (small / ".partial-0123abcd").write_bytes(b"torn")  # of a killed run
     louder = {name: array + 1 for name, array in before.items()}
     adapters.save(small, louder, adapters.config_of(replace(SMALL, scale=9.0), 2))
     assert adapters.read_config(small) == replace(SMALL, scale=9.0)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,10 @@ from checkpoint.folders import listing, whole
 from mlx_dgemma.checkpoint import convert as conversion
 from mlx_dgemma.checkpoint.convert import convert
 from mlx_dgemma.errors import ConversionError
+from mlx_dgemma.files import atomic
 from mlx_dgemma.files.atomic import save_arrays, write_atomically
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture(scope="module")
-def dead() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 # One file
@@ -155,6 +149,7 @@ def test_a_failure_midway_leaves_everything_as_it_was(
 def test_a_failing_rename_puts_the_old_model_back(
     tiny, older, out, monkeypatch, error, number
 ):
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     calls, rename = [], Path.rename
 
     def fail(path: Path, target: Path):
@@ -204,12 +199,12 @@ def test_a_second_conversion_to_the_same_target_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out", "o*t", "out[1]"])
-def test_what_dead_processes_left_is_removed(tiny, tmp_path, dead, name):
-    # no process can have the second id; in a container every run may have the third
-    for process in (dead, 2**40, os.getpid()):
-        (tmp_path / f".{name}.partial-{process}").mkdir()
-    others = [f".out2.partial-{dead}", f"{name}.partial-{dead}", f".{name}.partial-old"]
-    others.append(f".{name}.partial-{os.getppid()}")  # is running
+def test_what_dead_processes_left_is_removed_and_nothing_else(tiny, tmp_path, name):
+    left = tmp_path / f".{name}.partial-0123abcd"
+    left.mkdir()
+    (left / ".lock").touch()
+    others = [f".{name}.partial-old", f".{name}.partial-0123abcf"]  # without a lock
+    others += [f".{name}2.partial-0123abcd", f"{name}.partial-0123abcd"]
     for other in others:
         (tmp_path / other).mkdir()
     convert(tiny, tmp_path / name)
@@ -217,14 +212,69 @@ def test_what_dead_processes_left_is_removed(tiny, tmp_path, dead, name):
     assert listing(tmp_path) == sorted([name, *others])
 
 
-def test_a_replaced_model_whose_successor_died_is_put_back(tiny, older, tmp_path, dead):
-    replaced = tmp_path / f".out.replaced-{dead}"
+def test_a_replaced_model_whose_successor_died_is_put_back(tiny, older, tmp_path):
+    replaced = tmp_path / ".out.replaced-0123abcd"
     shutil.copytree(older, replaced)
+    (replaced / ".lock").touch()
     refused(tiny, tmp_path / "out", "--overwrite")
     whole(tmp_path / "out", older)
     assert listing(tmp_path) == ["out"]
-    convert(tiny, tmp_path / "out", overwrite=True)
-    shutil.copytree(older, replaced)  # is forgotten where its successor stands
-    refused(tiny, tmp_path / "out", "--overwrite")
+
+
+def test_names_are_random_and_planted_links_are_not_followed(tmp_path, monkeypatch):
+    outside, path = tmp_path / "outside", tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    outside.write_text("mine")
+    names = iter(["aaaaaaaa", "bbbbbbbb"])
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: next(names))
+    (path.parent / ".partial-aaaaaaaa").symlink_to(outside)
+    with pytest.raises(OSError, match="File exists"):
+        write_atomically(path, lambda partial: partial.write_text("new"))
+    write_atomically(path, lambda partial: partial.write_text("new"))
+    assert (outside.read_text(), path.read_text()) == ("mine", "new")
+
+
+def test_a_file_system_without_fsync_of_folders_keeps_the_result(
+    tiny, tmp_path, monkeypatch
+):
+    fsync = os.fsync
+
+    def as_on_a_share(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", as_on_a_share)
+    convert(tiny, tmp_path / "out")
     whole(tmp_path / "out", tiny)
-    assert listing(tmp_path) == ["out"]
+    save_arrays(tmp_path / "file", {"a": mx.ones((2,))})
+    assert (tmp_path / "file").exists()
+
+
+def test_a_system_that_cannot_exchange_names_replaces_all_the_same(
+    tiny, older, out, monkeypatch
+):
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    convert(tiny, out, overwrite=True)
+    whole(out, tiny)
+    assert listing(out.parent) == ["out"]
+
+
+@pytest.mark.slow
+def test_two_writers_never_tear_a_file(tmp_path):
+    path = tmp_path / "file"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from mlx_dgemma.files.atomic import write_atomically\n"
+        "for n in range(500):\n"
+        "    text = sys.argv[2] * 50_000\n"
+        "    write_atomically(Path(sys.argv[1]), lambda p: p.write_text(text))\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, path, letter]) for letter in "ab"
+    ]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            assert path.read_text() in ("a" * 50_000, "b" * 50_000)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert listing(tmp_path) == ["file"]

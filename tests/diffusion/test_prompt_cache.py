@@ -1,5 +1,6 @@
 """Prompt cache files: a prefix comes back bit for bit; everything else is refused."""
 
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -14,8 +15,13 @@ from mlx_dgemma import load
 from mlx_dgemma.adapters.lora import LoRA, adapt
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.prefix import Prefix
-from mlx_dgemma.diffusion.prompt_cache import fingerprint, load_prefix, save_prefix
+from mlx_dgemma.diffusion.prompt_cache import (
+    fingerprint,
+    load_prefix,
+    save_prefix,
+)
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.files.safetensors import checksum
 
 LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "prefill_step_size": 32}
 SAID = ["ab" * 30, "c" * 9, "12" * 20]
@@ -149,9 +155,24 @@ def test_inconsistent_arrays_are_refused(tiny_model, saved, tmp_path, change, me
     arrays, metadata = mx.load(str(saved[1]), return_metadata=True)
     change(arrays)
     path = tmp_path / "a.safetensors"
+    metadata["arrays"] = checksum(arrays)
     mx.save_safetensors(str(path), arrays, metadata)
     with pytest.raises(CheckpointError, match=f"{message}.*; delete it and save it"):
         load_prefix(path, tiny_model[0])
+
+
+def test_any_changed_number_is_noticed(tiny_model, saved, tmp_path):
+    path, data = tmp_path / "a.safetensors", bytearray(saved[1].read_bytes())
+    for at in range(len(data) - 1, len(data) // 2, -len(data) // 40):
+        changed = bytearray(data)
+        changed[at] ^= 4
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="damaged; delete it"):
+            load_prefix(path, tiny_model[0])
+
+
+def test_a_file_is_for_its_owner_alone(saved):
+    assert stat.S_IMODE(saved[1].stat().st_mode) == 0o600
 
 
 def test_files_of_other_kinds_and_models_are_refused(tiny_model, saved, tmp_path):
@@ -159,7 +180,8 @@ def test_files_of_other_kinds_and_models_are_refused(tiny_model, saved, tmp_path
     path = tmp_path / "a.safetensors"
     for changes, message in (
         ({"kind": "other"}, "not a prompt cache; give another file"),
-        ({"layout": "2"}, "of layout '2', but this version reads '1'; delete it"),
+        ({"layout": "1"}, "of layout '1', but this version reads '2'; delete it"),
+        ({"arrays": "0" * 64}, "damaged; delete it and save it again"),
         ({"model": "0" * 64}, "encoded by another model, or with another adapter"),
     ):
         mx.save_safetensors(str(path), arrays, metadata | changes)
@@ -175,14 +197,16 @@ def test_fingerprints_differ_between_models(tiny, tiny_model, tmp_path):
     found = {expected}
     for number, other in enumerate(({"seed": 1}, {"sliding_window": 9})):
         found.add(fingerprint(load(write_tiny(tmp_path / str(number), **other))[0]))
-    # one number in two hundred of one matrix of one layer
+    # one number of one matrix of one layer; two numbers that change places
     matrix = model.layers[1].self_attn.k_proj.weight
-    noise = mx.where(mx.arange(matrix.size) % 200 == 120, 1e-3, 0).reshape(matrix.shape)
-    model.layers[1].self_attn.k_proj.weight = matrix + noise
-    found.add(fingerprint(model))
+    for changed in (mx.array(matrix), mx.array(matrix)):
+        changed[3, 4] = changed[3, 5] if len(found) > 3 else 1e-3
+        changed[3, 5] = matrix[3, 4] if len(found) > 3 else matrix[3, 5]
+        model.layers[1].self_attn.k_proj.weight = changed
+        found.add(fingerprint(model))
     for scale in (1.0, 2.0):
         model, _ = load(tiny)
         adapt(model, LoRA(rank=2, scale=scale))
         model.freeze()
         found.add(fingerprint(model))
-    assert len(found) == 6
+    assert len(found) == 7

@@ -19,6 +19,7 @@ from mlx_dgemma import LoRA, TrainSettings, convert, load, train
 from mlx_dgemma.adapters import folder as adapters
 from mlx_dgemma.errors import DataError, SettingsError, TrainingError
 from mlx_dgemma.training import record
+from mlx_dgemma.training import trainer as trainer_module
 from mlx_dgemma.training.finetune import measure, prepare
 from mlx_dgemma.training.record import Saved, Trained, Validated
 from mlx_dgemma.training.settings import Run
@@ -139,11 +140,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(begin, tmp_path, how
     finish(whole)
     events = finish(half, stop_at=4)
     assert events[-1] == Saved(4, tmp_path / "b" / "adapters.safetensors")
-    partial = tmp_path / "b" / ".partial-0000008_adapters.safetensors"
+    partial = tmp_path / "b" / ".partial-0123abcd"
     partial.write_bytes(b"half")  # of a killed run
     rest = begin("b", resume=True, **how)
-    assert not partial.exists()
     assert iterations(Trained, finish(rest)) == [6, 8]
+    assert not partial.exists()
     assert_same(whole.weights.state(), rest.weights.state())
     logs = [record.read(tmp_path / name / "log.jsonl") for name in "ab"]
     names = ("kind", "iteration", "denoising")
@@ -300,8 +301,60 @@ def test_resuming_needs_the_same_run_and_no_run_is_written_over(begin, tiny, tmp
     refused("model was", model=tmp_path / "q")
     assert begin("a", iters=2, resume=True, steps_per_report=1, save_every=1).done == 2
     state = tmp_path / "a" / STATE
-    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    refused("cannot be read")
+    content = state.read_bytes()
+    arrays, metadata = mx.load(str(state), return_metadata=True)
+    name = min(arrays)
+    for change, message in (
+        (lambda: state.write_bytes(content[: len(content) // 2]), "cannot be read"),
+        (lambda: state.write_bytes(content[:-9] + b"?" + content[-8:]), "damaged"),
+        (
+            lambda: mx.save_safetensors(
+                str(state), {n: a for n, a in arrays.items() if n != name}, metadata
+            ),
+            f"missing tensors: {name}",
+        ),
+        (
+            lambda: mx.save_safetensors(
+                str(state), arrays, metadata | {"iteration": "9" * 5000}
+            ),
+            "damaged",
+        ),
+    ):
+        change()
+        refused(message, iters=2)
+    state.unlink()  # the adapter alone is not written over either
+    refused("holds an adapter already", resume=False)
+
+
+def test_two_runs_do_not_write_to_one_folder(begin):
+    one, other = begin("a"), begin("a")
+    events = one.events()
+    next(events)
+    with pytest.raises(TrainingError, match="another run is writing to it"):
+        next(other.events())
+    events.close()
+    next(other.events())
+
+
+def test_killed_between_adapter_and_state_the_last_save_is_made_again(begin):
+    first = begin("a", iters=8, save_every=4)
+    save = trainer_module.save_arrays
+
+    def killed(path, *given):
+        if path.name == STATE and first.done == 8:
+            raise KeyboardInterrupt
+        save(path, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "save_arrays", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(first)
+    rest = begin("a", iters=8, save_every=4, resume=True)
+    assert rest.done == 4
+    tokens = [e.trained_tokens for e in finish(rest) if isinstance(e, Trained)]
+    assert tokens == sorted(tokens) and tokens[0] > rest.batches.settings.batch_size
+    kept = mx.load(str(rest.folder / adapters.WEIGHTS))
+    assert_same(kept, mx.load(str(rest.folder / f"0000008_{adapters.WEIGHTS}")))
 
 
 def test_the_library_trains_and_measures(tiny, data, tmp_path):
