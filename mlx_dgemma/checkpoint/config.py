@@ -26,7 +26,7 @@ MAX_VOCABULARY = 2**24
 IGNORED_KEYS = frozenset(
     "architectures torch_dtype dtype transformers_version initializer_range "
     "model_type _name_or_path quantization quantization_config pad_token_id "
-    "bos_token_id eos_token_id max_position_embeddings attention_dropout "
+    "bos_token_id eos_token_id attention_dropout "
     "tie_word_embeddings vision_config audio_config use_cache "
     "vision_soft_tokens_per_image chunk_size_feed_forward is_encoder_decoder "
     "output_attentions output_hidden_states return_dict problem_type id2label "
@@ -84,6 +84,7 @@ class ModelConfig:
     final_logit_softcapping: float
     attention_bias: bool
     canvas_length: int
+    max_positions: int | None  # of a prompt and its answer; None: not said
     has_vision: bool
     raw: dict[str, Any]
 
@@ -123,6 +124,7 @@ def read_config(folder: Path) -> ModelConfig:
         final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
         attention_bias=text.boolean("attention_bias"),
         canvas_length=top.integer("canvas_length", 256, 1, MAX_CANVAS_LENGTH),
+        max_positions=text.integer("max_position_embeddings", 0, 0, MAX_TOKEN) or None,
         has_vision=top.mapping("vision_config") is not None,
         raw=raw,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias, Unpack
 
 from ..errors import SettingsError
@@ -17,6 +18,7 @@ from .prompt import EncodedPrompt, ImageSource, encode_prompt, read_images
 from .prompt_cache import load_prefix, save_prefix
 from .request import Request
 
+BUSY = "an answer is being written; close its iterator first"
 Message: TypeAlias = dict[str, Any]
 Content: TypeAlias = str | Sequence[Mapping[str, Any]]  # text, or text and pictures
 
@@ -60,6 +62,7 @@ class Conversation:
         self.system, self.thinking = system, thinking
         self._chunk = prefill_step_size
         self._engine = Engine(model)
+        self._answering = Lock()
         self._messages: list[Message] = []  # replaced, never changed in place
 
     @property
@@ -180,8 +183,8 @@ class Conversation:
         self.prefix = load_prefix(path, self.prefix.model)
 
     def _check_idle(self) -> None:
-        if self._engine.running:
-            raise SettingsError("an answer is being written; close its iterator first")
+        if self._answering.locked():
+            raise SettingsError(BUSY)
 
     def _new_message(self, role: str, content: Content) -> Message:
         if not isinstance(content, str | list | tuple):
@@ -228,13 +231,14 @@ class Conversation:
         request: Request,
         continued: bool,
     ) -> Generator[Event]:
-        self._check_idle()
-        if self._messages is not before:
-            raise SettingsError("the messages have changed since ask(); ask again")
-        self._messages = messages
-        events = request.run(self._engine, self.prefix)
+        if not self._answering.acquire(blocking=False):
+            raise SettingsError(BUSY)
         commits: list[Commit] = []
+        events = request.run(self._engine, self.prefix)
         try:
+            if self._messages is not before:
+                raise SettingsError("the messages have changed since ask(); ask again")
+            self._messages = messages
             for event in events:
                 if isinstance(event, Prefilled):
                     self.stats = event
@@ -243,7 +247,8 @@ class Conversation:
                 yield event
         finally:
             events.close()
-            self._messages = before
+            if self._messages is messages:
+                self._messages = before
             if commits:
                 parts: list[Part] = [part for c in commits for part in c.parts]
                 if commits[-1].finish_reason is None:
@@ -257,6 +262,7 @@ class Conversation:
                         content, new = [*content], [{"type": "text", "text": new}]
                     answer = begun | answer | {"content": content + new}
                 self._messages = [*messages, answer]
+            self._answering.release()
 
 
 def _copy(message: Mapping[str, Any]) -> Message:

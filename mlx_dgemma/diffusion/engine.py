@@ -9,10 +9,13 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 
 import mlx.core as mx
 
 from .. import backends
+from ..checkpoint.config import ModelConfig
 from ..errors import NumericError, SettingsError
 from ..model.cache import PrefixCache
 from ..model.language import DiffusionGemma, View
@@ -49,6 +52,7 @@ class Engine:
         self._ahead = device.runs_ahead if ahead is None else ahead
         self._compiled = device.compiles if compiled is None else compiled
         self._request_numbers = itertools.count()
+        self._lock = Lock()
         # by batch: (request, canvas index) of its canvases, and their view
         self._views: dict[BatchKey, tuple[list[tuple[int, int]], View]] = {}
 
@@ -68,14 +72,32 @@ class Engine:
                       it until it ends or is cancelled
         image_spans   pictures that replace the ids at their places, in order
 
-        Raises SettingsError for ids outside the vocabulary, and for a prefix that
-        belongs to another model or to a running request.
+        Raises SettingsError for ids outside the vocabulary, for a prompt beyond the
+        model's context, for a prefix that belongs to another model or to a running
+        request, and while another thread uses the engine.
         """
-        check_ids(prompt, settings, self.model.config.vocab_size)
-        if prefix is not None:
-            prefix.check_free()
-            if prefix.model is not self.model:
-                raise SettingsError("this prefix is another model's; make a new one")
+        check_request(prompt, settings, self.model.config)
+        if prefix is not None and prefix.model is not self.model:
+            raise SettingsError("this prefix is another model's; make a new one")
+        with self._used_here(), ExitStack() as on_failure:
+            if prefix is not None:
+                prefix.claim()
+                on_failure.callback(prefix.release)
+            prefilled = self._admit(
+                prompt, settings, seed, prefill_step_size, prefix, image_spans
+            )
+            on_failure.pop_all()
+            return prefilled
+
+    def _admit(
+        self,
+        prompt: Sequence[int],
+        settings: Settings,
+        seed: int,
+        prefill_step_size: int,
+        prefix: Prefix | None,
+        image_spans: Sequence[ImageSpan],
+    ) -> Prefilled:
         started = time.perf_counter()
         cache = self.model.make_cache() if prefix is None else prefix.cache
         cache.reserve(len(prompt) + settings.canvas_length)
@@ -99,8 +121,6 @@ class Engine:
             if prefix is not None:
                 prefix.extend(keys[start:end], last=end == len(prompt))
         self.running.append(canvas)  # from now on `cancel` releases the prefix
-        if prefix is not None:
-            prefix.in_use = True
         return Prefilled(
             request=canvas.request,
             seed=seed,
@@ -113,8 +133,8 @@ class Engine:
         """Drop a request; one that has ended already is ignored."""
         for canvas in self.running:
             if canvas.request == request and canvas.prefix is not None:
-                canvas.prefix.in_use = False
                 canvas.prefix.trim()
+                canvas.prefix.release()
         self.running = [c for c in self.running if c.request != request]
         # MLX copies a buffer that is written while a view still holds it
         self._views = {
@@ -124,7 +144,14 @@ class Engine:
         }
 
     def tick(self) -> list[Event]:
-        """Take one denoising step for every running canvas; return the events."""
+        """Take one denoising step for every running canvas; return the events.
+
+        Raises SettingsError while another thread uses the engine.
+        """
+        with self._used_here():
+            return self._tick()
+
+    def _tick(self) -> list[Event]:
         batches: dict[BatchKey, list[Canvas]] = defaultdict(list)
         for canvas in self.running:
             batches[canvas.batch_key].append(canvas)
@@ -141,6 +168,18 @@ class Engine:
         """Tick until no canvas is left."""
         while self.running:
             yield from self.tick()
+
+    @contextmanager
+    def _used_here(self) -> Iterator[None]:
+        """Refuse a second thread: two would write to one cache."""
+        if not self._lock.acquire(blocking=False):
+            raise SettingsError(
+                "another thread is using this; wait for it, or give each thread its own"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _first_state(
         self, settings: Settings, seed: int, index: int, committed: int
@@ -247,10 +286,23 @@ class Engine:
         return commit
 
 
-def check_ids(prompt: Sequence[int], settings: Settings, vocab_size: int) -> None:
-    """Raise SettingsError for ids, given or pinned, the model has no row for."""
+def check_request(
+    prompt: Sequence[int], settings: Settings, config: ModelConfig
+) -> None:
+    """Raise SettingsError for what the model cannot answer.
+
+    Ids, given or pinned, that it has no row for; and more tokens, those of the answer
+    counted in, than positions it was trained with.
+    """
+    vocab_size, context = config.vocab_size, config.max_positions
     if not prompt:
         raise SettingsError("prompt is empty; give at least one token")
+    if context is not None and len(prompt) + settings.max_tokens > context:
+        raise SettingsError(
+            f"the prompt has {len(prompt):,} tokens and max_tokens is "
+            f"{settings.max_tokens:,}; together at most {context:,} fit this model "
+            "(max_position_embeddings)"
+        )
     for token in prompt:
         if not 0 <= token < vocab_size:
             raise SettingsError(

@@ -6,6 +6,7 @@ So a prefix that is reused is, bit for bit, the one of a prompt encoded from the
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
@@ -75,7 +76,8 @@ class Prefix:
 
     keys     what is encoded, see `prefix_keys`
     ends     of the chunks it was encoded in
-    in_use   whether a running request writes behind them
+
+    A running request claims it, so that no other writes behind them.
     """
 
     def __init__(self, model: DiffusionGemma):
@@ -83,17 +85,28 @@ class Prefix:
         self.cache = model.make_cache()
         self.keys: list[int] = []
         self.ends: list[int] = []
-        self.in_use = False
+        self._claimed = Lock()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def check_free(self) -> None:
-        """Raise SettingsError while a running request writes to the cache."""
-        if self.in_use:
+    @property
+    def in_use(self) -> bool:
+        """Whether a running request writes behind it."""
+        return self._claimed.locked()
+
+    def claim(self) -> None:
+        """Take the prefix for one request; any thread may `release` it.
+
+        Raises SettingsError while another request has it.
+        """
+        if not self._claimed.acquire(blocking=False):
             raise SettingsError(
                 "a running request writes to this prefix; let it end or cancel it first"
             )
+
+    def release(self) -> None:
+        self._claimed.release()
 
     def match_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> int:
         """Forget everything that a prompt of these keys and chunks does not begin with.

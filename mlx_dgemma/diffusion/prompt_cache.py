@@ -41,7 +41,14 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
     Raises CheckpointError when nothing is encoded, or the file cannot be written.
     """
     path = Path(path).expanduser()
-    prefix.check_free()
+    prefix.claim()
+    try:
+        _save(path, prefix)
+    finally:
+        prefix.release()
+
+
+def _save(path: Path, prefix: Prefix) -> None:
     if not prefix.trim():
         raise CheckpointError(f"{path}: nothing is encoded yet; ask something first")
     arrays = {

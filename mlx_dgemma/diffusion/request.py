@@ -9,7 +9,7 @@ from ..model.language import DiffusionGemma
 from ..settings import Settings, check_int
 from ..text.replies import Answer, Malformed, Part, ReplyParser, merged
 from ..text.tokenizer import Tokenizer
-from .engine import Engine, check_ids
+from .engine import Engine, check_request
 from .events import Commit, Event
 from .prefix import Prefix
 from .prompt import EncodedPrompt
@@ -35,7 +35,7 @@ class Request:
         check_int("prefill_step_size", prefill_step_size, 1)
         self.seed = secrets.randbelow(2**32) if seed is None else seed
         check_int("seed", self.seed, 0)
-        check_ids(prompt.ids, settings, model.config.vocab_size)
+        check_request(prompt.ids, settings, model.config)
         self.prompt, self.settings, self.chunk = prompt, settings, prefill_step_size
         self.filter = StopFilter(ReplyParser(tokenizer, prompt.ids), stop)
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from mlx_dgemma import (
 from mlx_dgemma.diffusion.conversation import Conversation
 from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.model.language import DiffusionGemma
 from mlx_dgemma.text.chat import chat_ids
 
 LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "max_tokens": 16}
@@ -205,6 +208,37 @@ def test_one_answer_at_a_time(chatty):
     with pytest.raises(SettingsError, match="the messages have changed since ask"):
         next(stale)
     assert talk.messages == []
+
+
+def test_a_second_thread_is_refused_while_the_first_encodes(tiny_model, monkeypatch):
+    """Both would write to one cache; the guard stands before the work it guards."""
+    model, tokenizer = tiny_model
+    talk, engine = Conversation(model, tokenizer, **LOOSE), Engine(model)
+    encoding, go_on, encode = Event(), Event(), DiffusionGemma.encode
+
+    def waiting(self, *given):
+        encoding.set()
+        assert go_on.wait(20)
+        encode(self, *given)
+
+    monkeypatch.setattr(DiffusionGemma, "encode", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(lambda: list(talk.ask("1", seed=0)))
+        admitted = pool.submit(engine.admit, [2, 7], model.settings, 0)
+        assert encoding.wait(20)
+        try:
+            for refused in (lambda: list(talk.ask("2")), lambda: talk.add({})):
+                with pytest.raises(SettingsError, match="an answer is being written"):
+                    refused()
+            with pytest.raises(SettingsError, match="a running request writes to"):
+                Engine(model).admit([2, 7], model.settings, 0, prefix=talk.prefix)
+            for refused in (engine.tick, lambda: engine.admit([2], model.settings, 0)):
+                with pytest.raises(SettingsError, match="another thread is using this"):
+                    refused()
+        finally:
+            go_on.set()
+        assert len(asked.result()) > 2 and admitted.result().prompt_tokens == 2
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
 def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):

@@ -5,10 +5,12 @@ from dataclasses import fields
 
 import mlx.core as mx
 import pytest
-from tiny import VOCABULARY
+from tiny import VOCABULARY, write_tiny
 
 from mlx_dgemma import Commit, Prefilled, Step, generate, load, stream_generate
 from mlx_dgemma.diffusion import report
+from mlx_dgemma.diffusion.conversation import Conversation
+from mlx_dgemma.diffusion.engine import Engine
 from mlx_dgemma.diffusion.report import Report
 from mlx_dgemma.diffusion.request import StopFilter
 from mlx_dgemma.errors import SettingsError
@@ -81,6 +83,23 @@ def test_impossible_settings_are_refused_before_the_first_event(tiny_model):
     ):
         with pytest.raises(SettingsError, match=message):
             stream_generate(*tiny_model, "ab", **changes)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(tmp_path):
+    folder = write_tiny(tmp_path / "m", max_position_embeddings=60)
+    model, tokenizer = load(folder)
+    talk = Conversation(model, tokenizer, max_tokens=16)
+    why = r"prompt has 45 tokens and max_tokens is 16; together at most 60 fit"
+    for refused in (
+        lambda: stream_generate(model, tokenizer, [7] * 45, max_tokens=16),
+        lambda: Engine(model).admit([7] * 45, model.settings.replace(max_tokens=16), 0),
+    ):
+        with pytest.raises(SettingsError, match=why):
+            refused()
+    with pytest.raises(SettingsError, match="together at most 60 fit this model"):
+        talk.ask("1" * 60)
+    assert len(talk.prefix) == 0 and talk.messages == []
+    assert list(stream_generate(model, tokenizer, [7] * 44, max_tokens=16, steps=1))
 
 
 def test_earliest_stop_string_ends_text_and_tokens(tiny_model, long_text):
