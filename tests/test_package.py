@@ -96,7 +96,7 @@ def test_console_script_and_module_are_one_command():
 
 # a module imports from its own folder and from lower ones
 ORDER = "errors installation | settings | files | backends | text media | checkpoint"
-ORDER += " | model | adapters | loading | diffusion | performance | training"
+ORDER += " | model | adapters | diffusion | performance | loading | training"
 ORDER += " | evaluation | cli"
 RANKS = {
     name: rank

@@ -11,6 +11,7 @@ from .common import (
     MODEL_HELP,
     Command,
     common_options,
+    force_option,
     one_line_errors,
     revision_option,
 )
@@ -66,6 +67,7 @@ def count(*names: str, default: int, help: str):
 @click.option("--roofline", is_flag=True, help="How far a step is from its floor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @revision_option
+@force_option
 @common_options
 def main(debug: bool, **given: Any) -> None:
     """Time prefill, denoising steps and commits of a model on this machine.
@@ -146,7 +148,7 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     prompts = None
     if options.model is not None:
         name = options.model
-        model, tokenizer = load(name, revision=options.revision)
+        model, tokenizer = load(name, revision=options.revision, force=options.force)
         if options.prompt is not None:
             prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
     else:
@@ -195,6 +197,8 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
 def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     from ..checkpoint.convert import DTYPES
     from ..checkpoint.quantize import Quantization
+    from ..performance.cost import Storage
+    from ..performance.estimate import check_fits
     from ..performance.synthetic import SHAPES, synthetic_model
 
     q, name = None, f"synthetic {options.synthetic}"
@@ -202,13 +206,11 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
         bits = None if options.q_bits is None else int(options.q_bits)
         q = Quantization.with_defaults(options.q_mode or "affine", bits)
         name += f", {q.bits} bit {q.mode}, {options.quant_predicate}"
-    model = synthetic_model(
-        SHAPES[options.synthetic](),
-        quantization=q,
-        recipe=options.quant_predicate,
-        dtype=DTYPES[options.dtype or "bfloat16"],
-        seed=0,
-    )
+    config, dtype = SHAPES[options.synthetic](), DTYPES[options.dtype or "bfloat16"]
+    recipe = options.quant_predicate
+    if not options.force:
+        check_fits(config, Storage.planned(config, dtype.size, q, recipe))
+    model = synthetic_model(config, quantization=q, recipe=recipe, dtype=dtype, seed=0)
     return model, name
 
 

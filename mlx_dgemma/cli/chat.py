@@ -40,6 +40,7 @@ def main(
     show: bool,
     adapter_path: str | None,
     revision: str | None,
+    force: bool,
     prompt_cache_file: str | None,
     debug: bool,
     **options: Any,
@@ -56,7 +57,7 @@ def main(
         from .chat_loop import Chat
 
         lines, interactive = open_input()
-        loaded, tokenizer = load(model, adapter_path, revision=revision)
+        loaded, tokenizer = load(model, adapter_path, revision=revision, force=force)
         conversation = Conversation(loaded, tokenizer, **options)
         if prompt_cache_file is not None and os.path.exists(prompt_cache_file):
             conversation.load(prompt_cache_file)

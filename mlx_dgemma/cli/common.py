@@ -86,6 +86,9 @@ backend_option = click.option(
     callback=_remember_backend,
     help="Device to compute on.  [env: MLX_DGEMMA_BACKEND; default: MLX's]",
 )
+force_option = click.option(
+    "--force", is_flag=True, help="Load also what this device has no memory for."
+)
 debug_option = click.option(
     "--debug", is_flag=True, help="Show the whole traceback of an error."
 )
@@ -148,6 +151,7 @@ def generation_options(max_tokens: int | None = None) -> Any:
             help="Prompt tokens encoded at a time.",
         ),
         revision_option,
+        force_option,
     )
 
 

@@ -11,6 +11,7 @@ import click
 from .common import (
     Command,
     common_options,
+    force_option,
     is_terminal,
     model_option,
     one_line_errors,
@@ -60,6 +61,7 @@ COUNT = click.IntRange(1)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @revision_option
+@force_option
 @common_options
 def main(
     model: str,
@@ -72,6 +74,7 @@ def main(
     seed: int,
     as_json: bool,
     revision: str | None,
+    force: bool,
     debug: bool,
 ) -> None:
     """Answer rows of prompts and count how many answers are right.
@@ -93,14 +96,15 @@ def main(
             check_rows(rows, check)
         how: dict[str, Any] = {"scorer": score, "steps": caps}
         how |= {"batch_size": batch_size, "seed": seed}
-        loaded, tokenizer = load(model, revision=revision)
+        loaded, tokenizer = load(model, revision=revision, force=force)
         if adapter_path is not None:
             adapters.check(loaded, adapter_path)  # before the base is measured
         progress = _progress("base")
         results = {"base": evaluate(loaded, tokenizer, rows, progress=progress, **how)}
         if adapter_path is not None:
             del loaded  # the tuned model needs the memory
-            loaded, tokenizer = load(model, adapter_path, revision=revision)
+            how_loaded = {"revision": revision, "force": force}
+            loaded, tokenizer = load(model, adapter_path, **how_loaded)
             progress = _progress("tuned")
             tuned = evaluate(loaded, tokenizer, rows, progress=progress, **how)
             results["tuned"] = tuned

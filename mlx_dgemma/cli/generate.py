@@ -39,6 +39,7 @@ def main(
     show: bool,
     adapter_path: str | None,
     revision: str | None,
+    force: bool,
     debug: bool,
     **options: Any,
 ) -> None:
@@ -54,7 +55,7 @@ def main(
         from ..loading import load
         from .render import AnswerView
 
-        loaded, tokenizer = load(model, adapter_path, revision=revision)
+        loaded, tokenizer = load(model, adapter_path, revision=revision, force=force)
         report, commit = Report(), None
         events = stream_generate(loaded, tokenizer, prompt, **options)
         with AnswerView(tokenizer, show) as view:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.config import LayerConfig, ModelConfig
 from ..checkpoint.quantize import RECIPES, Quantization, quantizable
 from ..checkpoint.weights import expected_shapes, layer_path
+from ..files.safetensors import TensorInfo
 from ..model.language import DiffusionGemma
 
 PARTS = (
@@ -86,6 +87,12 @@ class Storage:
             for one in names:
                 sizes[one] = sizes.get(one, 0) + nbytes // len(names)
         return cls(value_bytes, sizes)
+
+    @classmethod
+    def of_files(cls, parameters: Mapping[str, TensorInfo]) -> "Storage":
+        """Return how a checkpoint stores its parameters, known from headers."""
+        arrays = ((name, info.nbytes) for name, info in parameters.items())
+        return cls.of_arrays(parameters["norm.weight"].dtype.size, arrays)
 
     @classmethod
     def of_model(cls, model: DiffusionGemma) -> "Storage":

@@ -4,13 +4,16 @@ What `cost` counts over the published figures in `chips`: a floor, not a measure
 GB are 10^9 bytes, but for memory as sold, which is 2^30.
 """
 
-from ..backends import Metal
+from .. import backends
+from ..backends import Backend, Metal
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantize import Quantization
 from ..diffusion.engine import PREFILL_STEP
+from ..errors import BackendError
 from .chips import CHIPS, Chip
 from .cost import Storage, encode_cost, floor_seconds, prefix_bytes, step_cost
 
+METAL = Metal()
 # Ways to store the model, most precise first: quantization and recipe.
 PRECISIONS = {
     "bf16": (None, "uniform"),
@@ -41,7 +44,7 @@ def usable_bytes(memory_gb: int) -> float:
     return share * memory_gb * 2**30
 
 
-def working_bytes(config: ModelConfig) -> int:
+def working_bytes(config: ModelConfig, device: Backend = METAL) -> int:
     """Return the bytes in use besides weights and prefix, as the engine bounds them.
 
     Two copies of the attention scores of a tile; four of a canvas's logits over a
@@ -49,17 +52,35 @@ def working_bytes(config: ModelConfig) -> int:
     the experts need for a chunk of the prompt: a row in, gate and up, their product
     and a row out for each token and expert.
     """
-    chunk = min(Metal.vocabulary_chunk, config.vocab_size)
+    chunk = min(device.vocabulary_chunk, config.vocab_size)
     logits = 4 * 4 * config.canvas_length * chunk + 2 * config.hidden_size * chunk
     row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
     experts = PREFILL_STEP * config.top_k_experts * row * 2
-    return 2 * Metal.score_bytes + logits + experts
+    return 2 * device.score_bytes + logits + experts
 
 
-def memory_bytes(config: ModelConfig, storage: Storage, prefix: int) -> int:
+def memory_bytes(
+    config: ModelConfig, storage: Storage, prefix: int, device: Backend = METAL
+) -> int:
     """Return the bytes of weights, working memory and a prefix of `prefix` tokens."""
-    fixed = storage.weight_bytes + working_bytes(config)
+    fixed = storage.weight_bytes + working_bytes(config, device)
     return fixed + prefix_bytes(config, prefix, storage.value_bytes)
+
+
+def check_fits(config: ModelConfig, storage: Storage) -> None:
+    """Raise BackendError when a model with a prefix of 4K needs more than the device.
+
+    Nothing is loaded for it. A device that states no memory takes everything.
+    """
+    device = backends.current()
+    limit = device.memory()
+    needed = memory_bytes(config, storage, PREFIXES[0], device)
+    if limit is not None and needed > limit:
+        sizes = [f"{n / 1e9:.1f} GB" for n in (needed, storage.weight_bytes, limit)]
+        raise BackendError(
+            f"the model needs about {sizes[0]}, {sizes[1]} of it weights; this device "
+            f"has {sizes[2]}: convert it with --quantize, or try it with --force"
+        )
 
 
 def canvas_seconds(

@@ -84,9 +84,7 @@ def read_shape(model: str | Path, revision: str | None) -> tuple[ModelConfig, St
         known = ", ".join(NAMED)
         raise HubError(f"{error}; an estimate knows {known} as well") from None
     config = read_config(folder)
-    parameters = read_layout(folder, config).parameters
-    arrays = ((name, info.nbytes) for name, info in parameters.items())
-    return config, Storage.of_arrays(parameters["norm.weight"].dtype.size, arrays)
+    return config, Storage.of_files(read_layout(folder, config).parameters)
 
 
 def estimate(job: Job) -> dict[str, int]:

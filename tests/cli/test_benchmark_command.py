@@ -202,6 +202,10 @@ def test_refusals_are_one_line_before_anything_runs(monkeypatch):
         ((*TINY, "--quant-predicate", "mixed"), "mixed needs --q-bits"),
         ((*TINY, "--q-bits", "2", "--q-mode", "mxfp4"), "q-bits is 2; mxfp4"),
         (("--model", "no/where/at/all"), "no/where/at/all: no such folder"),
+        (
+            ("--synthetic", "26b", "--dtype", "float32"),
+            "of it weights; this device has",
+        ),
         ((*SUDOKU, "--revision", "v1"), "so it has no revision 'v1'"),
         ((*SUDOKU, "--prompt", "\udcff"), "lone surrogate"),
     ):

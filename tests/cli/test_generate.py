@@ -115,7 +115,7 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(monkeypatch):
         yield Prefilled(request=0, seed=1, prompt_tokens=1, seconds=0.0)
 
     monkeypatch.setattr(generation, "stream_generate", record)
-    monkeypatch.setattr(loading, "load", lambda name, adapter, revision: (None, None))
+    monkeypatch.setattr(loading, "load", lambda *a, **k: (None, None))
     assert run("--model", "m", "--prompt", "p").exit_code == 0
     unset = record.asked
     assert unset["prefill_step_size"] == generation.PREFILL_STEP
@@ -186,7 +186,7 @@ MISSING = "cannot open shared object file"
     ],
 )
 def test_failure_is_one_line_and_debug_shows_where(monkeypatch, raised, error):
-    def fail(name, adapter, revision):
+    def fail(*given, **more):
         raise raised
 
     monkeypatch.setattr(loading, "load", fail)

@@ -4,10 +4,14 @@ from itertools import pairwise
 
 import pytest
 
-from mlx_dgemma.errors import SettingsError
+from mlx_dgemma import backends, load
+from mlx_dgemma.checkpoint.config import read_config
+from mlx_dgemma.checkpoint.weights import read_layout
+from mlx_dgemma.errors import BackendError, SettingsError
 from mlx_dgemma.performance import estimate
 from mlx_dgemma.performance.chips import CHIPS, find
 from mlx_dgemma.performance.cost import (
+    Storage,
     encode_cost,
     floor_seconds,
     prefix_bytes,
@@ -106,6 +110,21 @@ def test_memory_decides_the_bin():
     ):
         chip, _ = find(text)
         assert (chip.gpu_cores, chip.bandwidth) == (cores, bandwidth)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny, monkeypatch):
+    config, backend = read_config(tiny), backends.current()
+    storage = Storage.of_files(read_layout(tiny, config).parameters)
+    needed = estimate.memory_bytes(config, storage, 4 * K, backend)
+    for limit, fits in ((needed, True), (None, True), (needed - 1, False)):
+        monkeypatch.setattr(backend, "memory", lambda limit=limit: limit)
+        if fits:
+            load(tiny)
+            continue
+        why = r"the model needs about 0.0 GB, .* of it weights; .*--quantize, or .*--force"
+        with pytest.raises(BackendError, match=why):
+            load(tiny)
+        load(tiny, force=True)
 
 
 def test_unknown_chips_and_sizes_are_refused():
