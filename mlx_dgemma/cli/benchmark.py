@@ -10,6 +10,7 @@ import click
 from .common import (
     MODEL_HELP,
     Command,
+    busy,
     common_options,
     force_option,
     one_line_errors,
@@ -148,7 +149,9 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     prompts = None
     if options.model is not None:
         name = options.model
-        model, tokenizer = load(name, revision=options.revision, force=options.force)
+        with busy(f"loading {name}"):
+            how = {"revision": options.revision, "force": options.force}
+            model, tokenizer = load(name, **how)
         if options.prompt is not None:
             prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
     else:
@@ -161,8 +164,11 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
         early=prompts is not None,
         prefill_step_size=options.prefill_step_size,
     )
-    measure.run(model, job)
-    trials = [measure.run(model, job, seed) for seed in range(options.num_trials)]
+    trials = []
+    for seed in range(-1, options.num_trials):
+        with busy(f"trial {seed + 1} of {options.num_trials}; 0 warms up"):
+            trials.append(measure.run(model, job, max(seed, 0)))
+    trials = trials[1:]
     found: dict[str, Any] = {
         "machine": measure.machine(),
         "model": name,
@@ -210,7 +216,9 @@ def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:
     recipe = options.quant_predicate
     if not options.force:
         check_fits(config, Storage.planned(config, dtype.size, q, recipe))
-    model = synthetic_model(config, quantization=q, recipe=recipe, dtype=dtype, seed=0)
+    made = {"quantization": q, "recipe": recipe, "dtype": dtype, "seed": 0}
+    with busy("making random weights"):
+        model = synthetic_model(config, **made)
     return model, name
 
 

@@ -9,6 +9,7 @@ import click
 from .common import (
     INTERRUPTED,
     Command,
+    busy,
     common_options,
     generation_options,
     model_option,
@@ -57,7 +58,9 @@ def main(
         from .chat_loop import Chat
 
         lines, interactive = open_input()
-        loaded, tokenizer = load(model, adapter_path, revision=revision, force=force)
+        with busy(f"loading {model}"):
+            how = {"revision": revision, "force": force}
+            loaded, tokenizer = load(model, adapter_path, **how)
         conversation = Conversation(loaded, tokenizer, **options)
         if prompt_cache_file is not None and os.path.exists(prompt_cache_file):
             conversation.load(prompt_cache_file)

@@ -6,8 +6,8 @@ stdout gets what the model says and nothing else; all other words go to stderr.
 import json
 import os
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,17 @@ class Chat:
             without_echo(self.interactive),
             AnswerView(conversation.tokenizer, show) as view,
         ):
-            view.status("encoding …")
+            if self.interactive:
+                view.status("encoding …")
             # files get answers alone
             printer = ReplyPrinter(view, self.interactive and view.to_terminal)
-            events = conversation.ask(text, images=self.pictures, seed=self.seed)
-            with closing(events):
+            events = conversation.ask(
+                text,
+                images=self.pictures,
+                seed=self.seed,
+                prompt_progress_callback=view.prefilled,
+            )
+            with closing(events), suppress_first(view):
                 for event in view.follow(events):
                     report.add(event)
                     if isinstance(event, Commit):
@@ -149,6 +155,16 @@ class Chat:
         if self.interactive:
             click.echo(err=True)
         return view.interrupted
+
+
+@contextmanager
+def suppress_first(view: AnswerView) -> Iterator[None]:
+    """Go on after the KeyboardInterrupt with which a first Ctrl-C ends a prefill."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not view.stopped_prefill:
+            raise
 
 
 class ReplyPrinter:

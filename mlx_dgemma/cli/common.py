@@ -14,8 +14,10 @@ import click
 from .. import __version__, installation
 from ..checkpoint.hub import built_in
 from ..errors import DGemmaError
+from . import interrupts
+from .interrupts import INTERRUPTED as INTERRUPTED
 
-FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+FAILED, USAGE, PIPE_CLOSED = 1, 2, 141
 FAILURES = (DGemmaError, ImportError, MemoryError, OSError, RuntimeError)
 JOINERS = "\u200c\u200d"  # invisible, but Persian and families of emoji need them
 BACKEND = f"{__name__}.backend"  # the key of --backend in a click context
@@ -164,6 +166,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
     Selects the device of --backend first.
     """
+    interrupts.install()
     with warnings.catch_warnings():
         if not debug:
             _print_warnings_once()
@@ -230,6 +233,18 @@ def print_error(message: str) -> None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Return whether a person sees this stream; a closed one is None."""
     return stream is not None and stream.isatty()
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Say what takes its time, where stderr is a terminal."""
+    if not is_terminal(sys.stderr) or is_dumb():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(printable(text)):
+        yield
 
 
 def is_dumb() -> bool:

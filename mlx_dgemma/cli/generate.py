@@ -9,6 +9,7 @@ from ..errors import SettingsError
 from .common import (
     INTERRUPTED,
     Command,
+    busy,
     common_options,
     generation_options,
     model_option,
@@ -55,10 +56,13 @@ def main(
         from ..loading import load
         from .render import AnswerView
 
-        loaded, tokenizer = load(model, adapter_path, revision=revision, force=force)
+        with busy(f"loading {model}"):
+            how = {"revision": revision, "force": force}
+            loaded, tokenizer = load(model, adapter_path, **how)
         report, commit = Report(), None
-        events = stream_generate(loaded, tokenizer, prompt, **options)
         with AnswerView(tokenizer, show) as view:
+            options["prompt_progress_callback"] = view.prefilled
+            events = stream_generate(loaded, tokenizer, prompt, **options)
             for event in view.follow(events):
                 report.add(event)
                 if isinstance(event, Commit):

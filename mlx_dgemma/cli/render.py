@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Self
 
 import click
@@ -18,6 +19,7 @@ from rich.text import Text
 from ..diffusion.events import Event, Step
 from ..text.tokenizer import Tokenizer
 from .common import is_dumb, is_terminal, printable
+from .interrupts import watching
 
 SECONDS_PER_FRAME = 1 / 20
 SPECIAL = "·"
@@ -37,7 +39,8 @@ class AnswerView:
 
     def __init__(self, tokenizer: Tokenizer, show: bool):
         self.tokenizer = tokenizer
-        self.live = show and is_terminal(sys.stderr) and not is_dumb()
+        self.draws = is_terminal(sys.stderr) and not is_dumb()
+        self.live = show and self.draws  # the canvas too, not only the prefill
         self.to_terminal = is_terminal(sys.stdout)
         self.interrupted = False
         self._console = Console(stderr=True, highlight=False)
@@ -47,6 +50,8 @@ class AnswerView:
         self._line_dim = False
         self._frame_time = 0.0
         self._widths: list[int] = []  # of the lines drawn
+        self._prefilling = True
+        self.stopped_prefill = False
 
     def __enter__(self) -> Self:
         def interrupt(*signal: object) -> None:
@@ -58,6 +63,8 @@ class AnswerView:
             self._erase()
             self._show_warning(*warning)
 
+        self._resources = ExitStack()
+        self._resources.enter_context(watching(self._say_stopping))
         self._on_interrupt = signal.signal(signal.SIGINT, interrupt)
         self._show_warning = warnings.showwarning
         warnings.showwarning = warn_above_canvas
@@ -65,6 +72,7 @@ class AnswerView:
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._on_interrupt)
+        self._resources.close()
         warnings.showwarning = self._show_warning
         self._erase()
         if self.live and self.to_terminal:
@@ -74,12 +82,28 @@ class AnswerView:
 
     def status(self, text: str) -> None:
         """Show what happens before there is a canvas."""
-        if self.live:
+        if self.draws:
             self._draw([Text(text[: self._size()[0] - 1], style="dim")])
+
+    def prefilled(self, done: int, total: int) -> None:
+        """Show how much of the prompt is encoded. Raises KeyboardInterrupt if asked."""
+        if self.interrupted:
+            self.stopped_prefill = True
+            raise KeyboardInterrupt
+        self._prefilling = done < total
+        if done < total:
+            self.status(f"encoding {done:,} of {total:,} tokens")
+
+    def _say_stopping(self) -> None:
+        """Answer the first Ctrl-C at once, while MLX computes."""
+        if self.draws and self._prefilling:
+            self._send("\r" + ERASE_LINE + "stopping after this chunk")
 
     def follow(self, events: Iterable[Event]) -> Iterator[Event]:
         """Yield events until Ctrl-C and draw the steps among them."""
         for event in events:
+            if not self.live:
+                self._erase()
             if isinstance(event, Step):
                 self.show(event)
             yield event

@@ -11,7 +11,7 @@ from ..settings import Settings, SettingsOverrides, check_int
 from ..text.chat import image_sources, is_image
 from ..text.replies import Part, merged, reply_message
 from ..text.tokenizer import Tokenizer
-from .engine import PREFILL_STEP, Engine
+from .engine import PREFILL_STEP, Engine, PromptProgress
 from .events import Commit, Event, Prefilled
 from .prefix import Prefix
 from .prompt import EncodedPrompt, ImageSource, encode_prompt, read_images
@@ -95,6 +95,7 @@ class Conversation:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         continue_final_message: bool = False,
+        prompt_progress_callback: PromptProgress | None = None,
     ) -> Generator[Event]:
         """Say something and denoise the answer, yielding events as `stream_generate`.
 
@@ -103,6 +104,7 @@ class Conversation:
         images       pictures in front of a text
         seed, stop   as of `stream_generate`
         continue_final_message   go on with the last message, the assistant's
+        prompt_progress_callback   as of `stream_generate`
 
         The messages change when the first event is taken; the answer joins them when
         it is finished. Closing the iterator before that keeps what was committed; if
@@ -132,7 +134,8 @@ class Conversation:
             seed=seed,
             prefill_step_size=self._chunk,
         )
-        return self._answer(before, messages, request, continue_final_message)
+        events = request.run(self._engine, self.prefix, prompt_progress_callback)
+        return self._answer(before, messages, request, events, continue_final_message)
 
     def add(self, message: Mapping[str, Any]) -> None:
         """Append a message, such as the result of a tool; `ask()` has it answered."""
@@ -229,12 +232,12 @@ class Conversation:
         before: list[Message],
         messages: list[Message],
         request: Request,
+        events: Generator[Event],
         continued: bool,
     ) -> Generator[Event]:
         if not self._answering.acquire(blocking=False):
             raise SettingsError(BUSY)
         commits: list[Commit] = []
-        events = request.run(self._engine, self.prefix)
         try:
             if self._messages is not before:
                 raise SettingsError("the messages have changed since ask(); ask again")

@@ -8,7 +8,7 @@ without changing one another. Knows token ids, not text.
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 
@@ -27,6 +27,7 @@ from .events import Commit, Event, Prefilled, Step
 from .prefix import ImageSpan, Prefix, chunk_ends, prefix_keys
 from .step import Pinned, State, stepper_for
 
+PromptProgress = Callable[[int, int], None]  # tokens encoded, tokens in all
 PREFILL_STEP = 2048  # tokens encoded at a time, so that memory stays linear
 
 
@@ -65,12 +66,15 @@ class Engine:
         *,
         prefix: Prefix | None = None,
         image_spans: Sequence[ImageSpan] = (),
+        prompt_progress_callback: PromptProgress | None = None,
     ) -> Prefilled:
         """Encode a prompt, start its first canvas, and return the Prefilled event.
 
         prefix        reused as far as the prompt begins with it; the request writes to
                       it until it ends or is cancelled
         image_spans   pictures that replace the ids at their places, in order
+        prompt_progress_callback   called after each chunk with the tokens encoded and
+                      those of the prompt; what it raises ends the request
 
         Raises SettingsError for ids outside the vocabulary, for a prompt beyond the
         model's context, for a prefix that belongs to another model or to a running
@@ -83,36 +87,43 @@ class Engine:
             if prefix is not None:
                 prefix.claim()
                 on_failure.callback(prefix.release)
-            prefilled = self._admit(
-                prompt, settings, seed, prefill_step_size, prefix, image_spans
+            started = time.perf_counter()
+            canvas = Canvas(
+                request=next(self._request_numbers),
+                settings=settings,
+                seed=seed,
+                cache=self.model.make_cache() if prefix is None else prefix.cache,
+                prefix=prefix,
+                chunk=prefill_step_size,
+                state=self._first_state(settings, seed, 0, 0),
             )
+            report = prompt_progress_callback or (lambda done, total: None)
+            reused = self._prefill(canvas, prompt, image_spans, report)
+            self.running.append(canvas)  # from now on `cancel` releases the prefix
             on_failure.pop_all()
+            prefilled = Prefilled(
+                request=canvas.request,
+                seed=seed,
+                prompt_tokens=len(prompt),
+                seconds=time.perf_counter() - started,
+                reused=reused,
+            )
             return prefilled
 
-    def _admit(
+    def _prefill(
         self,
+        canvas: Canvas,
         prompt: Sequence[int],
-        settings: Settings,
-        seed: int,
-        prefill_step_size: int,
-        prefix: Prefix | None,
         image_spans: Sequence[ImageSpan],
-    ) -> Prefilled:
-        started = time.perf_counter()
-        cache = self.model.make_cache() if prefix is None else prefix.cache
+        report: PromptProgress,
+    ) -> int:
+        """Encode what of a prompt is not encoded yet; return how much was."""
+        cache, prefix, settings = canvas.cache, canvas.prefix, canvas.settings
         cache.reserve(len(prompt) + settings.canvas_length)
-        canvas = Canvas(
-            request=next(self._request_numbers),
-            settings=settings,
-            seed=seed,
-            cache=cache,
-            prefix=prefix,
-            chunk=prefill_step_size,
-            state=self._first_state(settings, seed, 0, 0),
-        )
         keys = prefix_keys(prompt, image_spans)
-        ends = chunk_ends(prompt, settings.eos, prefill_step_size, image_spans)
+        ends = chunk_ends(prompt, settings.eos, canvas.chunk, image_spans)
         reused = 0 if prefix is None else prefix.match_prefix(keys, ends)
+        report(reused, len(prompt))
         new_ends = [end for end in ends if end > reused]
         for start, end in itertools.pairwise([reused, *new_ends]):
             inside = [span for span in image_spans if start <= span.start < end]
@@ -120,14 +131,8 @@ class Engine:
             self._encode(cache, prompt[start:end], images)
             if prefix is not None:
                 prefix.extend(keys[start:end], last=end == len(prompt))
-        self.running.append(canvas)  # from now on `cancel` releases the prefix
-        return Prefilled(
-            request=canvas.request,
-            seed=seed,
-            prompt_tokens=len(prompt),
-            seconds=time.perf_counter() - started,
-            reused=reused,
-        )
+            report(end, len(prompt))
+        return reused
 
     def cancel(self, request: int) -> None:
         """Drop a request; one that has ended already is ignored."""

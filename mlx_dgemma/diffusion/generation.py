@@ -11,7 +11,7 @@ from ..model.language import DiffusionGemma
 from ..settings import Settings, SettingsOverrides
 from ..text.chat import Prompt
 from ..text.tokenizer import Tokenizer
-from .engine import PREFILL_STEP, Engine
+from .engine import PREFILL_STEP, Engine, PromptProgress
 from .events import Event
 from .prompt import ChatOptions, ImageSource, encode_prompt
 from .report import Report
@@ -26,6 +26,7 @@ class GenerateOptions(ChatOptions, SettingsOverrides, total=False):
     stop: str | Sequence[str]
     seed: int | None
     prefill_step_size: int
+    prompt_progress_callback: PromptProgress | None
     settings: Settings | None
 
 
@@ -44,6 +45,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
+    prompt_progress_callback: PromptProgress | None = None,
     settings: Settings | None = None,
     **overrides: Unpack[SettingsOverrides],
 ) -> Iterator[Event]:
@@ -55,11 +57,12 @@ def stream_generate(
                         images; paths of videos, seen a frame a second (extra "video")
     system, thinking    a system turn; whether the model thinks first
     tools               functions the model may call, as OpenAI's JSON
-    chat_template_kwargs     other variables of the chat template
+    chat_template_kwargs   other variables of the chat template
     continue_final_message   go on with the last message, the assistant's
     stop                a string, or several, that end the text and are left out
     seed                same seed, same machine, same text; chosen when None
     prefill_step_size   prompt tokens encoded at a time
+    prompt_progress_callback   called after each with the tokens done, and all
     settings            in place of the checkpoint's, `model.settings`
     overrides           single settings, which win over both; see `Settings`
 
@@ -88,7 +91,7 @@ def stream_generate(
         seed=seed,
         prefill_step_size=prefill_step_size,
     )
-    return request.run(Engine(model))
+    return request.run(Engine(model), None, prompt_progress_callback)
 
 
 def generate(

@@ -9,7 +9,7 @@ from ..model.language import DiffusionGemma
 from ..settings import Settings, check_int
 from ..text.replies import Answer, Malformed, Part, ReplyParser, merged
 from ..text.tokenizer import Tokenizer
-from .engine import Engine, check_request
+from .engine import Engine, PromptProgress, check_request
 from .events import Commit, Event
 from .prefix import Prefix
 from .prompt import EncodedPrompt
@@ -39,7 +39,12 @@ class Request:
         self.prompt, self.settings, self.chunk = prompt, settings, prefill_step_size
         self.filter = StopFilter(ReplyParser(tokenizer, prompt.ids), stop)
 
-    def run(self, engine: Engine, prefix: Prefix | None = None) -> Generator[Event]:
+    def run(
+        self,
+        engine: Engine,
+        prefix: Prefix | None = None,
+        prompt_progress_callback: PromptProgress | None = None,
+    ) -> Generator[Event]:
         """Yield the events of the request; closing the generator cancels it."""
         prefilled = engine.admit(
             self.prompt.ids,
@@ -48,6 +53,7 @@ class Request:
             self.chunk,
             prefix=prefix,
             image_spans=self.prompt.image_spans,
+            prompt_progress_callback=prompt_progress_callback,
         )
         try:
             yield prefilled

@@ -83,7 +83,7 @@ class ScriptedConversation:
         self.messages, self.asked = [], []
         ScriptedConversation.last = self
 
-    def ask(self, content, *, images=(), seed=None):
+    def ask(self, content, *, images=(), seed=None, prompt_progress_callback=None):
         if content == "refuse":
             raise SettingsError("refused\x1b[2J, as was asked for")
         if content == "fail":

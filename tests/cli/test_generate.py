@@ -118,10 +118,12 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *a, **k: (None, None))
     assert run("--model", "m", "--prompt", "p").exit_code == 0
     unset = record.asked
+    assert callable(unset.pop("prompt_progress_callback"))
     assert unset["prefill_step_size"] == generation.PREFILL_STEP
     assert {unset[name] for name in ("steps", "max_tokens", "seed")} == {None}
     for flags, changed in FLAGS.items():
         assert run("--model", "m", "--prompt", "p", *flags.split()).exit_code == 0
+        del record.asked["prompt_progress_callback"]
         assert record.asked == {**unset, **changed} != unset, flags
 
 
