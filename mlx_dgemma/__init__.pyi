@@ -11,10 +11,10 @@ from .diffusion.events import Event as Event
 from .diffusion.events import Prefilled as Prefilled
 from .diffusion.events import Step as Step
 from .diffusion.generation import GenerateOptions as GenerateOptions
+from .diffusion.generation import ImageSource as ImageSource
 from .diffusion.generation import generate as generate
 from .diffusion.generation import stream_generate as stream_generate
 from .diffusion.prefix import Prefix as Prefix
-from .diffusion.prompt import ImageSource as ImageSource
 from .errors import DGemmaError as DGemmaError
 from .evaluation import Result as Result
 from .evaluation import Row as Row

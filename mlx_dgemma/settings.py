@@ -5,9 +5,10 @@ checkpoint; a checkpoint's own `generation_config.json` replaces them on load.
 """
 
 import dataclasses
-import sys
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, fields
+from math import inf
+from sys import float_info
 from typing import Self, TypedDict, Unpack
 
 from .errors import SettingsError
@@ -41,51 +42,36 @@ class SettingsOverrides(TypedDict, total=False):
 class Settings:
     """Sampler settings of one request.
 
-    max_tokens      maximum tokens of text to return; never shortens a canvas
-    canvas_length   L, tokens denoised together
-    steps           maximum denoising steps per canvas
-    entropy_bound   nats; accept while the entropies accepted before stay within it
-    t_max, t_min    the temperature falls linearly from t_max towards t_min
-    stability       previous argmax canvases that must equal the newest one
-    confidence      nats; mean entropy below which a stable canvas is finished
-    eos             ids that end the text
-    pinned          position in the answer -> token id that is fixed, never renoised
-    min_tokens      tokens of text that come before any eos; 1 rules out empty answers
-
-    The following can change the text, and are off by default. tests/bench/RESULTS.md
-    gives their measured quality.
-
-    sampler           "entropy-bound", or "confidence": reveal for good every position
-                      whose argmax is likely enough, at least one per step
-    min_probability   how likely, for the sampler "confidence"
-
     Raises SettingsError naming the setting, its value and the allowed range.
     """
 
-    max_tokens: int = 256
-    canvas_length: int = 256
-    steps: int = 48
-    entropy_bound: float = 0.1
-    t_max: float = 0.8
-    t_min: float = 0.4
-    stability: int = 1
-    confidence: float = 0.005
-    eos: frozenset[int] = frozenset({1, 106, 50})
+    max_tokens: int = 256  # maximum tokens of text to return; never shortens a canvas
+    canvas_length: int = 256  # L, tokens denoised together
+    steps: int = 48  # maximum denoising steps per canvas
+    entropy_bound: float = 0.1  # nats; accept while those accepted before sum to it
+    t_max: float = 0.8  # the temperature falls linearly from t_max
+    t_min: float = 0.4  # towards t_min
+    stability: int = 1  # earlier drafts (argmax canvases) that must equal the newest
+    confidence: float = 0.005  # nats; mean entropy below which a stable canvas is done
+    eos: frozenset[int] = frozenset({1, 106, 50})  # ids that end the text
+    # position in the answer -> token id that is fixed, never renoised
     pinned: Mapping[int, int] = field(default_factory=dict[int, int])
-    min_tokens: int = 0
+    min_tokens: int = 0  # tokens of text before any eos; 1 rules out empty answers
+    # "entropy-bound", or "confidence": reveal for good every position whose argmax is
+    # likely enough, at least one per step; tests/bench/RESULTS.md compares the texts
     sampler: str = SAMPLERS[0]
-    min_probability: float = 0.9
+    min_probability: float = 0.9  # how likely, for the sampler "confidence"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eos, Set | list | tuple):
-            raise SettingsError(f"eos is {self.eos!r}; it must be a set of token ids")
-        if not isinstance(self.pinned, Mapping):
-            raise SettingsError(
-                f"pinned is {self.pinned!r}; it must map positions to token ids"
-            )
+        eos, pinned = self.eos, self.pinned
+        if not isinstance(eos, Set | list | tuple):
+            raise SettingsError(f"eos is {eos!r}; it must be a set of token ids")
+        if not isinstance(pinned, Mapping):
+            wrong = f"pinned is {pinned!r}; it must map positions to token ids"
+            raise SettingsError(wrong)
         # copies, so that later changes of the caller's objects have no effect
-        object.__setattr__(self, "eos", frozenset(self.eos))
-        object.__setattr__(self, "pinned", dict(self.pinned))
+        object.__setattr__(self, "eos", frozenset(eos))
+        object.__setattr__(self, "pinned", dict(pinned))
         check_int("max_tokens", self.max_tokens, 1, MAX_TOKEN)
         check_int("canvas_length", self.canvas_length, 1, MAX_CANVAS_LENGTH)
         check_int("steps", self.steps, 1, MAX_COUNT)
@@ -96,23 +82,20 @@ class Settings:
         _check_number("t_min", self.t_min)
         _check_number("confidence", self.confidence)
         _check_number("min_probability", self.min_probability)
-        for token in self.eos:
+        for token in eos:
             check_int("eos", token, 0, MAX_TOKEN)
-        for position, token in self.pinned.items():
+        for position, token in pinned.items():
             check_int("pinned position", position, 0, MAX_TOKEN)
             check_int(f"pinned[{position}]", token, 0, MAX_TOKEN)
         if self.sampler not in SAMPLERS:
-            raise SettingsError(
-                f"sampler is {self.sampler!r}; supported: {', '.join(SAMPLERS)}"
-            )
+            known = ", ".join(SAMPLERS)
+            raise SettingsError(f"sampler is {self.sampler!r}; supported: {known}")
         if self.min_tokens > self.max_tokens:
-            raise SettingsError(
-                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
-            )
+            wrong = f"min_tokens is {self.min_tokens}, above max_tokens"
+            raise SettingsError(f"{wrong} {self.max_tokens}")
         if self.t_min > self.t_max:
-            raise SettingsError(
-                f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
-            )
+            wrong = f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
+            raise SettingsError(wrong)
         if (last := self.temperature(self.steps - 1)) < MIN_TEMPERATURE:
             raise SettingsError(
                 f"t_max and t_min cool to {last}; the last step's temperature must be "
@@ -125,11 +108,9 @@ class Settings:
         Raises SettingsError for a name that is no setting.
         """
         known = [f.name for f in fields(self)]
-        for name in overrides:
-            if name not in known:
-                raise SettingsError(
-                    f"{name!r} is no setting; the settings are {', '.join(known)}"
-                )
+        if unknown := sorted(overrides.keys() - known):
+            wrong = f"{unknown[0]!r} is no setting; the settings are {', '.join(known)}"
+            raise SettingsError(wrong)
         changes = {k: v for k, v in overrides.items() if v is not None}
         return dataclasses.replace(self, **changes)
 
@@ -148,23 +129,18 @@ class Settings:
         return self.t_min + (self.t_max - self.t_min) * (remaining / self.steps)
 
 
-def check_int(
-    name: str, value: object, minimum: int, maximum: int | None = None
-) -> None:
+def check_int(name: str, value: object, minimum: int, maximum: float = inf) -> None:
     """Raise SettingsError unless `value` is a whole number of the range."""
-    allowed = f"a whole number from {minimum}" + (
-        f" to {maximum}" if maximum else " up"
-    )
-    if not isinstance(value, int) or isinstance(value, bool):
+    if type(value) is not int or not minimum <= value <= maximum:
+        to = "up" if maximum == inf else f"to {maximum}"
+        allowed = f"a whole number from {minimum} {to}"
         raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
-    if value < minimum or (maximum is not None and value > maximum):
-        raise SettingsError(f"{name} is {value}; it must be {allowed}")
 
 
 def _check_number(name: str, value: object, *, positive: bool = False) -> None:
     allowed = "a number above 0" if positive else "a number from 0 up"
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
     # compared with the maximum: math.isfinite fails for an int that no float can hold
-    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
+    if not 0 <= value <= float_info.max or (positive and value == 0):
         raise SettingsError(f"{name} is {value}; it must be {allowed}")

@@ -43,24 +43,20 @@ def test_every_form_of_a_prompt_is_put_into_the_template_once():
 
 
 def test_final_message_can_be_continued(tiny_model):
-    """The text is only what is new; template variables arrive in the template."""
-    model, tokenizer = tiny_model
-    messages = [{"role": "user", "content": "12"}]
-    messages += [{"role": "assistant", "content": "ab"}]
-    ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
-    options = {"seed": 0, "max_tokens": 16, "steps": 2}
-    expected = generate(model, tokenizer, ids, **options)
-    continued = {"continue_final_message": True}
-    assert generate(model, tokenizer, messages, **continued, **options) == expected
-    del options["seed"]
-    talk = Conversation(model, tokenizer, chat_template_kwargs={"x": "1"}, **options)
-    talk.add(messages[0])
-    talk.add(messages[1])
+    """The text is only what is new."""
+    asked, begun = messages = [*MESSAGES, {"role": "assistant", "content": "ab"}]
+    continued, options = {"continue_final_message": True}, {"max_tokens": 16}
+    ids = tiny_model[1].apply_chat_template(messages, **continued)
+    expected = generate(*tiny_model, ids, seed=0, **options)
+    found = generate(*tiny_model, messages, seed=0, **continued, **options)
+    talk = Conversation(*tiny_model, chat_template_kwargs={"x": "1"}, **options)
+    talk.add(asked)
+    talk.add(begun)
     events = list(talk.ask(seed=0, **continued))
-    assert "".join(event.text for event in events) == expected
-    assert talk.messages == [messages[0], messages[1] | {"content": "ab" + expected}]
+    assert found == "".join(event.text for event in events) == expected
+    assert talk.messages == [asked, begun | {"content": "ab" + expected}]
     with pytest.raises(SettingsError, match="chat_template_kwargs cannot set messages"):
-        generate(model, tokenizer, "a", chat_template_kwargs={"messages": []})
+        generate(*tiny_model, "a", chat_template_kwargs={"messages": []})
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files.json import Keys, read_json
-from ..settings import MAX_TOKEN, Settings
+from ..settings import MAX_COUNT, MAX_TOKEN, Settings
 from .config import ModelConfig, warn_of_unknown
 
 SAMPLER = "EntropyBoundSamplerConfig"
@@ -14,7 +14,6 @@ IGNORED_KEYS = frozenset(
     "return_dict_in_generate cache_implementation cache_config disable_compile "
     "_from_model_config _commit_hash".split()
 )
-MAX_STEPS = 1_000_000
 
 
 def read_generation_config(config: ModelConfig, folder: Path | None = None) -> Settings:
@@ -47,11 +46,11 @@ def read_generation_config(config: ModelConfig, folder: Path | None = None) -> S
             max_tokens=keys.integer(
                 "max_new_tokens", defaults.max_tokens, 1, MAX_TOKEN
             ),
-            steps=keys.integer("max_denoising_steps", defaults.steps, 1, MAX_STEPS),
+            steps=keys.integer("max_denoising_steps", defaults.steps, 1, MAX_COUNT),
             entropy_bound=bound,
             t_max=keys.number("t_max", defaults.t_max),
             t_min=keys.number("t_min", defaults.t_min, zero=True),
-            stability=keys.integer("stability_threshold", stability, 0, MAX_STEPS),
+            stability=keys.integer("stability_threshold", stability, 0, MAX_COUNT),
             confidence=keys.number("confidence_threshold", confidence, zero=True),
             eos=frozenset(eos) if eos else None,
         )

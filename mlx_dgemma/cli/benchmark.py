@@ -19,6 +19,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..model.language import DiffusionGemma
+    from ..performance.measure import Trial, Workload
 
 SUBJECTS = {"model", "synthetic", "estimate", "backends"}
 SUBJECT_FLAGS = "--model, --synthetic, --estimate and --backends"
@@ -149,8 +150,8 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     prompts = None
     if options.model is not None:
         name = options.model
+        how = {"revision": options.revision, "force": options.force}
         with busy(f"loading {name}"):
-            how = {"revision": options.revision, "force": options.force}
             model, tokenizer = load(name, **how)
         if options.prompt is not None:
             prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
@@ -164,11 +165,7 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
         early=prompts is not None,
         prefill_step_size=options.prefill_step_size,
     )
-    trials = []
-    for seed in range(-1, options.num_trials):
-        with busy(f"trial {seed + 1} of {options.num_trials}; 0 warms up"):
-            trials.append(measure.run(model, job, max(seed, 0)))
-    trials = trials[1:]
+    trials = _trials(model, job, options.num_trials)
     found: dict[str, Any] = {
         "machine": measure.machine(),
         "model": name,
@@ -198,6 +195,17 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
             prefill_step_size=options.prefill_step_size,
         )
     return found
+
+
+def _trials(model: "DiffusionGemma", job: "Workload", count: int) -> "list[Trial]":
+    """Run trials, after one to warm up."""
+    from ..performance import measure
+
+    trials = []
+    for number in range(count + 1):
+        with busy(f"trial {number} of {count}; 0 warms up"):
+            trials.append(measure.run(model, job, max(0, number - 1)))
+    return trials[1:]
 
 
 def _synthetic(options: SimpleNamespace) -> tuple["DiffusionGemma", str]:

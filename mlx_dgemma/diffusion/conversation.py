@@ -13,10 +13,8 @@ from ..text.replies import Part, merged, reply_message
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, PromptProgress
 from .events import Commit, Event, Prefilled
-from .prefix import Prefix
-from .prompt import EncodedPrompt, ImageSource, encode_prompt, read_images
-from .prompt_cache import load_prefix, save_prefix
-from .request import Request
+from .generation import ImageSource, Request, read_images
+from .prefix import Prefix, load_prefix, save_prefix
 
 BUSY = "an answer is being written; close its iterator first"
 Message: TypeAlias = dict[str, Any]
@@ -26,14 +24,9 @@ Content: TypeAlias = str | Sequence[Mapping[str, Any]]  # text, or text and pict
 class Conversation:
     """A conversation with a model, and the prefix the model has encoded of it.
 
-    system, thinking       a system turn; whether the model thinks before it answers
-    tools                  functions the model may call, as OpenAI's JSON
-    chat_template_kwargs   other variables of the chat template
-    prefill_step_size      prompt tokens encoded at a time
-    settings, overrides    as of `stream_generate`
-
-    `system` and `thinking` may be set at any time, for the next `ask`. `stats` is the
-    Prefilled event of the last answer.
+    Arguments as of `stream_generate`. `system`, a system turn, and `thinking` may be
+    set at any time, for the next `ask`. `stats` is the Prefilled event of the last
+    answer.
 
     The text of an answer is that of `stream_generate` with the same messages and seed:
     reuse only saves time. Without a chat template the prompt is the messages' text in a
@@ -60,7 +53,7 @@ class Conversation:
         self.prefix = Prefix(model)
         self.stats: Prefilled | None = None
         self.system, self.thinking = system, thinking
-        self._chunk = prefill_step_size
+        self._prefill_step_size = prefill_step_size
         self._engine = Engine(model)
         self._answering = Lock()
         self._messages: list[Message] = []  # replaced, never changed in place
@@ -95,23 +88,16 @@ class Conversation:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         continue_final_message: bool = False,
-        prompt_progress_callback: PromptProgress | None = None,
+        prompt_progress_callback: PromptProgress = lambda done, total: None,
     ) -> Generator[Event]:
         """Say something and denoise the answer, yielding events as `stream_generate`.
 
-        content      what to say; None to have the messages answered as they are, after
-                     `edit` or `add`
-        images       pictures in front of a text
-        seed, stop   as of `stream_generate`
-        continue_final_message   go on with the last message, the assistant's
-        prompt_progress_callback   as of `stream_generate`
+        content   what to say; None: answer the messages as `edit` or `add` left them
 
         The messages change when the first event is taken; the answer joins them when
         it is finished. Closing the iterator before that keeps what was committed; if
-        nothing was, the messages are as before.
-
-        Raises, at once, SettingsError for what cannot be asked, MediaError for a
-        picture.
+        nothing was, the messages are as before. Raises, at once, SettingsError for what
+        cannot be asked, MediaError for a picture.
         """
         self._check_idle()
         before = messages = self._messages
@@ -122,17 +108,23 @@ class Conversation:
             content = [*pictures, {"type": "text", "text": content}]
         if content is not None:
             messages = [*before, self._new_message("user", content)]
-        last = messages[-1]["role"] if messages else None
-        if last is None or (last == "assistant" and not continue_final_message):
+        last = messages[-1]["role"] if messages else "assistant"
+        if not messages or (last == "assistant" and not continue_final_message):
             raise SettingsError("there is no question to answer; give one to ask()")
+        template = self.tokenizer.chat_template is not None
         request = Request(
             self.prefix.model,
             self.tokenizer,
-            self._encode(messages, continue_final_message),
+            messages if template else _joined(messages),
             self.settings,
             stop=stop,
             seed=seed,
-            prefill_step_size=self._chunk,
+            prefill_step_size=self._prefill_step_size,
+            system=self.system,
+            thinking=self.thinking,
+            tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+            continue_final_message=continue_final_message and template,
         )
         events = request.run(self._engine, self.prefix, prompt_progress_callback)
         return self._answer(before, messages, request, events, continue_final_message)
@@ -143,31 +135,26 @@ class Conversation:
         self._messages = [*self._messages, self._with_pictures(message)]
 
     def edit(self, index: int, content: Content) -> None:
-        """Replace the content of a message; those after it are dropped.
+        """Replace the content of a message, drop those after it; then `ask()`.
 
-        `ask()` has an edited question answered. Raises SettingsError for an index that
-        no message has.
+        Raises SettingsError for an index that no message has.
         """
         self._check_idle()
-        if not 0 <= index < len(self._messages):
-            raise SettingsError(
-                f"message {index} is not there; there are {len(self._messages)}, from 0"
-            )
+        count = len(self._messages)
+        if not 0 <= index < count:
+            wrong = f"message {index} is not there; there are {count}, from 0"
+            raise SettingsError(wrong)
         edited = self._new_message(self._messages[index]["role"], content)
         self._messages = [*self._messages[:index], edited]
 
     def rewind(self, turns: int = 1) -> None:
-        """Take back the last questions and everything that followed them.
-
-        Raises SettingsError when there are fewer.
-        """
+        """Take back the last questions, of which there must be so many, and replies."""
         self._check_idle()
         asked = [i for i, m in enumerate(self._messages) if m["role"] == "user"]
         check_int("turns", turns, 0)
-        if turns > len(asked):
-            raise SettingsError(
-                f"turns is {turns}; the conversation has {len(asked)} to take back"
-            )
+        if turns > (count := len(asked)):
+            wrong = f"turns is {turns}; the conversation has {count} to take back"
+            raise SettingsError(wrong)
         if turns:
             self._messages = self._messages[: asked[-turns]]
 
@@ -191,10 +178,8 @@ class Conversation:
 
     def _new_message(self, role: str, content: Content) -> Message:
         if not isinstance(content, str | list | tuple):
-            kind = type(content).__name__
-            raise SettingsError(
-                f"content is {kind}; it must be text or a list of parts"
-            )
+            wrong = f"content is {type(content).__name__}"
+            raise SettingsError(f"{wrong}; it must be text or a list of parts")
         return self._with_pictures({"role": role, "content": content})
 
     def _with_pictures(self, message: Mapping[str, Any]) -> Message:
@@ -208,24 +193,6 @@ class Conversation:
             for part in copied["content"]
         ]
         return copied
-
-    def _encode(self, messages: list[Message], continued: bool) -> EncodedPrompt:
-        prompt: Any = messages
-        if self.tokenizer.chat_template is None:
-            texts = [message["content"] or "" for message in messages]
-            if not all(isinstance(text, str) for text in texts):
-                raise SettingsError("without a chat template, content must be text")
-            prompt, continued = "".join(texts), False
-        return encode_prompt(
-            self.prefix.model,
-            self.tokenizer,
-            prompt,
-            system=self.system,
-            thinking=self.thinking,
-            tools=self.tools,
-            chat_template_kwargs=self.chat_template_kwargs,
-            continue_final_message=continued,
-        )
 
     def _answer(
         self,
@@ -266,6 +233,13 @@ class Conversation:
                     answer = begun | answer | {"content": content + new}
                 self._messages = [*messages, answer]
             self._answering.release()
+
+
+def _joined(messages: list[Message]) -> str:
+    texts = [message["content"] or "" for message in messages]
+    if not all(isinstance(text, str) for text in texts):
+        raise SettingsError("without a chat template, content must be text")
+    return "".join(texts)
 
 
 def _copy(message: Mapping[str, Any]) -> Message:

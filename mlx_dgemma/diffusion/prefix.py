@@ -2,14 +2,38 @@
 
 Rounding depends on where chunks end, and where they end depends on the tokens alone.
 So a prefix that is reused is, bit for bit, the one of a prompt encoded from the start.
+
+Its file is safetensors: `keys` and `ends`, part j of what keeps all columns as
+`full.i.j`, the window of sliding layer i at column c as `sliding.i.j.c`; and in its
+metadata its layout, what model encoded it and a sum of all arrays. Its owner alone may
+read it: it holds what was said.
 """
 
-from collections.abc import Sequence, Set
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import SettingsError
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .. import __version__
+from ..errors import CheckpointError, SettingsError
+from ..files.atomic import save_arrays
+from ..files.safetensors import (
+    Expected,
+    TensorInfo,
+    check_tensors,
+    checksum,
+    read_header,
+)
+from ..model.cache import LayerKV, PrefixCache, Snapshot
 from ..model.language import DiffusionGemma
 
 if TYPE_CHECKING:
@@ -17,6 +41,8 @@ if TYPE_CHECKING:
 
 MIN_SHARE = 16  # a chunk may end early once it has 1/16 of its maximum
 DIGEST_PART = 2**60  # of a picture's digest, enough to distinguish pictures
+KIND, LAYOUT = "mlx-dgemma prompt cache", "2"
+WORD = 2**60  # a key of any size is written as two int64: key // WORD, key % WORD
 
 
 @dataclass(frozen=True)
@@ -34,8 +60,7 @@ class ImageSpan:
 def prefix_keys(ids: Sequence[int], image_spans: Sequence[ImageSpan]) -> list[int]:
     """Return a number per token that identifies what is encoded there.
 
-    Its id, or for a soft token a negative number made of the picture's digest and the
-    place in it.
+    Its id, or for a soft token a negative one of the picture's digest and place in it.
     """
     keys = list(ids)
     for span in image_spans:
@@ -52,11 +77,9 @@ def chunk_ends(
 ) -> list[int]:
     """Return where the chunks that a prompt is encoded in end; the last ends with it.
 
-    eos           ids a chunk may end behind, unless it is small: the end of a turn
-    maximum       tokens of a chunk
-    image_spans   pictures, which are encoded in one chunk, however long it gets
-
-    The tokens behind an end never move it.
+    A chunk has at most `maximum` tokens, and ends behind an eos, the end of a turn,
+    unless it is small. A picture stays in one chunk, however long that gets. The tokens
+    behind an end never move it.
     """
     inside = {end for span in image_spans for end in range(span.start + 1, span.end)}
     minimum = -(-maximum // MIN_SHARE)
@@ -109,10 +132,7 @@ class Prefix:
         self._claimed.release()
 
     def match_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> int:
-        """Forget everything that a prompt of these keys and chunks does not begin with.
-
-        Returns how many tokens are left.
-        """
+        """Forget what a prompt of these keys and chunks lacks; return what is left."""
         shared = [0]
         for mine, other in zip(self.ends, ends, strict=False):
             chunk = slice(shared[-1], mine)
@@ -122,18 +142,14 @@ class Prefix:
         return self._rewind(shared)
 
     def trim(self) -> int:
-        """Forget what is not a whole chunk of a prompt; return how much is left.
-
-        The canvases of a reply are not: the next prompt repeats them in its own
-        chunks, and often in other tokens.
-        """
+        """Forget a reply, which the next prompt chunks anew; return what is left."""
         return self._rewind([0, *self.ends])
 
-    def extend(self, keys: Sequence[int], *, last: bool) -> None:
-        """Record a chunk that was encoded; `last`: it ends the prompt."""
+    def extend(self, keys: Sequence[int], *, snapshot: bool) -> None:
+        """Record a chunk that was just encoded; `snapshot`: to be rewound to later."""
         self.keys += keys
         self.ends.append(len(self.keys))
-        if not last:  # a later prompt rarely shares the very end of this one
+        if snapshot:
             self.cache.save_snapshot()
 
     def _rewind(self, ends: Sequence[int]) -> int:
@@ -143,3 +159,148 @@ class Prefix:
         self.ends = [end for end in self.ends if end <= length]
         del self.keys[length:]
         return length
+
+
+def save_prefix(path: str | Path, prefix: Prefix) -> None:
+    """Write an encoded prefix to a file, which is replaced whole or not at all.
+
+    Raises CheckpointError when nothing is encoded, or the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    prefix.claim()
+    try:
+        _save(path, prefix)
+    finally:
+        prefix.release()
+
+
+def _save(path: Path, prefix: Prefix) -> None:
+    if not prefix.trim():
+        raise CheckpointError(f"{path}: nothing is encoded yet; ask something first")
+    cache = prefix.cache
+    arrays = {
+        "keys": mx.array(np.array([divmod(k, WORD) for k in prefix.keys], np.int64)),
+        "ends": mx.array(np.array(prefix.ends, np.int64)),
+        **_arrays(cache, [*cache.snapshots, cache.snapshot()]),
+    }
+    metadata = {"kind": KIND, "layout": LAYOUT, "version": __version__}
+    metadata |= {"model": fingerprint(prefix.model), "arrays": checksum(arrays)}
+    try:
+        save_arrays(path, arrays, metadata, private=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
+
+
+def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
+    """Return the prefix in a file that `save_prefix` wrote with the same model.
+
+    Raises CheckpointError for another model or layout, and for a damaged file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    again = "delete it and save it again"
+    try:
+        header = read_header(path)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (CheckpointError, RuntimeError, ValueError):
+        wrong = "damaged, or not a safetensors file"
+        raise CheckpointError(f"{path}: {wrong}; {again}") from None
+    arrays, metadata = loaded
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"{path}: not a prompt cache; give another file")
+    if (layout := metadata.get("layout")) != LAYOUT:
+        wrong = f"of layout {layout!r}, but this version reads {LAYOUT!r}"
+        raise CheckpointError(f"{path}: {wrong}; {again}")
+    if metadata.get("arrays") != checksum(arrays):
+        raise CheckpointError(f"{path}: damaged; {again}")
+    if metadata.get("model") != fingerprint(model):
+        raise CheckpointError(
+            f"{path}: encoded by another model, or with another adapter; load that "
+            "one, or delete the file"
+        )
+    try:
+        return _restore(path, header, arrays, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {again}") from None
+
+
+def fingerprint(model: DiffusionGemma) -> str:
+    """Return a hash that differs between models that encode differently.
+
+    Of the configuration, and of every layer that encodes: its settings and weights.
+    """
+    digest = sha256(json.dumps(model.config.raw, sort_keys=True).encode())
+    for part in (model.embed_tokens, *model.encoder_layers):
+        for name, module in sorted(part.named_modules()):
+            # such as an adapter's scale; private ones say whether it is being trained
+            numbers = sorted(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, int | float) and key[0] != "_"
+            )
+            digest.update(repr([name, *numbers]).encode())
+        arrays: Any = tree_flatten(part.parameters())
+        digest.update(checksum(dict(arrays)).encode())
+    return digest.hexdigest()
+
+
+def _restore(
+    path: Path,
+    header: dict[str, TensorInfo],
+    arrays: dict[str, mx.array],
+    model: DiffusionGemma,
+) -> Prefix:
+    """Return the prefix that a file holds, after checking every array."""
+    kinds = {n: (i.dtype, len(i.shape), *i.shape[1:]) for n, i in header.items()}
+    if kinds.get("keys") != (mx.int64, 2, 2) or kinds.get("ends") != (mx.int64, 1):
+        raise CheckpointError(f"{path}: keys or ends are missing or of a wrong kind")
+    prefix = Prefix(model)
+    pairs: Any = arrays.pop("keys").tolist()
+    ends: Any = arrays.pop("ends").tolist()
+    prefix.keys, prefix.ends = [high * WORD + low for high, low in pairs], ends
+    rising = all(a < b for a, b in pairwise([0, *ends]))
+    if not ends or not rising or ends[-1] != len(prefix):
+        raise CheckpointError(f"{path}: ends are not those of chunks of the keys")
+    if (largest := max(prefix.keys)) >= model.config.vocab_size:
+        raise CheckpointError(f"{path}: holds id {largest}, which the model lacks")
+    suffixes = {n.rpartition(".")[2] for n in arrays if n.startswith("sliding.")}
+    columns = [end for end in ends[:-1] if str(end) in suffixes] + ends[-1:]
+    # a cache of one token has the same arrays, each of one column: (1, K, 1, width)
+    one, expected = model.make_cache(), dict[str, Expected]()
+    model.encode(mx.array([[0]]), one)
+    windows = one.snapshot().windows
+    for name, array in _arrays(one, [Snapshot(c, windows) for c in columns]).items():
+        rows, heads, _, width = array.shape
+        count = len(prefix)
+        if name.startswith("sliding."):
+            count = min(int(name.split(".")[3]), model.config.sliding_window - 1)
+        shape = rows, heads, count, width
+        expected[name] = Expected(shape, (array.dtype,), "this model")
+    check_tensors(path, {name: header[name] for name in arrays}, expected)
+    mx.eval(arrays)  # read now, whatever happens to the file later
+    parts: dict[str, LayerKV] = defaultdict(tuple)  # by "full.i" and "sliding.i.c"
+    for name in sorted(arrays):
+        kind, layer, _, *column = name.split(".")
+        parts[".".join([kind, layer, *column])] += (arrays[name],)
+    prefix.cache.resume(
+        [parts[f"full.{i}"] for i in range(len(one.history))],
+        [Snapshot(c, {i: parts[f"sliding.{i}.{c}"] for i in windows}) for c in columns],
+    )
+    return prefix
+
+
+def _arrays(cache: PrefixCache, snapshots: Iterable[Snapshot]) -> dict[str, mx.array]:
+    """Return what full layers of a cache store, and snapshots, by name in a file."""
+    full = {
+        f"full.{i}.{j}": part
+        for i, parts in enumerate(cache.history)
+        for j, part in enumerate(parts)
+    }
+    sliding = {
+        f"sliding.{i}.{j}.{snapshot.column}": part
+        for snapshot in snapshots
+        for i, parts in snapshot.windows.items()
+        for j, part in enumerate(parts)
+    }
+    return full | sliding

@@ -41,20 +41,14 @@ class Report:
         """All steps taken, those of an unfinished canvas included."""
         return sum(self.steps_per_canvas) + self.running_steps
 
-    @property
-    def tokens_per_forward(self) -> float:
-        """Committed tokens per denoising step."""
-        return self.committed_tokens / max(1, self.denoising_steps)
-
     def line(self) -> str:
         """Return one line for a person."""
-        seconds = time.perf_counter() - self.started
+        tokens, seconds = self.committed_tokens, time.perf_counter() - self.started
         return (
             f"{_count(self.prompt_tokens, 'prompt token')} · "
-            f"{_count(self.committed_tokens, 'committed token')} · "
-            f"{self._canvases()} · "
-            f"{self.tokens_per_forward:.2f} tokens per forward · "
-            f"{self.committed_tokens / seconds:.1f} tok/s wall · "
+            f"{_count(tokens, 'committed token')} · {self._canvases()} · "
+            f"{tokens / max(1, self.denoising_steps):.2f} tokens per forward · "
+            f"{tokens / seconds:.1f} tok/s wall · "
             f"peak memory {format_bytes(mx.get_peak_memory())} · seed {self.seed}"
         )
 
@@ -62,23 +56,20 @@ class Report:
         """Return the lines that `generate(verbose=True)` prints, as mlx-lm does."""
         seconds = time.perf_counter() - self.started - self.prefill_seconds
         prompt_speed = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        tokens, steps = self.committed_tokens, self.denoising_steps
+        speed, per_step = tokens / max(seconds, 1e-9), tokens / max(1, steps)
         return (
-            f"Prompt: {self.prompt_tokens} tokens, "
-            f"{prompt_speed:.3f} tokens-per-sec\n"
-            f"Generation: {self.committed_tokens} tokens, "
-            f"{self.committed_tokens / max(seconds, 1e-9):.3f} tokens-per-sec\n"
-            f"Denoising: {self.denoising_steps} steps, "
-            f"{self.tokens_per_forward:.3f} tokens-per-forward\n"
+            f"Prompt: {self.prompt_tokens} tokens, {prompt_speed:.3f} tokens-per-sec\n"
+            f"Generation: {tokens} tokens, {speed:.3f} tokens-per-sec\n"
+            f"Denoising: {steps} steps, {per_step:.3f} tokens-per-forward\n"
             f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB"
         )
 
     def _canvases(self) -> str:
         done = self.steps_per_canvas
         text = _count(len(done), "canvas", "canvases")
-        if len(done) > MAX_LISTED:
-            text += f" ({sum(done) / len(done):.1f} steps each, at most {max(done)})"
-        elif done:
-            steps = " + ".join(map(str, done))
+        if done:
+            steps = " + ".join(map(str, done)) if len(done) <= MAX_LISTED else sum(done)
             text += f" ({steps} {'step' if done == [1] else 'steps'})"
         if self.running_steps:
             text += f" and {_count(self.running_steps, 'step')} of one not finished"

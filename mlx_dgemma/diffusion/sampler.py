@@ -9,7 +9,6 @@ keys; they are transformers' EntropyBoundSampler and StableAndConfidentStoppingC
 """
 
 import hashlib
-from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -44,13 +43,12 @@ def accept(entropies: mx.array, bounds: mx.array) -> mx.array:
     return mx.take_along_axis(chosen, mx.argsort(order, axis=-1), axis=-1)
 
 
-def count_unchanged(argmax: mx.array, before: mx.array, count: mx.array) -> mx.array:
-    """Return how many canvases in a row equal the newest (B, L) argmax: (B,) int32.
+def count_unchanged(draft: mx.array, before: mx.array, count: mx.array) -> mx.array:
+    """Return how many drafts in a row equal the newest, (B, L) argmax: (B,) int32.
 
-    before is the last argmax canvas, count that for it; a canvas is stable once the
-    count reaches the setting `stability`.
+    before is the last draft, count what was returned for it.
     """
-    same = mx.all(argmax == before, axis=-1)
+    same = mx.all(draft == before, axis=-1)
     return mx.where(same, count + 1, 0)
 
 
@@ -68,15 +66,3 @@ def reveal(
     forced = hidden & (mx.arange(revealed.shape[1]) == best)
     likely = likely | (forced & ~mx.any(likely, axis=-1, keepdims=True))
     return mx.where(likely, argmax, revealed)
-
-
-def pinned_tokens(pinned: Mapping[int, int], first: int, length: int) -> np.ndarray:
-    """Return the pinned ids of the canvas that begins at position `first` of the text.
-
-    (L,) int32, -1 where a position is free.
-    """
-    row = np.full(length, -1, np.int32)
-    for position, token in pinned.items():
-        if first <= position < first + length:
-            row[position - first] = token
-    return row

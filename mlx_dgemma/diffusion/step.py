@@ -43,23 +43,13 @@ class State(NamedTuple):
             revealed=mx.full((1, len(canvas)), -1, dtype=mx.int32),
         )
 
-    def row(self, index: int) -> "State":
-        """Return the state of one canvas."""
-        return State(*(array[index : index + 1] for array in self))
-
-    @classmethod
-    def join(cls, states: Sequence["State"]) -> "State":
-        """Return the states of several canvases as one."""
-        columns = zip(*states, strict=True)
-        return cls(*(mx.concatenate(list(column)) for column in columns))
-
 
 class StepStats(NamedTuple):
     """What a step reports beside the next state."""
 
     accepted: mx.array  # (B, L) bool
     entropy: mx.array  # (B, L) nats
-    mean: mx.array  # (B,) nats
+    mean_entropy: mx.array  # (B,) nats
     stopped: mx.array  # (B,) bool: stable and confident
 
 
@@ -83,7 +73,7 @@ class Pinned(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray]) -> "Pinned | None":
-        """Return (L,) rows of ids, -1 where free, as one; None if all are free."""
+        """Stack B rows of (L,) pinned ids, -1 where free; None if all are free."""
         tokens = np.stack(rows)
         free = np.flatnonzero(tokens < 0).astype(np.int32)
         if len(free) == tokens.size:
@@ -94,24 +84,20 @@ class Pinned(NamedTuple):
 
 
 class Stepper:
-    """Takes denoising steps with one model; `traces` counts how often it was traced.
+    """One denoising step as a function, compiled or not; it keeps no model alive.
 
     sampler   as in `Settings`
-    banned    tokens that a canvas must not begin with
-
-    It does not keep the model alive.
+    banned    tokens that a canvas must not begin with, see `StepInputs.min_tokens`
     """
 
     def __init__(
         self,
         model: DiffusionGemma,
-        *,
         compiled: bool,
         sampler: str = SAMPLERS[0],
         banned: tuple[int, ...] = (),
     ):
         self._model, self._sampler, self._banned = weakref.ref(model), sampler, banned
-        self.traces = 0
         self._compiled = mx.compile(self._trace) if compiled else None
 
     @property
@@ -132,7 +118,7 @@ class Stepper:
         return State(*after), StepStats(*stats)
 
     def _trace(self, weights: dict, *arrays: Any) -> Any:
-        """`_step` of other weights: after training, the same trace runs on new ones."""
+        """`_step` with the weights as an input, so that training needs no new trace."""
         own = self.model.parameters()
         self.model.update(weights)
         try:
@@ -141,7 +127,6 @@ class Stepper:
             self.model.update(own)
 
     def _step(self, state, view, inputs, pinned):
-        self.traces += 1
         # a compiled function receives plain tuples
         state, view, inputs = State(*state), View(*view), StepInputs(*inputs)
         pinned = None if pinned is None else Pinned(*pinned)
@@ -199,20 +184,19 @@ class Stepper:
         self, state: State, found: VocabStats, inputs: StepInputs, noise: mx.array
     ) -> tuple[State, StepStats]:
         """Accept or reveal tokens, renoise the rest, and set the stop flags."""
-        draft, tokens, revealed = found.argmax, found.sample, state.revealed
+        draft, proposal, revealed = found.argmax, found.sample, state.revealed
         if self._sampler == "entropy-bound":
             # pinned positions have entropy 0, so they are accepted
             accepted = sampler.accept(found.entropy, inputs.entropy_bound)
         elif self._sampler == "confidence":
             # mlx-vlm's confidence-threshold sampler at its temperature 0
-            revealed = sampler.reveal(
-                found.argmax, found.peak, revealed, inputs.min_probability
-            )
-            accepted = revealed >= 0
-            draft = tokens = mx.where(accepted, revealed, found.argmax)
+            minimum = inputs.min_probability
+            revealed = sampler.reveal(found.argmax, found.peak, revealed, minimum)
+            accepted, proposal = revealed >= 0, revealed
+            draft = mx.where(accepted, revealed, found.argmax)
         else:
             raise NotImplementedError(self._sampler)
-        canvas = mx.where(accepted, tokens, noise)
+        canvas = mx.where(accepted, proposal, noise)
         unchanged = sampler.count_unchanged(draft, state.draft, state.unchanged)
         mean = mx.mean(found.entropy, axis=-1)
         stopped = (unchanged >= inputs.stability) & (mean < inputs.confidence)
@@ -226,15 +210,13 @@ _STEPPERS: dict[int, dict[Any, Stepper]] = {}
 
 
 def stepper_for(
-    model: DiffusionGemma, *, compiled: bool, sampler: str, banned: tuple[int, ...]
+    model: DiffusionGemma, compiled: bool, sampler: str, banned: tuple[int, ...]
 ) -> Stepper:
     """Return the `Stepper` of these arguments; it is kept as long as the model is."""
     if id(model) not in _STEPPERS:
         _STEPPERS[id(model)] = {}
         weakref.finalize(model, _STEPPERS.pop, id(model))
-    steppers, key = _STEPPERS[id(model)], (compiled, sampler, banned)
-    if key not in steppers:
-        steppers[key] = Stepper(
-            model, compiled=compiled, sampler=sampler, banned=banned
-        )
-    return steppers[key]
+    steppers, options = _STEPPERS[id(model)], (compiled, sampler, banned)
+    if options not in steppers:
+        steppers[options] = Stepper(model, *options)
+    return steppers[options]

@@ -1,16 +1,14 @@
 """What the events of a request say, for comparisons bit for bit."""
 
-import numpy as np
-
 from mlx_dgemma import Commit, Step
 
 
-def exactly(events) -> list:
-    """All numbers of all steps, and what the commits say."""
+def exactly(events) -> list[tuple]:
+    """Each step, its entropies last, and each commit, its text last."""
     return [
-        (*(np.array(a).tolist() for a in (e.draft, e.canvas, e.accepted, e.entropy)),)
+        (e.draft.tolist(), e.canvas.tolist(), e.accepted.tolist(), e.entropy.tolist())
         if isinstance(e, Step)
-        else (e.tokens, e.text, e.steps, e.finish_reason)
+        else (e.tokens, e.steps, e.finish_reason, e.text)
         for e in events
         if isinstance(e, Step | Commit)
     ]

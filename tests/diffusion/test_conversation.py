@@ -1,6 +1,5 @@
 """A conversation answers as each prompt alone would, and encodes only what is new."""
 
-import itertools
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -11,26 +10,13 @@ import pytest
 from exactly import exactly
 from tiny import VOCABULARY, write_tiny, write_tokenizer
 
-from mlx_dgemma import (
-    Answer,
-    Call,
-    Commit,
-    Prefilled,
-    Step,
-    Thought,
-    load,
-    stream_generate,
-)
-from mlx_dgemma.diffusion.conversation import Conversation
-from mlx_dgemma.diffusion.engine import Engine
+import mlx_dgemma as dg
+from mlx_dgemma import Commit, Conversation, stream_generate
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.model.language import DiffusionGemma
-from mlx_dgemma.text.chat import chat_ids
 
 LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "max_tokens": 16}
 LOOSE |= {"prefill_step_size": 32}
 LONG = LOOSE | {"eos": frozenset({999}), "max_tokens": 48}  # always three canvases
-LETTERS = "".join(VOCABULARY[7:])
 MARKERS = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
 PIECES = [*VOCABULARY[:7], *"abcdel{}:12utfghijkm", *MARKERS]
 # as the release's: the reply begins with tokens that no history repeats
@@ -49,43 +35,47 @@ def chatty(tmp_path_factory):
     """The tiny model with a chat template like the release's."""
     folder = write_tiny(tmp_path_factory.mktemp("chatty") / "m")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return load(folder)
+    return dg.load(folder)
 
 
-def user(content) -> dict:
-    return {"role": "user", "content": content}
+@pytest.fixture(scope="module")
+def marked(chatty, tmp_path_factory):
+    """Its model with a vocabulary that has the markers; turns end with eos 4."""
+    folder = tmp_path_factory.mktemp("marked")
+    write_tokenizer(folder, PIECES, [*PIECES[:5], *MARKERS])
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return chatty[0], dg.Tokenizer.from_dir(folder)
 
 
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
+def message(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def fresh(loaded, prompt, seed: int, **options) -> list:
+    """What a request of its own says to a prompt."""
+    return exactly(stream_generate(*loaded, prompt, seed=seed, **options))
+
+
+def first_commit(events) -> Commit:
+    return next(event for event in events if isinstance(event, Commit))
 
 
 def test_turns_equal_fresh_prompts_through_edits_of_the_past(chatty):
-    model, tokenizer = chatty
     rng, encoded, total = np.random.default_rng(1), 0, 0
     for number in range(2):
-        talk, last = Conversation(model, tokenizer, **LOOSE), []
+        talk = Conversation(*chatty, **LOOSE)
         for turn in range(6):
-            edited = turn > 1 and rng.random() < 0.3
-            if edited:
+            if turn > 1 and rng.random() < 0.3:
                 talk.edit(int(rng.integers(len(talk.messages))), "own words")
-            words = "".join(rng.choice(list(LETTERS), rng.integers(1, 30)))
-            said, seed = [*talk.messages, user(words)], 100 * number + turn
+            words = "".join(rng.choice(VOCABULARY[7:], rng.integers(1, 30)))
+            said, seed = [*talk.messages, message("user", words)], 100 * number + turn
             events = list(talk.ask(words, seed=seed))
-            fresh = list(stream_generate(model, tokenizer, said, seed=seed, **LOOSE))
-            assert exactly(events) == exactly(fresh)
-            text = "".join(e.text for e in fresh)
-            assert talk.messages == [*said, assistant(text)]
-            ids = chat_ids(tokenizer, said)
+            assert exactly(events) == fresh(chatty, said, seed, **LOOSE)
+            text = "".join(event.text for event in events)
+            assert talk.messages == [*said, message("assistant", text)]
             assert events[0] is talk.stats
-            assert events[0].prompt_tokens == len(ids)
-            # at most a chunk before what is new, and what is new
-            if not edited:
-                pairs = zip(ids, last, strict=False)
-                shared = len(list(itertools.takewhile(lambda p: p[0] == p[1], pairs)))
-                assert events[0].reused > shared - 32
-            encoded, total = encoded + events[0].encoded, total + len(ids)
-            last = ids
+            encoded += events[0].encoded
+            total += events[0].prompt_tokens
     assert encoded < 0.6 * total
 
 
@@ -96,52 +86,44 @@ def test_system_turn_and_thinking_can_be_set_between_answers(chatty):
     for turn, change in enumerate(changes):
         options |= change
         talk.system, talk.thinking = options["system"], options["thinking"]
-        said = [*talk.messages, user("12" * 9)]
-        fresh = stream_generate(*chatty, said, seed=turn, **options, **LOOSE)
-        assert exactly(talk.ask("12" * 9, seed=turn)) == exactly(fresh)
+        said = [*talk.messages, message("user", "12")]
+        expected = fresh(chatty, said, turn, **options, **LOOSE)
+        assert exactly(talk.ask("12", seed=turn)) == expected
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 4
     assert talk.transcript() == talk.messages
     talk.system = "a"
-    assert talk.transcript() == [{"role": "system", "content": "a"}, *talk.messages]
+    assert talk.transcript() == [message("system", "a"), *talk.messages]
 
 
-@pytest.mark.parametrize("taken", ["nothing", Prefilled, Step, Commit, "ctrl-c"])
+@pytest.mark.parametrize("taken", ["nothing", dg.Prefilled, dg.Step, Commit, "ctrl-c"])
 def test_committed_text_stays_after_an_interruption(chatty, monkeypatch, taken):
     """By closing or by Ctrl-C; without a commit the messages are as before."""
     talk, commit = Conversation(*chatty, **LONG), None
     list(talk.ask("ab", seed=0))
-    before, events, tick = talk.messages, talk.ask("12", seed=3), Engine.tick
-    if taken == "ctrl-c":
-        commit = next(event for event in events if isinstance(event, Commit))
-        monkeypatch.setattr(Engine, "tick", lambda self: signal.raise_signal(2))
-        with pytest.raises(KeyboardInterrupt):
-            next(events)
-        monkeypatch.setattr(Engine, "tick", tick)
+    expected, events = talk.messages, talk.ask("12", seed=3)
+    if taken in (Commit, "ctrl-c"):
+        commit = first_commit(events)
+        answer = message("assistant", chatty[1].decode(commit.tokens))
+        expected += [message("user", "12"), answer]
     elif taken != "nothing":
-        event = next(event for event in events if isinstance(event, taken))
-        commit = event if taken is Commit else None
+        next(event for event in events if isinstance(event, taken))
+    if taken == "ctrl-c":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(dg.Engine, "tick", lambda self: signal.raise_signal(2))
+            next(events)
     events.close()
-    expected = before
-    if commit is not None:
-        assert commit.finish_reason is None
-        answer = assistant(chatty[1].decode(commit.tokens))
-        expected = [*before, user("12"), answer]
     assert talk.messages == expected
-    fresh = stream_generate(*chatty, [*expected, user("34")], seed=1, **LONG)
-    assert exactly(talk.ask("34", seed=1)) == exactly(fresh)
+    after = fresh(chatty, [*expected, message("user", "34")], 1, **LONG)
+    assert exactly(talk.ask("34", seed=1)) == after
 
 
-def test_stop_string_ends_the_message_and_held_text_is_kept(chatty):
+def test_text_held_back_for_a_stop_string_is_kept(chatty):
     talk = Conversation(*chatty, **LONG)
-    first = next(e for e in talk.ask("ab", seed=0) if isinstance(e, Commit)).text
-    talk.reset()
-    list(talk.ask("ab", seed=0, stop=first[10:13]))
-    assert talk.messages[-1]["content"] == first[: first.index(first[10:13])]
+    first = first_commit(talk.ask("ab", seed=0)).text
     talk.reset()
     events = talk.ask("ab", seed=0, stop=[f"{first[-1]}never"])
-    held = next(e for e in events if isinstance(e, Commit))
+    assert first_commit(events).text == first[:-1]
     events.close()
-    assert held.text == first[:-1]
     assert talk.messages[-1]["content"] == first
 
 
@@ -156,24 +138,24 @@ def test_past_can_be_changed(chatty):
     list(talk.ask("ef", seed=2))
     assert talk.messages == first  # the same again
     talk.edit(3, "own words")
-    assert talk.messages == [*first[:3], assistant("own words")]
+    assert talk.messages == [*first[:3], message("assistant", "own words")]
+    said = [*first[:2], message("user", "12")]
+    said.append(message("user", [{"type": "text", "text": "34"}]))
     talk.edit(2, "12")
-    talk.add(user([{"type": "text", "text": "34"}]))
-    said = talk.messages
-    assert [m["content"] for m in said[2:]] == ["12", [{"type": "text", "text": "34"}]]
-    fresh = stream_generate(*chatty, said, seed=5, **LOOSE)
-    assert exactly(talk.ask(seed=5)) == exactly(fresh)
+    talk.add(said[3])
+    assert talk.messages == said
+    assert exactly(talk.ask(seed=5)) == fresh(chatty, said, 5, **LOOSE)
     talk.messages[0]["content"] = "other"  # of a copy
     assert talk.messages[:4] == said
     talk.reset()
     assert talk.messages == []
 
 
-def test_impossible_requests_are_refused_at_once(chatty, tiny_model):
+def test_impossible_requests_are_refused_at_once(chatty):
     talk = Conversation(*chatty, **LOOSE)
     list(talk.ask("ab", seed=0))
     before = talk.messages
-    for act, message in (
+    for act, refused in (
         (talk.ask, "there is no question to answer; give one to ask"),
         (lambda: talk.ask(7), "content is int; it must be text or a list of"),
         (lambda: talk.ask("ab", stop=[""]), "must be strings that are not empty"),
@@ -184,10 +166,10 @@ def test_impossible_requests_are_refused_at_once(chatty, tiny_model):
         (lambda: talk.rewind(2), "turns is 2; the conversation has 1 to take"),
         (lambda: talk.rewind(-1), "turns is -1"),
         (lambda: talk.ask([{}], images=["a.png"]), "images go with a text"),
-        (lambda: Conversation(*tiny_model, hot=1), "'hot' is no setting"),
-        (lambda: Conversation(*tiny_model, prefill_step_size=0), "step_size is 0"),
+        (lambda: Conversation(*chatty, hot=1), "'hot' is no setting"),
+        (lambda: Conversation(*chatty, prefill_step_size=0), "step_size is 0"),
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(SettingsError, match=refused):
             act()
         assert talk.messages == before
 
@@ -207,67 +189,59 @@ def test_one_answer_at_a_time(chatty):
     talk.rewind()
     with pytest.raises(SettingsError, match="the messages have changed since ask"):
         next(stale)
-    assert talk.messages == []
 
 
-def test_a_second_thread_is_refused_while_the_first_encodes(tiny_model, monkeypatch):
+def test_a_second_thread_is_refused_while_the_first_encodes(chatty, monkeypatch):
     """Both would write to one cache; the guard stands before the work it guards."""
-    model, tokenizer = tiny_model
-    talk, engine = Conversation(model, tokenizer, **LOOSE), Engine(model)
-    encoding, go_on, encode = Event(), Event(), DiffusionGemma.encode
+    talk, engine = Conversation(*chatty, **LOOSE), dg.Engine(chatty[0])
+    encoding, go_on, encode = Event(), Event(), dg.DiffusionGemma.encode
+    given = [2, 7], chatty[0].settings, 0
 
     def waiting(self, *given):
         encoding.set()
         assert go_on.wait(20)
         encode(self, *given)
 
-    monkeypatch.setattr(DiffusionGemma, "encode", waiting)
+    monkeypatch.setattr(dg.DiffusionGemma, "encode", waiting)
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(lambda: list(talk.ask("1", seed=0)))
-        admitted = pool.submit(engine.admit, [2, 7], model.settings, 0)
+        admitted = pool.submit(engine.admit, *given)
         assert encoding.wait(20)
+        other = dg.Engine(chatty[0])
         try:
-            for refused in (lambda: list(talk.ask("2")), lambda: talk.add({})):
-                with pytest.raises(SettingsError, match="an answer is being written"):
-                    refused()
-            with pytest.raises(SettingsError, match="a running request writes to"):
-                Engine(model).admit([2, 7], model.settings, 0, prefix=talk.prefix)
-            for refused in (engine.tick, lambda: engine.admit([2], model.settings, 0)):
-                with pytest.raises(SettingsError, match="another thread is using this"):
-                    refused()
+            for act, refused in (
+                (lambda: list(talk.ask("2")), "an answer is being written"),
+                (lambda: talk.add({}), "an answer is being written"),
+                (lambda: other.admit(*given, prefix=talk.prefix), "a running request"),
+                (engine.tick, "another thread is using this"),
+                (lambda: engine.admit(*given), "another thread is using this"),
+            ):
+                with pytest.raises(SettingsError, match=refused):
+                    act()
         finally:
             go_on.set()
         assert len(asked.result()) > 2 and admitted.result().prompt_tokens == 2
-    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
 
 
 def test_without_a_template_the_prompt_is_the_text_in_a_row(tmp_path):
-    folder = write_tiny(tmp_path / "m")
+    folder, text = write_tiny(tmp_path / "m"), ""
     (folder / "chat_template.jinja").unlink()
-    model, tokenizer = load(folder)
-    talk, text = Conversation(model, tokenizer, **LOOSE), ""
+    loaded = dg.load(folder)
+    talk = Conversation(*loaded, **LOOSE)
     for turn in range(3):
         text += "abcd" * 5
-        fresh = stream_generate(model, tokenizer, text, seed=turn, **LOOSE)
-        assert exactly(talk.ask("abcd" * 5, seed=turn)) == exactly(fresh)
+        expected = fresh(loaded, text, turn, **LOOSE)
+        assert exactly(talk.ask("abcd" * 5, seed=turn)) == expected
         text += talk.messages[-1]["content"]
-    assert talk.stats is not None and talk.stats.reused >= 32
-    with pytest.raises(SettingsError, match="system cannot be used"):
-        Conversation(model, tokenizer, system="a").ask("b")
     with pytest.raises(SettingsError, match="without a chat template, content must be"):
         talk.ask([{"type": "text", "text": "a"}])
+    talk.system = "a"
+    with pytest.raises(SettingsError, match="system cannot be used"):
+        talk.ask("b")
 
 
 # --- thoughts and calls --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def marked(tmp_path_factory):
-    """A tiny checkpoint whose vocabulary has the markers; turns end with eos 4."""
-    folder = write_tiny(tmp_path_factory.mktemp("marked") / "m")
-    write_tokenizer(folder, PIECES, [*PIECES[:5], *MARKERS])
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return load(folder)
 
 
 def saying(tokenizer, reply: str) -> dict:
@@ -278,24 +252,21 @@ def saying(tokenizer, reply: str) -> dict:
 
 def test_commits_hold_thoughts_and_stop_strings_end_answers_only(marked):
     options = saying(marked[1], "<|channel>dee<channel|>abdeec")
-    *_, commit = stream_generate(*marked, "a", **options)
-    assert (commit.text, commit.parts) == ("abdeec", (Thought("dee"), Answer("abdeec")))
-    *_, commit = stream_generate(*marked, "a", stop="de", **options)
-    assert commit.parts == (Thought("dee"), Answer("ab"))
-    assert commit.finish_reason == "stop"
+    for stop, answer in (((), "abdeec"), ("de", "ab")):
+        *_, commit = stream_generate(*marked, "a", stop=stop, **options)
+        assert (commit.text, commit.finish_reason) == (answer, "stop")
+        assert commit.parts == (dg.Thought("dee"), dg.Answer(answer))
 
 
 def test_call_is_answered_and_the_conversation_goes_on(marked):
     options = saying(marked[1], "<|tool_call>call:ab{}<tool_call|>")
     talk = Conversation(*marked, tools=TOOLS, **options)
     *_, commit = talk.ask("a", seed=0)
-    assert (commit.text, commit.parts) == ("", (Call("ab", {}, "call_0"),))
+    assert (commit.text, commit.parts) == ("", (dg.Call("ab", {}, "call_0"),))
     answer = talk.messages[1]
     assert answer["content"] is None
     assert answer["tool_calls"][0]["function"] == {"name": "ab", "arguments": {}}
     talk.add({"role": "tool", "tool_call_id": "call_0", "content": "12"})
     json.dumps(talk.transcript())
-    fresh = stream_generate(*marked, talk.messages, tools=TOOLS, seed=0, **options)
-    assert exactly(talk.ask(seed=0)) == exactly(fresh)
-    roles = [m["role"] for m in talk.messages]
-    assert roles == ["user", "assistant", "tool", "assistant"]
+    expected = fresh(marked, talk.messages, 0, tools=TOOLS, **options)
+    assert exactly(talk.ask(seed=0)) == expected

@@ -1,75 +1,70 @@
 """Text around the engine: streaming, stop strings, seeds, counts."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from tiny import VOCABULARY, write_tiny
 
-from mlx_dgemma import Commit, Prefilled, Step, generate, load, stream_generate
+from mlx_dgemma import (
+    Commit,
+    Conversation,
+    Engine,
+    Settings,
+    Step,
+    generate,
+    load,
+    stream_generate,
+)
 from mlx_dgemma.diffusion import report
-from mlx_dgemma.diffusion.conversation import Conversation
-from mlx_dgemma.diffusion.engine import Engine
-from mlx_dgemma.diffusion.report import Report
-from mlx_dgemma.diffusion.request import StopFilter
 from mlx_dgemma.errors import SettingsError
-from mlx_dgemma.settings import Settings
-from mlx_dgemma.text.replies import Answer
 
-# without an eos: four canvases
-LONG = {"max_tokens": 64, "steps": 3, "entropy_bound": 8.0, "confidence": 2.0}
+# four canvases of three steps, and never an eos
+LONG = {"max_tokens": 64, "steps": 3, "entropy_bound": 8.0, "confidence": 0.0}
 LONG |= {"eos": {99}, "seed": 0}
-SHORT = LONG | {"max_tokens": 16}
 
 
 @pytest.fixture(scope="module")
-def long_text(tiny_model) -> str:
-    return generate(*tiny_model, "ab", **LONG)
+def events(tiny_model) -> list:
+    return list(stream_generate(*tiny_model, "ab", **LONG))
 
 
 def text_of(events) -> str:
     return "".join(event.text for event in events)
 
 
-def test_stream_and_generate_give_the_same_text(tiny_model, long_text):
-    events = list(stream_generate(*tiny_model, "ab", **LONG))
-    assert text_of(events) == long_text
-    assert isinstance(events[0], Prefilled)
+def commits_of(events) -> list[Commit]:
+    return [event for event in events if isinstance(event, Commit)]
+
+
+def test_stream_and_generate_give_the_same_text(tiny_model, events, capsys):
+    text = text_of(events)
+    assert generate(*tiny_model, "ab", **LONG) == text
+    assert generate(*tiny_model, "ab", verbose=True, **LONG) == text
+    head, printed, counts = capsys.readouterr().out.split("==========")
+    assert (head, printed) == ("", f"\n{text}\n")
+    names = [line.partition(":")[0] for line in counts.strip().split("\n")]
+    assert names == ["Prompt", "Generation", "Denoising", "Peak memory"]
     assert (events[0].reused, events[0].encoded) == (0, 6)
-    commits = [e for e in events if isinstance(e, Commit)]
-    assert len(commits) == 4 and commits[-1] is events[-1]
-    assert [c.finish_reason for c in commits] == [None] * 3 + ["length"]
+    assert [c.finish_reason for c in commits_of(events)] == [None] * 3 + ["length"]
     assert all(e.text == "" for e in events if not isinstance(e, Commit))
 
 
 def test_keywords_win_over_settings_and_those_over_the_checkpoint(tiny_model):
-    model, _ = tiny_model
     settings = Settings(canvas_length=16, steps=2, max_tokens=32, eos=frozenset({99}))
-    changes = {"steps": 3, "max_tokens": None}
-    events = list(stream_generate(*tiny_model, "ab", settings=settings, **changes))
+    changes = {"settings": settings, "steps": 3, "max_tokens": None}
+    events = list(stream_generate(*tiny_model, "ab", **changes))
     steps = [e for e in events if isinstance(e, Step)]
     assert {(s.steps, len(s.draft)) for s in steps} == {(3, 16)}
-    assert sum(len(e.tokens) for e in events if isinstance(e, Commit)) == 32
-    assert model.settings.steps == 48
-
-
-def test_verbose_prints_the_text_and_counts(tiny_model, capsys, long_text):
-    assert generate(*tiny_model, "ab", verbose=True, **LONG) == long_text
-    head, text, counts = capsys.readouterr().out.split("==========")
-    assert (head, text) == ("", f"\n{long_text}\n")
-    assert [line.partition(":")[0] for line in counts.strip().split("\n")] == (
-        ["Prompt", "Generation", "Denoising", "Peak memory"]
-    )
+    assert sum(len(c.tokens) for c in commits_of(events)) == 32
 
 
 def test_seed_is_chosen_and_reported(tiny_model):
-    options = {k: v for k, v in SHORT.items() if k != "seed"}
-    events = list(stream_generate(*tiny_model, "ab", **options))
-    again = generate(*tiny_model, "ab", seed=events[0].seed, **options)
-    assert again == text_of(events)
-    other = next(iter(stream_generate(*tiny_model, "ab", **options)))
-    assert other.seed != events[0].seed
+    options = LONG | {"seed": None}
+    first, other = (list(stream_generate(*tiny_model, "ab", **options)) for _ in "ab")
+    again = generate(*tiny_model, "ab", **LONG | {"seed": first[0].seed})
+    assert again == text_of(first) != text_of(other)
 
 
 def test_impossible_settings_are_refused_before_the_first_event(tiny_model):
@@ -86,76 +81,51 @@ def test_impossible_settings_are_refused_before_the_first_event(tiny_model):
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(tmp_path):
-    folder = write_tiny(tmp_path / "m", max_position_embeddings=60)
-    model, tokenizer = load(folder)
-    talk = Conversation(model, tokenizer, max_tokens=16)
-    why = r"prompt has 45 tokens and max_tokens is 16; together at most 60 fit"
+    loaded = load(write_tiny(tmp_path / "m", max_position_embeddings=60))
+    options = {"max_tokens": 16, "steps": 1}
+    settings = loaded[0].settings.replace(**options)
     for refused in (
-        lambda: stream_generate(model, tokenizer, [7] * 45, max_tokens=16),
-        lambda: Engine(model).admit([7] * 45, model.settings.replace(max_tokens=16), 0),
+        lambda: stream_generate(*loaded, [7] * 45, **options),
+        lambda: Engine(loaded[0]).admit([7] * 45, settings, 0),
+        lambda: Conversation(*loaded, **options).ask("1" * 41),
     ):
+        why = "prompt has 45 tokens and max_tokens is 16; together at most 60 fit"
         with pytest.raises(SettingsError, match=why):
             refused()
-    with pytest.raises(SettingsError, match="together at most 60 fit this model"):
-        talk.ask("1" * 60)
-    assert len(talk.prefix) == 0 and talk.messages == []
-    assert list(stream_generate(model, tokenizer, [7] * 44, max_tokens=16, steps=1))
+    assert list(stream_generate(*loaded, [7] * 44, **options))
 
 
-def test_earliest_stop_string_ends_text_and_tokens(tiny_model, long_text):
+def test_earliest_stop_string_ends_text_and_tokens(tiny_model, events):
     """Also across two canvases: then the first one's tokens are out already."""
-    spans = [(start, start + size) for start in (0, 11, 15) for size in (1, 4)]
-    for stops in [[long_text[a:b]] for a, b in spans] + [
-        [long_text[20:23], long_text[9:12], "never"]
-    ]:
-        events = list(stream_generate(*tiny_model, "ab", stop=stops, **LONG))
-        expected = long_text[: min(long_text.find(s) % 1000 for s in stops)]
-        assert text_of(events) == expected
-        assert events[-1].finish_reason == "stop"
-        commits = [e for e in events if isinstance(e, Commit)]
-        tokens = [t for e in commits for t in e.tokens]
-        held = "".join(e.pending_text for e in commits)
+    text, end = text_of(events), len(commits_of(events)[0].text)
+    stops = [[text[at : at + n]] for at in (0, end - 2, end + 1) for n in (1, 4)]
+    for stop in [*stops, [text[20:23], text[9:12], "never"]]:
+        found = list(stream_generate(*tiny_model, "ab", stop=stop, **LONG))
+        expected = text[: min(text.find(s) % 1000 for s in stop)]
+        assert (text_of(found), found[-1].finish_reason) == (expected, "stop")
+        tokens = [t for commit in commits_of(found) for t in commit.tokens]
+        held = "".join(commit.pending_text for commit in commits_of(found))
         assert tiny_model[1].decode(tokens) == expected + held
-    # the end is not held back for a stop string that never comes
-    stop = long_text[-1] + "never"
-    assert generate(*tiny_model, "ab", stop=stop, **LONG) == long_text
 
 
-class Echo:
-    """A reply parser whose ids are code points."""
-
-    def add(self, tokens):
-        return [Answer("".join(map(chr, tokens)))]
-
-    def finish(self):
-        return []
-
-
-def commit(text, reason=None, steps=1):
-    tokens = tuple(map(ord, text))
-    return Commit(
-        request=0, canvas_index=0, tokens=tokens, steps=steps, finish_reason=reason
-    )
-
-
-def test_beginning_of_a_stop_string_is_held_back():
-    filter = StopFilter(Echo(), ["END."])
-    first = filter.write(commit("one EN"))
-    assert (first.text, first.pending_text) == ("one ", "EN")
-    assert filter.write(commit("Dless ")).text == "ENDless "
-    assert filter.write(commit("E")).text == ""
-    last = filter.write(commit("ND. more", "length"))
-    assert (last.text, last.finish_reason) == ("", "stop")
+def test_beginning_of_a_stop_string_is_held_back(tiny_model, events):
+    """At the end of a canvas, until the next one decides; at the last, it is text."""
+    first, *_, last = [commit.text for commit in commits_of(events)]
+    for text, held in ((first, first[-2:]), (last, "")):
+        stop = text[-2:] + "never"
+        found = commits_of(stream_generate(*tiny_model, "ab", stop=stop, **LONG))
+        assert text_of(found) == text_of(events)
+        assert found[0].pending_text == held
 
 
 def test_special_tokens_are_hidden_from_text(tiny_model):
-    options = SHORT | {"pinned": {0: 3, 1: 10, 2: 2, 3: 11, 4: 1}, "eos": {1}}
+    options = LONG | {"pinned": {0: 3, 1: 10, 2: 2, 3: 11, 4: 1}, "eos": {1}}
     assert generate(*tiny_model, "ab", **options) == VOCABULARY[10] + VOCABULARY[11]
 
 
 def test_model_and_events_may_move_between_threads(tiny, tiny_model):
     """Unevaluated arrays would belong to the thread that made them."""
-    options = SHORT | {"max_tokens": 32, "pinned": {3: 9}}
+    options = LONG | {"pinned": {3: 9}}
 
     def in_new_thread(function, *args):
         with ThreadPoolExecutor(1) as pool:
@@ -170,49 +140,27 @@ def test_model_and_events_may_move_between_threads(tiny, tiny_model):
     assert all(e.accepted[3].item() and e.entropy[3].item() == 0 for e in steps)
 
 
-# --- report --------------------------------------------------------------------------
-
-
-def step(number):
-    return Step(**dict.fromkeys(f.name for f in fields(Step)) | {"step": number})
-
-
-PREFILLED = Prefilled(request=0, seed=9, prompt_tokens=6, seconds=0.5)
-
-
-def report_of(*events) -> Report:
-    made = Report(started=100.0)
-    for event in events:
-        made.add(event)
-    return made
-
-
-def test_report_of_a_finished_request(monkeypatch):
-    """That began two seconds ago, with a peak memory of 3 MB."""
+def test_report_counts_finished_and_unfinished_canvases(
+    tiny_model, events, monkeypatch
+):
+    """Of requests that began two seconds ago, half a second of it to encode."""
     monkeypatch.setattr(report.time, "perf_counter", lambda: 102.0)
-    monkeypatch.setattr(mx, "get_peak_memory", lambda: 3_000_000)
-    first, last = commit("a" * 16, steps=2), commit("abcd", "stop")
-    made = report_of(PREFILLED, step(0), step(1), first, step(0), last)
-    assert made.line() == (
-        "6 prompt tokens · 20 committed tokens · 2 canvases (2 + 1 steps) · "
-        "6.67 tokens per forward · 10.0 tok/s wall · peak memory 3.0 MB · seed 9"
-    )
-    assert made.summary() == (
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 52_345_000_000)
+    short = list(stream_generate(*tiny_model, "ab", canvas_length=7, **LONG))
+    for found, line in (
+        (events, "64 committed tokens · 4 canvases (3 + 3 + 3 + 3 steps) · 5.33"),
+        (events[:6], "16 committed tokens · 1 canvas (3 steps) and 1 step of one not"),
+        (events[:3], "0 committed tokens · 0 canvases and 2 steps of one not"),
+        (short, "64 committed tokens · 10 canvases (30 steps) · 2.13 tokens per"),
+    ):
+        made = report.Report(started=100.0)
+        for event in [replace(found[0], seconds=0.5), *found[1:]]:
+            made.add(event)
+        assert made.line().startswith(f"6 prompt tokens · {line}")
+    assert made.line().endswith(" · 32.0 tok/s wall · peak memory 52.34 GB · seed 0")
+    assert (made.summary(), made.finish_reason) == (
         "Prompt: 6 tokens, 12.000 tokens-per-sec\n"
-        "Generation: 20 tokens, 13.333 tokens-per-sec\n"
-        "Denoising: 3 steps, 6.667 tokens-per-forward\nPeak memory: 0.003 GB"
+        "Generation: 64 tokens, 42.667 tokens-per-sec\n"
+        "Denoising: 30 steps, 2.133 tokens-per-forward\nPeak memory: 52.345 GB",
+        "length",
     )
-    assert made.finish_reason == "stop"
-
-
-def test_report_of_unfinished_and_of_many_canvases():
-    made = report_of(PREFILLED, step(0), commit("a" * 16), step(0), step(1))
-    assert made.tokens_per_forward == pytest.approx(16 / 3)
-    assert "1 canvas (1 step) and 2 steps of one not finished ·" in made.line()
-    nothing = report_of(PREFILLED, step(0))
-    assert "· 0 committed tokens · 0 canvases and 1 step of one not" in nothing.line()
-    few = report_of(*[commit("a", steps=5)] * 8)
-    assert "8 canvases (5 + 5 + 5 + 5 + 5 + 5 + 5 + 5 steps)" in few.line()
-    many = report_of(*[commit("a", steps=5)] * 8, commit("a", steps=12))
-    assert "9 canvases (5.8 steps each, at most 12)" in many.line()
-    assert report.format_bytes(52_345_000_000) == "52.34 GB"
