@@ -58,7 +58,7 @@ def main(
         from .chat_loop import Chat
 
         lines, interactive = open_input()
-        with busy(f"loading {model}"):
+        with busy(f"loading {model}", shown=interactive):
             how = {"revision": revision, "force": force}
             loaded, tokenizer = load(model, adapter_path, **how)
         conversation = Conversation(loaded, tokenizer, **options)

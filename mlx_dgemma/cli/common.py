@@ -236,9 +236,9 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 @contextmanager
-def busy(text: str) -> Iterator[None]:
+def busy(text: str, *, shown: bool = True) -> Iterator[None]:
     """Say what takes its time, where stderr is a terminal."""
-    if not is_terminal(sys.stderr) or is_dumb():
+    if not shown or not is_terminal(sys.stderr) or is_dumb():
         yield
         return
     from rich.console import Console

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -271,6 +272,49 @@ def test_ctrl_c_while_drawing_ends_after_the_step_and_clears_the_canvas(tiny, tm
     assert " 0 committed tokens · 0 canvases and " in numbers
     assert re.search(r"and \d{1,5} steps of one not finished", numbers)
     assert ended.screen(40).widest <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_long_prompt_shows_its_progress_and_ends_after_a_chunk(tiny, number):
+    asked = []
+
+    def interrupt(sent, process):
+        if re.search(r"encoding [\d,]+ of 60,0\d\d tokens", sent) and not asked:
+            asked.append(time.monotonic())
+            process.send_signal(number)
+
+    prompt = ["--prompt", "1" * 60_000, "--prefill-step-size", "256"]
+    ended = run_in_terminal([*COMMAND, "--model", tiny, *prompt], watch=interrupt)
+    assert ended.code == 130 and time.monotonic() - asked[0] < 5
+    assert ended.screen().lines()[-1] == "interrupted"
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_leaves_while_mlx_computes(tmp_path):
+    """Python's handlers wait until a call of MLX returns."""
+    code = (
+        "import sys\n"
+        "import mlx.core as mx\n"
+        "from mlx_dgemma.cli.render import AnswerView\n"
+        "x = mx.zeros((3000, 3000))\n"
+        "for _ in range(300): x = x @ x + 1e-9\n"
+        "with AnswerView(None, False):\n"
+        "    print('ready', file=sys.stderr, flush=True)\n"
+        "    mx.eval(x)\n"
+    )
+    asked = []
+
+    def interrupt(sent, process):
+        if "ready" in sent and not asked:
+            asked.append(time.monotonic())
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+
+    ended = run_in_terminal(python("-c", code), watch=interrupt)
+    assert ended.code == 130 and time.monotonic() - asked[0] < 5
+    assert "stopping after this chunk" in ended.sent
 
 
 @pytest.mark.slow
