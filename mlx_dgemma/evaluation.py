@@ -3,7 +3,7 @@
 import runpy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .model.language import DiffusionGemma
 from .settings import Settings, check_int
 from .text.chat import chat_ids
 from .text.tokenizer import Tokenizer
-from .training.data import conversation
+from .training.data import conversation, options_of
 
 BATCH_SIZE = 50
 Progress = Callable[[int, int, int], None]  # steps allowed, answers done, answers
@@ -30,6 +30,7 @@ class Row:
     prompt    one user's text, or chat messages
     answer    the text that is right
     tools     functions the model may call, as OpenAI's JSON
+    options   of the prompt's rendering besides, as of `stream_generate`
     where     file:line, for error messages
     """
 
@@ -37,6 +38,7 @@ class Row:
     answer: str
     tools: list[dict[str, Any]] | None = None
     where: str = "a row"
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def question(self) -> str:
@@ -127,16 +129,7 @@ def evaluate(
 
 def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
     try:
-        if row.tools is None:
-            return chat_ids(tokenizer, row.prompt)
-        messages = row.prompt
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        ids = tokenizer.apply_chat_template(
-            messages, tools=row.tools, add_generation_prompt=True
-        )
-        assert isinstance(ids, list)
-        return ids
+        return chat_ids(tokenizer, row.prompt, tools=row.tools, **row.options)
     except (SettingsError, TokenizerError) as error:
         raise DataError(f"{row.where}: {error}") from None
 
@@ -249,4 +242,5 @@ def _row(row: dict[str, Any], where: str) -> Row:
         raise DataError("the answer is empty")
     single = len(before) == 1 and before[0]["role"] == "user"
     prompt = before[0]["content"] if single else before
-    return Row(prompt, last["content"], row.get("tools"), where)
+    options = {name: value for name, value in options_of(row).items() if value}
+    return Row(prompt, last["content"], options.pop("tools", None), where, options)

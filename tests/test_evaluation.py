@@ -96,16 +96,19 @@ def test_conversation_and_tools_are_prompted_as_for_generating(
     answer = generate(*tiny_model, ids, seed=0, steps=1)
     (result,) = evaluate(*tiny_model, [Row(talk, answer)], steps=[1])
     assert result.exact == 1
-    line = json.dumps({"messages": [USER, ANSWER], "tools": [{"a": 1}]})
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    line = json.dumps({"messages": [USER, ANSWER], "tools": tools, "system": "a"})
     rows, asked = read_rows(write_rows(tmp_path, line)), []
 
     def render(messages, **more):
-        asked.append((messages, more["tools"]))
+        names = [tool["function"]["name"] for tool in more["tools"]]
+        asked.append((messages, names))
         return "<bos>ab"
 
     monkeypatch.setattr(tiny_model[1].chat_template, "render", render)
+    monkeypatch.setattr(tiny_model[1].chat_template, "variables", {"tools"})
     evaluate(*tiny_model, rows, steps=[1])
-    assert asked == [([USER], [{"a": 1}])]
+    assert asked == [([{"role": "system", "content": "a"}, USER], ["look"])]
 
 
 # Refusals
@@ -202,7 +205,7 @@ SYSTEM = {"role": "system", "content": "1"}
 @pytest.mark.parametrize(
     ("row", "prompt", "answer"),
     [
-        ({"messages": [USER, ANSWER], "id": 7}, "1", "2"),
+        ({"messages": [USER, ANSWER], "id": None}, "1", "2"),
         ({"messages": [USER, ANSWER, USER, ANSWER]}, [USER, ANSWER, USER], "2"),
         ({"messages": [{**USER, "content": PARTS}, ANSWER]}, "ab", "2"),
         ({"prompt": "a\u2028\x85b", "completion": "2"}, "a\u2028\x85b", "2"),

@@ -137,6 +137,11 @@ def generation_options(max_tokens: int | None = None) -> Any:
             help="Variables of the chat template, as '{\"name\": true}'.",
         ),
         click.option(
+            "--allow-special",
+            is_flag=True,
+            help="Let a message spell special tokens, as <|turn>.",
+        ),
+        click.option(
             "--max-tokens",
             "-m",
             type=click.IntRange(1),

@@ -85,6 +85,9 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
 @click.option("--resume-adapter-file", help="Begin from these trained weights.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows that are broken.")
+@click.option(
+    "--allow-special", is_flag=True, help="Let a text of a row spell special tokens."
+)
 @click.option("--seed", type=int, default=0)
 @click.option("-c", "--config", type=click.Path(), help="YAML of these flags.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")

@@ -42,6 +42,7 @@ class Conversation:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
         prefill_step_size: int = PREFILL_STEP,
         settings: Settings | None = None,
         **overrides: Unpack[SettingsOverrides],
@@ -49,6 +50,7 @@ class Conversation:
         check_int("prefill_step_size", prefill_step_size, 1)
         self.tokenizer, self.tools = tokenizer, tools
         self.chat_template_kwargs = chat_template_kwargs
+        self.allow_special = allow_special
         self.settings = (settings or model.settings).replace(**overrides)
         self.prefix = Prefix(model)
         self.stats: Prefilled | None = None
@@ -124,6 +126,7 @@ class Conversation:
             thinking=self.thinking,
             tools=self.tools,
             chat_template_kwargs=self.chat_template_kwargs,
+            allow_special=self.allow_special,
             continue_final_message=continue_final_message and template,
         )
         events = request.run(self._engine, self.prefix, prompt_progress_callback)

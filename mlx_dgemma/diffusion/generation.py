@@ -36,6 +36,7 @@ class GenerateOptions(SettingsOverrides, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     chat_template_kwargs: Mapping[str, Any] | None
     continue_final_message: bool
+    allow_special: bool
     stop: str | Sequence[str]
     seed: int | None
     prefill_step_size: int
@@ -55,6 +56,7 @@ def stream_generate(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     continue_final_message: bool = False,
+    allow_special: bool = False,
     stop: str | Sequence[str] = (),
     seed: int | None = None,
     prefill_step_size: int = PREFILL_STEP,
@@ -72,6 +74,7 @@ def stream_generate(
     tools               functions the model may call, as OpenAI's JSON
     chat_template_kwargs     other variables of the chat template
     continue_final_message   go on with the last message, the assistant's
+    allow_special       let a text of a message spell special tokens
     stop                a string, or several, that end the text and are left out
     seed                same seed, same machine, same text; chosen when None
     prefill_step_size   prompt tokens encoded at a time
@@ -98,6 +101,7 @@ def stream_generate(
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         continue_final_message=continue_final_message,
+        allow_special=allow_special,
     )
     return request.run(Engine(model), None, prompt_progress_callback)
 

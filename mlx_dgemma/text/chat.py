@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {"developer": "system", "model": "assistant"}
+# noncharacters of Unicode, of which a text holds none
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 TURN = "<|turn>"  # starts a turn in Gemma's template
 # Template variables that have arguments of their own.
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
@@ -36,6 +39,7 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     continue_final_message: bool = False,
+    allow_special: bool = False,
 ) -> tuple[list[int], list[Any]]:
     """Return the ids of a prompt, and the sources of its images in order.
 
@@ -47,46 +51,97 @@ def encode_chat(
     tools       what the model may call, as OpenAI's JSON; see `text.tools`
     chat_template_kwargs    further variables of the chat template
     continue_final_message  continue the last message, the assistant's
+    allow_special           let a text of a message spell special tokens; unlike
+                            transformers, it is otherwise encoded in ordinary tokens
 
     Raises SettingsError naming what is wrong, TokenizerError of the chat template.
     """
-    wrong = f"system must be text, not {type(system).__name__}"
-    require(isinstance(system, str | None), wrong)
-    functions = [] if tools is None else check_tools(tools)
-    variables = _check_variables(chat_template_kwargs)
-    if (unused := _why_no_template(tokenizer, prompt)) is not None:
+    unused = _why_no_template(tokenizer, prompt)
+    if unused is not None:
         for name, given in (
             ("system", system is not None),
             ("thinking", thinking),
-            ("tools", functions),
-            ("chat_template_kwargs", variables),
+            ("tools", tools),
+            ("chat_template_kwargs", chat_template_kwargs),
             ("continue_final_message", continue_final_message),
         ):
             require(not given, f"{name} cannot be used: {unused}")
         return _encode_plain(tokenizer, prompt), []
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    checked = (
-        _check_message(message, f"message {i}") for i, message in enumerate(chat)
-    )
-    messages = link_tool_results(checked)
-    roles = [message["role"] for message in messages]
+    messages = check_messages(chat, system)
     wrong = "continue_final_message needs messages that end with the assistant's"
-    require(not continue_final_message or roles[-1] == "assistant", wrong)
-    if system is not None:
-        wrong = "system is given and a message is a system message; leave one out"
-        require("system" not in roles, wrong)
-        messages.insert(0, {"role": "system", "content": system})
+    last = messages[-1]["role"]
+    require(not continue_final_message or last == "assistant", wrong)
     sources = take_images(messages)
-    ids = tokenizer.apply_chat_template(
+    text, mark = render_chat(
+        tokenizer,
         messages,
-        tools=functions or None,
+        thinking=thinking,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special=allow_special,
         add_generation_prompt=not continue_final_message,
         continue_final_message=continue_final_message,
+    )
+    return tokenizer.encode_rendered(text, mark), sources
+
+
+def check_messages(
+    messages: Sequence[Any], system: str | None = None
+) -> list[dict[str, Any]]:
+    """Return copies of messages as chat templates want them, `system` in front.
+
+    Results of tools are linked to their calls, arguments are objects, and the role
+    "developer" is "system". Raises SettingsError naming the message.
+    """
+    wrong = f"system must be text, not {type(system).__name__}"
+    require(isinstance(system, str | None), wrong)
+    checked = link_tool_results(
+        _check_message(message, f"message {i}") for i, message in enumerate(messages)
+    )
+    if system is not None:
+        wrong = "system is given and a message is a system message; leave one out"
+        require(all(message["role"] != "system" for message in checked), wrong)
+        checked.insert(0, {"role": "system", "content": system})
+    return checked
+
+
+def render_chat(
+    tokenizer: "Tokenizer",
+    messages: Sequence[dict[str, Any]],
+    *,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    allow_special: bool = False,
+    **how: bool,
+) -> tuple[str, str | None]:
+    """Return checked messages as text, and what to encode it with.
+
+    The one place where messages become text, for prompts and training rows alike; the
+    pair goes to `Tokenizer.encode_rendered`. how: `add_generation_prompt` or
+    `continue_final_message`. Raises SettingsError and TokenizerError.
+    """
+    functions = [] if tools is None else check_tools(tools)
+    variables = _check_variables(chat_template_kwargs)
+    known = tokenizer.template_for(functions).variables
+    require("tools" in known or not functions, "the chat template shows no tools")
+    can_think = "enable_thinking" in known or not thinking
+    require(can_think, "the chat template has no switch for thinking")
+    mark, chat = None, list(messages)
+    if not allow_special and tokenizer.spells_special([chat, functions]):
+        mark = next(m for m in MARKS if m not in repr([chat, functions]))
+        chat, functions = tokenizer.mark_special([chat, functions], mark)
+    text = tokenizer.apply_chat_template(
+        chat,
+        tools=functions or None,
         enable_thinking=thinking,
+        tokenize=False,
+        **how,
         **variables,
     )
-    assert isinstance(ids, list)
-    return ids, sources
+    assert isinstance(text, str)
+    return text, mark
 
 
 def is_rendered(tokenizer: "Tokenizer", prompt: str) -> bool:
@@ -224,7 +279,8 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
         kind = type(message).__name__
         raise SettingsError(f'{where}: is {kind}; it must be {{"role", "content"}}')
     role, content = message.get("role"), message.get("content")
-    wrong = f"{where}: role is {role!r}; it must be one of {', '.join(ROLES)}"
+    role = ALIASES.get(role, role) if isinstance(role, str) else role
+    wrong = f"{where}: role is {role!r:.60}; it must be one of {', '.join(ROLES)}"
     require(role in ROLES, wrong)
     if content is None and message.get("tool_calls"):
         content = ""  # calls of tools need no words
@@ -242,4 +298,4 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
         require(not isinstance(kind, str) or kind == "text", f"{where}: {other}")
         shape = 'a content part must be {"type": "text", "text": ...}'
         require(isinstance(part.get("text"), str), f"{where}: {shape}")
-    return dict(message)
+    return {**message, "role": role}

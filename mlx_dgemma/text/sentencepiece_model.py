@@ -31,7 +31,9 @@ class SentencePieceModel:
         tokens = list(added.values()) if isinstance(added, dict) else []
         tokens = [t for t in tokens if isinstance(t, dict) and t.get("special") is True]
         flagged = {self._ids.get(str(token.get("content"))) for token in tokens}
-        self.special_ids = frozenset(flagged - {None} | set(self._control.values()))
+        self._special = {i for i in flagged if i is not None}
+        self._special |= set(self._control.values())
+        self.special_ids = frozenset(self._special)
         ids = {"bos_token": self._model.bos_id(), "pad_token": self._model.pad_id()}
         # sentencepiece says -1 where there is none
         self.named = {key: self._model.IdToPiece(i) for key, i in ids.items() if i >= 0}
@@ -59,6 +61,18 @@ class SentencePieceModel:
         bos, eos = self._model.bos_id(), self._model.eos_id()
         first = [bos] if self._add_bos and bos >= 0 else []
         return first + ids + ([eos] if self._add_eos and eos >= 0 else [])
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return ids that are no special token, whatever the text spells."""
+        ids: list[int] = []
+        pieces = [self._model.IdToPiece(i) for i in range(self.size)]
+        special = sorted((pieces[i] for i in self._special), key=len)
+        pattern = "|".join(map(re.escape, reversed(special)))
+        for part in re.split(f"({pattern})", text):
+            halves = part[:1], part[1:]  # sentencepiece would find a user-defined piece
+            pieces = halves if re.fullmatch(pattern, part) else (part,)
+            ids += [i for piece in pieces for i in self._model.EncodeAsIds(piece)]
+        return ids
 
     def join(self, pieces: list[str]) -> str:
         runs = groupby(pieces, key=self._control.__contains__)

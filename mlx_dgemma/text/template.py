@@ -36,10 +36,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str):
         from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2.meta import find_undeclared_variables
 
         self.source = source
         self._where = where
         try:
+            parsed = _environment().parse(source)
+            # what it reads, which tells whether it can show tools and thinking
+            self.variables = find_undeclared_variables(parsed)
             self._template = _environment().from_string(source)
         except (TemplateError, *TEMPLATE_FAILURES) as error:
             is_syntax = isinstance(error, TemplateSyntaxError)

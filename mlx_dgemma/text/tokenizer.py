@@ -29,6 +29,7 @@ class JsonTokenizer:
 
         # Unlike from_file, from_buffer raises ValueError and not Exception.
         self._fast = Fast.from_buffer(data)
+        self._ordinary: Fast | None = None  # made when a text spells a special token
         self.piece, self.token_id = self._fast.id_to_token, self._fast.token_to_id
         model = self._fast.model
         by_words = isinstance(model, WordLevel | WordPiece)
@@ -49,6 +50,13 @@ class JsonTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return ids that are no special token, whatever the text spells."""
+        if self._ordinary is None:
+            self._ordinary = type(self._fast).from_str(self._fast.to_str())
+            self._ordinary.encode_special_tokens = True
+        return self._ordinary.encode(text, add_special_tokens=False).ids
 
     def join(self, pieces: list[str]) -> str:
         return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
@@ -128,19 +136,23 @@ class Tokenizer:
         where: str,
         config: Mapping[str, Any],
         template: ChatTemplate | None = None,
+        tool_template: ChatTemplate | None = None,
     ):
         self._backend = backend
         self._where = where
         self._named = {**backend.named, **_named_tokens(config, where)}
-        self.chat_template = template
+        self.chat_template, self.tool_template = template, tool_template
         self.vocab_size = backend.size
         self.bos_token = self._named.get("bos_token")
         self.bos_token_id = self._named_id("bos_token")
         self.pad_token_id = self._named_id("pad_token")
         self.eos_token_id = self._named_id("eos_token")
         # named in tokenizer_config.json is special too, flagged or not
-        named = {backend.token_id(piece) for piece in self._named.values()}
-        self.special_ids = backend.special_ids | (named - {None})
+        named = (backend.token_id(piece) for piece in self._named.values())
+        self.special_ids = backend.special_ids | {i for i in named if i is not None}
+        pieces = sorted(map(self.token, self.special_ids), key=len)
+        longest_first = map(re.escape, reversed(pieces))
+        self._special = re.compile("|".join(longest_first) or r"(?!)")
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":
@@ -170,7 +182,7 @@ class Tokenizer:
         except (ValueError, RuntimeError) as error:
             raise TokenizerError(f"{file}: broken ({one_line(error)})") from None
         where = str(path / "tokenizer_config.json")
-        return cls(backend, where, config, _read_template(path, config))
+        return cls(backend, where, config, *_read_templates(path, config))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`; special tokens written in it become their ids.
@@ -184,6 +196,44 @@ class Tokenizer:
                 f"text holds a lone surrogate at character {error.start}; remove it"
             ) from None
         return self._backend.encode(text, add_special_tokens)
+
+    def encode_rendered(self, text: str, mark: str | None) -> list[int]:
+        """Return the ids of a rendered chat.
+
+        A special token that `mark_special` has put `mark` into is text from outside and
+        is encoded in ordinary tokens.
+        """
+        if mark is None or mark not in text:
+            return self.encode(text)
+        ids: list[int] = []
+        for part in re.split(f"({self._special.pattern})", text):
+            if mark in part:
+                ids += self._backend.encode_ordinary(part.replace(mark, ""))
+            else:
+                ids += self.encode(part)
+        return ids
+
+    def mark_special(self, value: Any, mark: str) -> Any:
+        """Return a JSON value with `mark` in every special token that a text spells."""
+        match value:
+            case str():
+                return self._special.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+            case Mapping():
+                return {key: self.mark_special(v, mark) for key, v in value.items()}
+            case list() | tuple():
+                return [self.mark_special(item, mark) for item in value]
+        return value
+
+    def spells_special(self, value: Any) -> bool:
+        """Whether a text in a JSON value spells a special token."""
+        match value:
+            case str():
+                return self._special.search(value) is not None
+            case Mapping():
+                return any(map(self.spells_special, value.values()))
+            case list() | tuple():
+                return any(map(self.spells_special, value))
+        return False
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are U+FFFD."""
@@ -202,6 +252,18 @@ class Tokenizer:
     def token_id(self, name: str) -> int | None:
         """Return the id of a piece, None when the vocabulary lacks it."""
         return self._backend.token_id(name)
+
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """Return the chat template; one named "tool_use" is for chats with tools.
+
+        Raises TokenizerError where there is none.
+        """
+        if self.chat_template is None:
+            raise TokenizerError(
+                f"{Path(self._where).parent}: no chat template; add "
+                "chat_template.jinja or prompt with plain text"
+            )
+        return (self.tool_template if tools else None) or self.chat_template
 
     def apply_chat_template(
         self,
@@ -226,12 +288,7 @@ class Tokenizer:
         Raises TokenizerError without a template or when it refuses the messages,
         SettingsError for arguments that exclude each other or are not plain JSON.
         """
-        if self.chat_template is None:
-            raise TokenizerError(
-                f"{Path(self._where).parent}: no chat template; add "
-                "chat_template.jinja or prompt with plain text"
-            )
-        text = self.chat_template.render(
+        text = self.template_for(tools).render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -285,12 +342,18 @@ def _named_tokens(config: Mapping[str, Any], where: str) -> dict[str, str]:
     return pieces
 
 
-def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The chat template of a folder: a file of its own comes first."""
+def _read_templates(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[ChatTemplate | None, ChatTemplate | None]:
+    """The chat template of a folder, and one for tools if they are named.
+
+    A file of its own comes first.
+    """
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return ChatTemplate(_read_bytes(path).decode("utf-8"), str(path))
+            text = _read_bytes(path).decode("utf-8-sig")
+            return ChatTemplate(text, str(path)), None
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}") from None
     path = folder / "tokenizer_config.json"
@@ -298,12 +361,19 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | No
     if value is None:
         path = folder / "chat_template.json"
         value = _read_json(path).get("chat_template")
-    for entry in value if isinstance(value, list) else []:
-        if isinstance(entry, dict) and entry.get("name") == "default":
-            value = entry.get("template") or value
+    named: dict[Any, Any] = {"default": value}
+    if isinstance(value, list):
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+        value = named.get("default") or value
     if not isinstance(value, str | None):
         raise TokenizerError(
             f"{path}: chat_template must be text, or a list of "
             '{"name", "template"} with one named "default"'
         )
-    return None if value is None else ChatTemplate(value, f"{path}: chat_template")
+    where = f"{path}: chat_template"
+    tool_use = named.get("tool_use")
+    return (
+        None if value is None else ChatTemplate(value, where),
+        ChatTemplate(tool_use, where) if isinstance(tool_use, str) else None,
+    )

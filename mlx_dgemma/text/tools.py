@@ -35,7 +35,9 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     count = len(tools)
     require(count <= MAX_TOOLS, f"{count} tools are too many; at most {MAX_TOOLS}")
     checked: dict[str, dict[str, Any]] = {}
-    for i, tool in enumerate(tools):
+    for i, padded in enumerate(tools):
+        check_json(padded, f"tool {i}")
+        tool = without_nulls(padded)
         function = _check_function(tool, f"tool {i}")
         name = function["name"]
         twice = f"tool {i}: there are two called {name!r}; rename one"
@@ -47,12 +49,24 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
+def without_nulls(value: Any) -> Any:
+    """Return a JSON value without null members, with which tables pad their rows."""
+    if isinstance(value, Mapping):
+        return {
+            key: item if key in ("default", "const", "enum") else without_nulls(item)
+            for key, item in value.items()
+            if item is not None or key in ("default", "const")
+        }
+    if isinstance(value, list | tuple):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 def _check_function(tool: Any, where: str) -> dict[str, Any]:
     """Return what a template reads of a tool: a name, a description, a schema."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type") != "function":
         raise SettingsError(f"{where}: {TOOL_SHAPE}")
-    check_json(tool, where)
     name, description = function.get("name"), function.get("description")
     shape = "letters, digits and _ . / - make one, up to 128"
     require(_is_name(name), f"{where}: name is {name!r:.60}; {shape}")

@@ -6,6 +6,7 @@ is the prompt, rendered as for generating, so training and use see the same ids.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ import numpy as np
 from ..errors import DataError, DGemmaError
 from ..files.json import parse_object, read_lines
 from ..settings import MAX_TOKEN
-from ..text.chat import ROLES, chat_ids
+from ..text.chat import ALIASES, MARKS, ROLES, chat_ids, check_messages, render_chat
 from ..text.template import REASONING
 from ..text.tokenizer import Tokenizer
 
 FILES = {"train": "train.jsonl", "valid": "valid.jsonl", "test": "test.jsonl"}
+COLUMNS = ("messages", "prompt", "completion", "system", "tools", "images")
+COLUMNS += ("chat_template_kwargs",)
 MARK = "\u2063answer\u2063"  # stands for the answer while its template is rendered
 
 
@@ -88,7 +91,8 @@ class ExampleReader:
     ends      ids that end an answer: the checkpoint's eos tokens
     longest   most tokens of prompt and answer together; a longer answer is cut to
               whole canvases
-    vocab_size   of the model, which may know fewer tokens than the tokenizer
+    vocab_size      of the model, which may know fewer tokens than the tokenizer
+    allow_special   let a text spell special tokens, as of `encode_chat`
 
     Raises DataError if the tokenizer has no eos token that ends an answer.
     """
@@ -100,9 +104,11 @@ class ExampleReader:
         ends: frozenset[int],
         longest: int,
         vocab_size: int = MAX_TOKEN,
+        allow_special: bool = False,
     ):
         self.tokenizer, self.length = tokenizer, length
         self.ends, self.longest, self.vocab_size = ends, longest, vocab_size
+        self.allow_special = allow_special
         candidates = (tokenizer.token_id("<eos>"), tokenizer.eos_token_id)
         fills = [token for token in candidates if token in ends and token is not None]
         if not fills:
@@ -135,16 +141,15 @@ class ExampleReader:
         """Return the example in a line of JSON. Raises DataError with a reason."""
         row = parse_object(line)
         *before, last = conversation(row)
-        for key in ("tool_calls", *REASONING):
+        for key in REASONING:
             if last.get(key):
-                raise DataError(
-                    f"the answer holds {key}; write it into content as text"
-                )
-        if not last["content"].strip():
+                why = "write it into content as text, or leave it out"
+                raise DataError(f"the answer holds {key}; {why}")
+        last["content"] = (last["content"] or "").strip()
+        if not last["content"] and not last.get("tool_calls"):
             raise DataError("the answer is empty")
         try:
-            answer = last["content"].strip()
-            prompt, response = self._encode(before, answer, row.get("tools"))
+            prompt, response = self._encode(before, last, options_of(row))
         except RecursionError:
             raise DataError("is nested too deeply") from None
         if (largest := max([*prompt, *response, self.fill])) >= self.vocab_size:
@@ -161,45 +166,88 @@ class ExampleReader:
         return Example(tuple(prompt), tuple(response[:room]), fill)
 
     def _encode(
-        self, before: list[dict], answer: str, tools: list[dict] | None
+        self, before: list[dict], last: dict, options: dict[str, Any]
     ) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt, and of the answer up to its end."""
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(answer)
-        if self.ends & set(ids):
-            raise DataError("the answer holds a token that ends it; remove it")
+        tokenizer, answer = self.tokenizer, last["content"]
+        options = options | {"allow_special": self.allow_special}
         if tokenizer.chat_template is None:
-            if len(before) != 1 or tools:
+            if len(before) != 1 or options["tools"] or last.get("tool_calls"):
                 raise DataError("the tokenizer has no chat template: one prompt only")
-            return chat_ids(tokenizer, before[0]["content"]), [*ids, self.fill]
-
-        def render(messages: list[dict], *, prompt: bool) -> str:
-            text = tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=prompt, tokenize=False
-            )
-            assert isinstance(text, str)
-            return text
-
-        # what the template writes behind an answer, found with a mark in its place
-        marked = [*before, {"role": "assistant", "content": MARK}]
-        _, found, behind = render(marked, prompt=False).rpartition(MARK)
-        if not found:
-            raise DataError("the chat template leaves the answer out")
-        response = tokenizer.encode(answer + behind)
+            response = tokenizer.encode(answer)
+            self._refuse_end(response)
+            return chat_ids(tokenizer, before[0]["content"]), [*response, self.fill]
+        prompt = chat_ids(tokenizer, before, **options)
+        if last.get("tool_calls"):
+            # what the template writes of the calls, behind what it is prompted with
+            whole, mark = self._render([*before, last], options)
+            ids = tokenizer.encode_rendered(whole, mark)
+            pairs = enumerate(zip(ids, prompt, strict=False))
+            shared = next((i for i, (a, b) in pairs if a != b), len(prompt))
+            response = ids[shared:]
+        else:
+            # what the template writes behind an answer, found with a mark in its place
+            marked = [*before, {"role": "assistant", "content": MARK}]
+            text, _ = self._render(marked, options)
+            _, found, behind = text.rpartition(MARK)
+            if not found:
+                raise DataError("the chat template leaves the answer out")
+            mark = None
+            if not self.allow_special and tokenizer.spells_special(answer):
+                mark = next(one for one in MARKS if one not in answer)
+                answer = tokenizer.mark_special(answer, mark)
+            self._refuse_end(tokenizer.encode_rendered(answer, mark))
+            response = tokenizer.encode_rendered(answer + behind, mark)
         end = next((i for i, token in enumerate(response) if token in self.ends), None)
-        response = [*ids, self.fill] if end is None else response[: end + 1]
-        return tokenizer.encode(render(before, prompt=True)), response
+        if end is not None:
+            return prompt, response[: end + 1]
+        if not last.get("tool_calls"):
+            response = tokenizer.encode_rendered(answer, mark)
+        return prompt, [*response, self.fill]
+
+    def _render(
+        self, messages: list[dict], options: dict[str, Any]
+    ) -> tuple[str, str | None]:
+        return render_chat(self.tokenizer, check_messages(messages), **options)
+
+    def _refuse_end(self, answer: list[int]) -> None:
+        if self.ends & set(answer):
+            raise DataError("the answer holds a token that ends it; remove it")
+
+
+def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a row is to be rendered: tools and variables of the chat template.
+
+    Tools may be JSON text, as tables hold them. Raises DataError with a reason.
+    """
+    tools, variables = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise DataError("tools is text, but not JSON") from None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"tools is {type(tools).__name__}, not a list")
+    if variables is not None and not isinstance(variables, dict):
+        raise DataError("chat_template_kwargs must be an object")
+    variables = {k: v for k, v in (variables or {}).items() if v is not None}
+    thinking = bool(variables.pop("enable_thinking", False))
+    return {"tools": tools, "thinking": thinking, "chat_template_kwargs": variables}
 
 
 def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of a row, of which the last is the assistant's answer.
 
-    Parts of text are joined. Raises DataError with a reason.
+    Parts of text are joined. Raises DataError with a reason, also for a column that is
+    not used: what it says would be missing.
     """
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"tools is {type(tools).__name__}, not a list")
-    if "messages" in row:
+    for name in row:
+        if name not in COLUMNS and row[name] is not None:
+            known = ", ".join(COLUMNS)
+            raise DataError(f"has a column {name!r:.60}; known: {known}. Remove it")
+    if row.get("images"):
+        raise DataError("images: only text can be used; remove them")
+    if row.get("messages") is not None:
         parts = [("messages", row["messages"])]
     elif "prompt" in row and "completion" in row:
         parts = []
@@ -214,6 +262,12 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(value, list) or not value:
             raise DataError(f"{name} is not a list of messages")
         messages += [_message(one, f"{name}[{n}]") for n, one in enumerate(value)]
+    if (system := row.get("system")) is not None:
+        if not isinstance(system, str):
+            raise DataError(f"system is {type(system).__name__}, not text")
+        if any(message["role"] in ("system", "developer") for message in messages):
+            raise DataError("has system twice: as a column and as a message")
+        messages.insert(0, {"role": "system", "content": system})
     if len(messages) < 2:
         raise DataError("has nothing before the answer")
     if (role := messages[-1]["role"]) not in ("assistant", "model"):
@@ -224,7 +278,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f"{where} is no message with role and content")
-    if message["role"] not in (*ROLES, "model"):
+    if message["role"] not in (*ROLES, *ALIASES):
         raise DataError(
             f"{where}: role is {message['role']!r}; "
             f"it must be one of {', '.join(ROLES)}"

@@ -100,7 +100,8 @@ def prepare(run: Run) -> Trainer:
     ends = read_generation_config(config, source).eos
     tokenizer, length = Tokenizer.from_dir(source), config.canvas_length
     longest, size = settings.max_seq_length, config.vocab_size
-    reader = ExampleReader(tokenizer, length, ends, longest, size)
+    special = settings.allow_special
+    reader = ExampleReader(tokenizer, length, ends, longest, size, special)
     valid = None
     if settings.val_batches and (Path(run.data).expanduser() / FILES["valid"]).exists():
         valid = _read(reader, run, "valid")
@@ -126,7 +127,8 @@ def measure(run: Run, batches: int = 500) -> tuple[float, float]:
     ends, longest = model.settings.eos, run.settings.max_seq_length
     config = model.config
     length, size = config.canvas_length, config.vocab_size
-    reader = ExampleReader(tokenizer, length, ends, longest, size)
+    special = run.settings.allow_special
+    reader = ExampleReader(tokenizer, length, ends, longest, size, special)
     data = _read(reader, run, "test")
     order = Batches(model.config, run.settings, mx.distributed.init())
     return mean_losses(model, order, data, "test", batches)

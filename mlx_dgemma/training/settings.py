@@ -49,6 +49,7 @@ class TrainSettings:
     self_conditioning       share of examples whose decoder sees its first guess
     levels                  noise levels t are uniform between these
     grad_checkpoint         run layers again for their gradients, to save memory
+    allow_special           let a text of a row spell special tokens
     seed                    of adapters, order, noise and self-conditioning
 
     Raises SettingsError naming the setting and its range.
@@ -73,6 +74,7 @@ class TrainSettings:
     steps_per_eval: int = 200
     val_batches: int = 25
     save_every: int = 100
+    allow_special: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -291,7 +291,11 @@ def test_options_arrive_and_the_rest_is_left_to_the_checkpoint(play):
     assert run("").exit_code == 0
     unset = last().options
     given = {name: value for name, value in unset.items() if value is not None}
-    assert given == {"max_tokens": MAX_TOKENS, "prefill_step_size": 2048}
+    assert given == {
+        "max_tokens": MAX_TOKENS,
+        "prefill_step_size": 2048,
+        "allow_special": False,
+    }
     flags = ["--max-tokens", 7, "--steps", 3, "--thinking", "--seed", 9]
     template = ["--chat-template-args", '{"a": [1]}']
     assert run("hello\n", *flags, *template).exit_code == 0

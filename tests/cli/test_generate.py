@@ -104,6 +104,7 @@ FLAGS = {
     **{f"--{k.replace('_', '-')} {v}": {k: v} for k, v in SETTINGS.items()},
     "--stop a --stop b": {"stop": ("a", "b")},
     "--thinking": {"thinking": True},
+    "--allow-special": {"allow_special": True},
     "--image a --image b": {"images": ("a", "b")},
     "--video a": {"videos": ("a",)},
     '--chat-template-args {"a":[1]}': {"chat_template_kwargs": {"a": [1]}},

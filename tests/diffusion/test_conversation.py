@@ -21,6 +21,7 @@ MARKERS = ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>']
 PIECES = [*VOCABULARY[:7], *"abcdel{}:12utfghijkm", *MARKERS]
 # as the release's: the reply begins with tokens that no history repeats
 TEMPLATE = (
+    "{% if tools %}{% endif %}"
     "<bos>{% for m in messages %}<|turn>{{ m['role'][0] }}"
     "{% for c in m.get('tool_calls') or [] %}<|tool_call>{{ c['function']['name'] }}"
     "<tool_call|>{% endfor %}{{ (m['content'] or '') | trim }}<turn|>\n{% endfor %}"

@@ -20,6 +20,7 @@ EOS, TURN_END = 1, 4
 ENDS = frozenset({EOS, TURN_END})
 ASKED = {"role": "user", "content": "12"}
 ANSWERED = {"role": "assistant", "content": "3.4"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": None}}
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +91,11 @@ def test_equivalent_rows_are_the_same_example(reader):
     for line in (
         '{"prompt": "12", "completion": "3.4"}',
         json.dumps({"prompt": [ASKED], "completion": [ANSWERED]}),
-        json.dumps({"prompt": [ASKED], "completion": "3.4", "id": 7}),
+        json.dumps({"prompt": [ASKED], "completion": "3.4", "id": None}),
         row(ASKED, ANSWERED, prompt="9", completion="9"),
         row(question, {"role": "assistant", "content": parts}),
         row(ASKED, {"role": "assistant", "content": "\n 3.4\t "}),
         row(ASKED, {**ANSWERED, "role": "model", **nothing}),
-        *(GOOD[:-1] + f', "score": {n}}}' for n in ("1e999", "-" + "9" * 4000)),
     ):
         assert reader.example(line) == reader.example(GOOD), line
     several = [{"role": "assistant", "content": "7"}, ASKED, ANSWERED]
@@ -108,8 +108,8 @@ def test_equivalent_rows_are_the_same_example(reader):
     [
         # tools reach the template of both renderings
         (
-            "{% for t in tools %}{{ t.n }}{% endfor %}|"
-            "{% for m in messages %}{{ m.content or m.tool_calls[0].n }}<turn|>"
+            "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}|{% for m in "
+            "messages %}{{ m.content or m.tool_calls[0].function.name }}<turn|>"
             "{% endfor %}",
             "56|12<turn|>8<turn|>",
             "3.4<turn|>",
@@ -131,8 +131,11 @@ def test_equivalent_rows_are_the_same_example(reader):
 )
 def test_templates_of_other_kinds(template, prompt, response):
     reader = templated(template)
-    call = {"role": "assistant", "content": None, "tool_calls": [{"n": 8}]}
-    found = reader.example(row(ASKED, call, ANSWERED, tools=[{"n": 5}, {"n": 6}]))
+    call = {"role": "assistant", "content": None}
+    call["tool_calls"] = [{"function": {"name": "8", "arguments": "{}"}}]
+    tools = [{"type": "function", "function": {"name": n}} for n in "56"]
+    tools = tools if "tools" in template else None
+    found = reader.example(row(ASKED, call, ANSWERED, tools=tools))
     encode = reader.tokenizer.encode
     assert list(found.prompt) == encode(prompt)
     assert list(found.response) == encode(response)
@@ -176,6 +179,10 @@ def test_decoding_the_response_gives_the_answer_back(tokenizer, answer, longest)
         assert "empty" in refusal(reader.example, line)
         return
     example = reader.example(line)
+    if tokenizer.spells_special(answer):  # in ordinary tokens, of which it has few
+        unknown = tokenizer.token_id("<unk>")
+        assert not set(example.response[:-1]) & (tokenizer.special_ids - {unknown})
+        return
     count = len(tokenizer.encode(answer.strip()))
     text = tokenizer.decode(example.response, skip_special_tokens=False)
     if example.fill is None:
@@ -241,17 +248,23 @@ BAD = [
     ("the answer is empty", assistant(content=" \n\t")),
     ("the answer is empty", assistant(content=[])),
     ("messages[1]: has no content", assistant(content=None)),
-    ("answer holds tool_calls", assistant(content=None, tool_calls=[{"id": "1"}])),
+    ("tool_calls must be a list", assistant(content=None, tool_calls=[{"id": "1"}])),
+    ("has a column 'note'", row(ASKED, ANSWERED, note="1")),
+    ("images: only text can be used", row(ASKED, ANSWERED, images=["a.png"])),
+    ("system is int, not text", row(ASKED, ANSWERED, system=1)),
+    ("has system twice", row(SYSTEM, ASKED, ANSWERED, system="1")),
+    ("tools is text, but not JSON", row(ASKED, ANSWERED, tools="[")),
+    ("chat_template_kwargs must be", row(ASKED, ANSWERED, chat_template_kwargs=1)),
+    ("shows no tools", row(ASKED, ANSWERED, tools=[TOOL])),
     ("holds reasoning_content", assistant(content="1", reasoning_content="2")),
     ("the answer holds thinking", assistant(content="1", thinking="2")),
     ("the answer holds reasoning", assistant(content="1", reasoning="2")),
     ("messages[1]: only text", assistant(content=[{"type": "image_url"}])),
     ("only text is supported", row({"role": "user", "content": ["12"]}, ANSWERED)),
-    ("holds a token that ends it", assistant(content="12<turn|>3")),
     ("tools is dict, not a list", row(ASKED, ANSWERED, tools={})),
-    ("holds NaN", row(ASKED, ANSWERED, score=float("nan"))),
+    ("holds NaN", row(ASKED, ANSWERED, note=float("nan"))),
     ("nested too deeply", nested(100_000)),
-    ("nested too deeply", nested(700)),
+    ("nested deeper than 64", nested(700)),
     ("broken JSON", GOOD[:-1] + f', "tools": [{"9" * 5000}]}}'),
     ("not UTF-8", GOOD.replace("12", "1é").encode("latin-1") + b"\n"),
 ]
