@@ -6,6 +6,7 @@ The model marks them with tokens:
 
 Characters that look like a marker, written as ordinary tokens, are text; so is
 everything where the vocabulary has no such tokens. No marker is ever part of a text.
+An answer that begins with <think>…</think> in ordinary tokens begins with that thought.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
 STRING = '<|"|>'
 RESPONSE = "<|tool_response>"
+THINK, THINK_END = "<think>", "</think>"
 MARKERS = (CHANNEL, CHANNEL_END, CALL, CALL_END, STRING, RESPONSE)
 ENDS = {CHANNEL: CHANNEL_END, CALL: CALL_END}
 
@@ -86,6 +88,9 @@ class ReplyParser:
         self._undecided = ""  # perhaps a channel's name, or its last line break
         self._body: list[str] = []  # of a call
         self._calls = 0
+        self._think: str | None = ""  # what may begin <think>, or a thought's end
+        self._thinking = False
+        self._blank_start = False  # whether line breaks are left out
         self.add(self._left_open(prompt))
 
     def add(self, ids: Sequence[int]) -> list[Part]:
@@ -103,7 +108,8 @@ class ReplyParser:
 
     def finish(self) -> list[Part]:
         """Return what was held back so far. A call without its end is malformed."""
-        return merged([*self._read(self._decoder.finish()), *self._end(None)])
+        parts = [*self._read(self._decoder.finish()), *self._end(None)]
+        return merged([*parts, *self._end_answer()])
 
     def _left_open(self, prompt: Sequence[int]) -> Sequence[int]:
         """Return the prompt from the thought or call on that it does not close."""
@@ -119,7 +125,7 @@ class ReplyParser:
     def _read(self, text: str) -> list[Part]:
         """Return the parts that `text` makes final in the open span."""
         if self._open is None:
-            return [Answer(text)]
+            return self._read_answer(text)
         if self._open == CALL:
             self._body.append(text)
         if self._open != CHANNEL:
@@ -136,16 +142,54 @@ class ReplyParser:
             text, self._undecided = text[:-1], "\n"
         return [self._kind(text)]
 
+    def _read_answer(self, text: str) -> list[Part]:
+        """Return the parts of an answer, of which a first <think> is a thought."""
+        if self._think is None:
+            return [Answer(self._without_blank_start(text))]
+        text, self._think = self._think + text, ""
+        if not self._thinking:
+            begun = text.lstrip()
+            if THINK.startswith(begun[: len(THINK)]) and len(begun) < len(THINK):
+                self._think = text
+                return []
+            if not begun.startswith(THINK):
+                self._think = None
+                return [Answer(text)]
+            self._thinking, self._blank_start = True, True
+            text = begun.removeprefix(THINK)
+        text = self._without_blank_start(text)
+        thought, end, rest = text.partition(THINK_END)
+        if end:
+            self._think, self._thinking, self._blank_start = None, False, True
+            rest = self._without_blank_start(rest)
+            return [Thought(thought.rstrip("\n")), Answer(rest)]
+        held = next(n for n in range(len(text) + 1) if _may_end(text[n:]))
+        self._think = text[held:]
+        return [Thought(text[:held])]
+
+    def _without_blank_start(self, text: str) -> str:
+        """Return a text without the line breaks behind <think> or </think>."""
+        if self._blank_start:
+            text = text.lstrip("\n")
+            self._blank_start = not text
+        return text
+
+    def _end_answer(self) -> list[Part]:
+        """Return what waited to be told from <think> or its end."""
+        waiting, thinking = self._think or "", self._thinking
+        self._think, self._thinking = None, False
+        return [Thought(waiting.rstrip("\n")) if thinking else Answer(waiting)]
+
     def _pass(self, marker: str) -> list[Part]:
         """Return the parts that a marker ends; one without meaning here is left out."""
         if self._open == RESPONSE:
             return []
         if marker == STRING and self._open == CALL:
             return self._read(QUOTE)
-        parts: list[Part] = []
         begins = marker in (CHANNEL, CALL, RESPONSE)
+        parts = self._end_answer() if begins else list[Part]()
         if begins or marker == ENDS.get(self._open or ""):
-            parts = self._end(marker)
+            parts += self._end(marker)
         if begins:
             self._open = marker
         return parts
@@ -168,6 +212,11 @@ class ReplyParser:
             return [Malformed(body.replace(QUOTE, '"'), str(error))]
         self._calls += 1
         return [call]
+
+
+def _may_end(text: str) -> bool:
+    """Whether a thought that goes on with `text` may be about to end."""
+    return THINK_END.startswith(text.lstrip("\n"))
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:

@@ -257,6 +257,28 @@ def test_the_message_renders_as_the_reply_was_written(marked):
         assert rendered.endswith(f"<|turn>model\n{reply}<|tool_response>")
 
 
+@pytest.mark.parametrize(
+    ("said", "parts"),
+    [
+        ("<think>\nhm\n</think>\nYes", [Thought("hm"), Answer("Yes")]),
+        (" \n<think>hm</think>", [Thought("hm")]),
+        ("<think>a</b></think>c<think>d", [Thought("a</b>"), Answer("c<think>d")]),
+        ("<think>not ended\n", [Thought("not ended")]),
+        ("<thing>", [Answer("<thing>")]),
+        ("  <thi", [Answer("  <thi")]),
+        ("a <think>b</think>", [Answer("a <think>b</think>")]),
+    ],
+)
+def test_a_first_think_in_ordinary_tokens_is_a_thought(marked, said, parts):
+    for tokenizer in marked.values():
+        for size in (1, 2, 3, 100):
+            parser, found = ReplyParser(tokenizer), []
+            ids = tokenizer.encode(said)
+            for start in range(0, len(ids), size):
+                found += parser.add(ids[start : start + size])
+            assert merged([*found, *parser.finish()]) == parts
+
+
 def test_parts_become_the_message_of_the_history():
     function = {"name": "f", "arguments": {"a": [1]}}
     calls = [{"id": "call_0", "type": "function", "function": function}]
