@@ -25,7 +25,7 @@ from .generation_config import read_generation_config
 from .plan import ConversionPlan, plan_conversion
 from .quantize import RECIPES, Quantization, QuantizationMap
 from .sums import write_sums
-from .weights import INDEX, SINGLE, Layout, read_layout
+from .weights import INDEX, SINGLE, Layout, read_layout, shard_names
 
 SHARD_BYTES = 5 * 10**9  # as mlx-lm
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -223,12 +223,8 @@ def _split(tensors: dict[str, mx.array], limit: int) -> dict[str, dict[str, mx.a
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if (count := len(shards)) == 1:
-        return {SINGLE: shards[0]}
-    return {
-        f"model-{i:05}-of-{count:05}.safetensors": shard
-        for i, shard in enumerate(shards, 1)
-    }
+    names = [SINGLE] if len(shards) == 1 else shard_names(len(shards))
+    return dict(zip(names, shards, strict=True))
 
 
 def _write_weights(

@@ -4,6 +4,7 @@ On disk the names are the release's, which mlx-vlm's conversions use too. In the
 the one backbone stands at the root, and only `layer_scalar` exists once per mode.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,17 +139,28 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """
     if (folder / INDEX).exists():
         return _indexed(folder)
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):  # a link may lead nowhere
         return read_header(folder / SINGLE)
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards and [path.name for path in shards] == shard_names(len(shards)):
+        headers = [read_header(path) for path in shards]  # whole without an index
+        return {name: info for header in headers for name, info in header.items()}
     pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
     if pickles:
         raise CheckpointError(
             f"{folder}: has only pickle weights ({pickles[0]}), which can run code; "
             "get the safetensors files"
         )
-    if any(folder.glob("model*.safetensors")):
-        raise CheckpointError(f"{folder / INDEX}: is missing; download it again")
+    if shards:
+        why = f"{len(shards)} shards are there, not all, and no {INDEX}"
+        raise CheckpointError(f"{folder}: {why}; download it again")
     raise CheckpointError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of the files of a checkpoint in so many shards."""
+    numbers = range(1, count + 1)
+    return [f"model-{n:05}-of-{count:05}.safetensors" for n in numbers]
 
 
 def _indexed(folder: Path) -> dict[str, TensorInfo]:
@@ -156,6 +168,10 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must name the shard of each tensor")
+    files = [f for f in weight_map.values() if isinstance(f, str) and SHARD.match(f)]
+    gone = not any((folder / file).exists() for file in files)
+    if (folder / SINGLE).exists() and gone and len(files) == len(weight_map):
+        return read_header(folder / SINGLE)  # the index is an older model's
     headers: dict[str, dict[str, TensorInfo]] = {}
     tensors = {}
     for name, file in weight_map.items():

@@ -133,7 +133,8 @@ class PipeInput:
         if not line:
             raise EOFError
         try:
-            return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            encoding = "utf-8-sig" if self.count == 1 else "utf-8"
+            return line.decode(encoding).removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise SettingsError(
                 f"line {self.count} of stdin is not UTF-8 at byte {error.start}; "

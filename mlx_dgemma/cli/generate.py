@@ -84,7 +84,7 @@ def read_prompt(prompt: str) -> str:
         if sys.stdin is None:
             raise SettingsError("stdin is closed; give the prompt itself")
         try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise SettingsError(
                 f"stdin is not UTF-8 at byte {error.start}; convert it first"

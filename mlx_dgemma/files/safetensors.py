@@ -79,7 +79,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise DataError("is no object")
             header = parse_object(text, unique=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        why = "no such file"
+        if path.is_symlink():
+            why = f"links to {os.readlink(path)}, which is gone; download it again"
+        raise CheckpointError(f"{path}: {why}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except DataError:

@@ -1,8 +1,9 @@
 """Pictures as the model sees them: checked, decoded, fitted to a budget of soft tokens
 and cut into patches.
 
-PNG, JPEG, WebP and GIF are read, of an animated file the first frame. Sizes are checked
-before anything is decoded, and nothing is ever fetched.
+PNG, JPEG, WebP and GIF are read, and BMP, TIFF, AVIF and HEIC where the installed
+Pillow can; of an animated file the first frame. Sizes are checked before anything is
+decoded, and nothing is ever fetched.
 """
 
 import base64
@@ -11,6 +12,7 @@ import math
 import re
 import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -33,11 +36,12 @@ Source = str | Path | bytes | Image.Image
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)  # budgets the model was trained with
 MAX_PICTURES = 32  # in one call
-MAX_BYTES = 20 * 2**20  # of one picture
+MAX_BYTES = 40 * 2**20  # of one picture, and the film that phones put behind it
 MAX_PIXELS = 50_000_000  # of one picture
 MAX_SIDE = 65_535  # pixels; the longest a JPEG can have
 MAX_READS = 100_000  # of one file; a picture needs two for each of its parts
 MAX_SCANS = 64  # of a progressive JPEG, which has ten; each costs a whole picture
+MAX_SEGMENTS = 10_000  # of a JPEG
 MAX_PATCH, MAX_POOLING = 64, 16
 
 # What a file starts with -> its reader. Image.open is not used: it would warn of large
@@ -48,6 +52,10 @@ READERS = {
     rb"RIFF....WEBP": WebPImageFile,
     rb"GIF8[79]a": GifImageFile,
 }
+# Read by Image.open, where Pillow has them.
+OTHERS = {rb"BM": "BMP", rb"II\*\0|MM\0\*": "TIFF", rb"....ftypavi[fs]": "AVIF"}
+OTHERS |= {rb"....ftyp(?:hei[cx]|mif1|msf1)": "HEIF"}
+FILL, SCAN_END = re.compile(rb"\xff+"), re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # What Pillow raises for broken files; Warning: under python -W error.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
 BROKEN += (EOFError, struct.error, zlib.error, Image.DecompressionBombError, Warning)
@@ -286,25 +294,68 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise MediaError(f"{name}: is empty; download it again")
     for start, reader in READERS.items():
         if re.match(start, data, re.DOTALL):
-            if reader is JpegImageFile and data.count(b"\xff\xda") > MAX_SCANS:
-                raise _broken(name)
+            if reader is JpegImageFile:
+                data = _cut_jpeg(data, name)
             try:
                 return reader(_LimitedFile(data))
             except BROKEN:
                 raise _broken(name) from None
+    for start, kind in OTHERS.items():
+        if re.match(start, data, re.DOTALL):
+            return _open_other(data, name, kind)
     if b"<svg" in data[:4096].lower():
         raise MediaError(f"{name}: SVG is not read; save it as PNG")
     raise MediaError(f"{name}: no PNG, JPEG, WebP or GIF; save it as one of them")
+
+
+def _open_other(data: bytes, name: str, kind: str) -> Image.Image:
+    """Open a file of a kind that not every Pillow reads."""
+    Image.init()
+    if kind not in Image.OPEN:
+        raise MediaError(f"{name}: {kind} is not read by this Pillow; save it as PNG")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, refused later
+            return Image.open(_LimitedFile(data), formats=[kind])
+    except BROKEN:
+        raise _broken(name) from None
+
+
+def _cut_jpeg(data: bytes, name: str) -> bytes:
+    """Return a JPEG without what stands behind it, such as the film of a phone.
+
+    Raises MediaError for more scans or segments than pictures have.
+    """
+    at, scans = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        if (fill := FILL.match(data, at)) is None or fill.end() >= len(data):
+            return data  # Pillow says what is wrong
+        at = fill.end() - 1
+        marker = data[at + 1]
+        if marker == 0xD9:
+            return data[: at + 2]
+        alone = marker == 0x01 or 0xD0 <= marker <= 0xD8
+        at += 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA:
+            scans += 1
+            if scans > MAX_SCANS:
+                raise _broken(name)
+            if (end := SCAN_END.search(data, at)) is None:
+                return data
+            at = end.start()
+    raise _broken(name)
 
 
 def _decode_url(url: str) -> bytes:
     head, _, body = url.partition(",")
     if not re.fullmatch(r"data:image/[^,]*;base64", head, re.IGNORECASE):
         raise MediaError("data: URL: it must start with data:image/...;base64,")
-    if len(body) > MAX_BYTES * 4 / 3 + 4:
+    if len(body) > MAX_BYTES * 3:  # percent-encoding may triple a sign
         raise _too_large("data: URL", MAX_BYTES)
     try:
-        return base64.b64decode(body, validate=True)
+        # in lines, or percent-encoded, as some clients send it
+        text = unquote_to_bytes(body).translate(None, b" \t\r\n")
+        return base64.b64decode(text, validate=True)
     except ValueError:
         raise MediaError("data: URL: broken base64; encode the file again") from None
 

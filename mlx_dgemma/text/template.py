@@ -1,19 +1,13 @@
 """Chat templates, compiled and rendered in a sandbox.
 
 A template is code that came with a download. It sees plain JSON values only and runs
-in jinja2's immutable sandbox, set up as transformers sets it up.
+in the limits of `sandbox`; nothing of it runs while it is compiled.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from ..errors import SettingsError, TokenizerError
-
-if TYPE_CHECKING:
-    import jinja2
 
 # Keys under which a message's reasoning travels; templates read the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -22,6 +16,8 @@ END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 # What a template's own code can raise beside jinja2's errors.
 TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError)
 TEMPLATE_FAILURES += (ArithmeticError, RecursionError, MemoryError, SyntaxError)
+TEMPLATE_FAILURES += (AssertionError, NameError)
+MAX_MESSAGE = 400  # characters
 
 
 class ChatTemplate:
@@ -38,13 +34,14 @@ class ChatTemplate:
         from jinja2 import TemplateError, TemplateSyntaxError
         from jinja2.meta import find_undeclared_variables
 
+        from .sandbox import compile_template, sandbox
+
         self.source = source
         self._where = where
         try:
-            parsed = _environment().parse(source)
             # what it reads, which tells whether it can show tools and thinking
-            self.variables = find_undeclared_variables(parsed)
-            self._template = _environment().from_string(source)
+            self.variables = find_undeclared_variables(sandbox().parse(source))
+            self._template = compile_template(source)
         except (TemplateError, *TEMPLATE_FAILURES) as error:
             is_syntax = isinstance(error, TemplateSyntaxError)
             line = f"line {error.lineno}: " if is_syntax else ""
@@ -65,6 +62,8 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
+        from .sandbox import render
+
         if add_generation_prompt and continue_final_message:
             raise SettingsError(
                 "add_generation_prompt and continue_final_message exclude each other; "
@@ -80,7 +79,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(given)
+            text = render(self._template, given)
         except (TemplateError, *TEMPLATE_FAILURES) as error:
             raise TokenizerError(
                 f"{self._where}: refused the messages: {one_line(error)}"
@@ -100,7 +99,7 @@ class ChatTemplate:
 
 def one_line(error: Exception) -> str:
     """An error's message without line breaks; its type where the message is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error)[:MAX_MESSAGE].split()) or type(error).__name__
 
 
 def _tag_final_text(chat: list[dict[str, Any]]) -> str:
@@ -142,60 +141,3 @@ def _aliased(message: Any) -> dict[str, Any]:
     if found:
         message = {"thinking": found[0], **message, "reasoning_content": found[0]}
     return message
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as `json.dumps` writes it: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-@cache
-def _environment() -> "jinja2.Environment":
-    """The sandbox in which every template is compiled."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """`{% generation %}` marks a trained span; its body is rendered unchanged."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 reads a plain set
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call block keeps variables set inside from leaking out.
-            call = self.call_method("render_body")
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def render_body(self, caller: Any) -> str:
-            return caller()
-
-    class PlainNamespace(Namespace):
-        """A namespace that refuses names with a leading underscore."""
-
-        def __init__(*args: Any, **values: Any):
-            self, *rest = args  # so that a value may be called "self"
-            Namespace.__init__(self)
-            for name, value in dict(*rest, **values).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace cannot hold {name!r}; rename it")
-            super().__setitem__(name, value)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = PlainNamespace
-    return environment

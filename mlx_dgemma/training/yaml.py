@@ -10,7 +10,7 @@ LORA = ("rank", "scale", "keys", "dropout")
 
 
 def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
-    """Return the flags a file sets, by name with underscores.
+    """Return the flags a file sets, by name with underscores; null sets nothing.
 
     `lora_parameters` holds rank, scale and keys; dropout may only be 0. Raises
     SettingsError naming the file and the key.
@@ -37,20 +37,11 @@ def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
             )
     if dropout := lora.pop("dropout", 0):
         raise SettingsError(f"{path}: dropout is {dropout}; only 0 is supported")
-    return {name: _number(value) for name, value in (values | lora).items()}
+    given = (values | lora).items()
+    return {name: value for name, value in given if value is not None}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise SettingsError(f"{where} must hold names and values")
     return dict(value)
-
-
-def _number(value: Any) -> Any:
-    """Return the number in a text like 1e-5, which YAML takes for a word."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return tuple(value) if isinstance(value, list) else value

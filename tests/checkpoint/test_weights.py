@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from mlx_dgemma.checkpoint.config import read_config
 from mlx_dgemma.checkpoint.weights import (
+    SINGLE,
     disk_name,
     expected_shapes,
     parameter_name,
@@ -217,7 +218,23 @@ def test_index_and_shards_must_agree(folder, tensors):
         (folder / INDEX).write_text(text)
         refused(folder, INDEX)
     (folder / INDEX).unlink()
-    refused(folder, INDEX, "missing")
+    refused(folder, "", "2 shards are there, not all, and no", INDEX)
+
+
+def test_whole_weights_are_found_whatever_the_index(folder, tensors, tiny):
+    save_shards(folder, tensors)
+    wanted = read_tensors(folder).keys()
+    (folder / INDEX).rename(folder / "index")
+    assert read_tensors(folder).keys() == wanted  # all shards, no index
+    (folder / "index").rename(folder / INDEX)
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    (folder / SINGLE).write_bytes((tiny / SINGLE).read_bytes())
+    assert read_tensors(folder).keys() == wanted  # a whole file, an older index
+    (folder / INDEX).unlink()
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("../blobs/none")
+    refused(folder, SINGLE, "links to ../blobs/none, which is gone; download it")
 
 
 def test_pickles_are_refused_unless_there_are_safetensors(folder, tiny):

@@ -191,6 +191,12 @@ def test_each_line_is_a_message_and_answers_go_to_stdout(play):
     assert (run("").exit_code, run("").output, last().asked) == (0, "", [])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(play):
+    play()
+    assert run(b"\xef\xbb\xbf/stats\nhello\n").exit_code == 0
+    assert [text for text, *_ in last().asked] == ["hello"]
+
+
 def test_pipe_gets_answers_and_calls_unchanged_and_no_thoughts(play):
     play("parts")
     result = run("hello\n")
@@ -325,7 +331,7 @@ def test_prompt_cache_of_a_real_chat_serves_the_next(tiny, tmp_path):
     path = tmp_path / "cache.safetensors"
     args = ["--model", tiny, "--steps", "2", "--prompt-cache-file", path]
     first, second = (run("123\n/stats\n", *args) for _ in range(2))
-    assert first.exit_code == second.exit_code == 0
+    assert first.exit_code == second.exit_code == 0, first.output + second.output
     count = re.search(r"(\d+) prompt tokens", first.stderr)[1]
     assert f"prompt 0 tokens were reused, {count} encoded" in first.stderr
     assert f"prompt {count} tokens were reused, 0 encoded" in second.stderr

@@ -89,7 +89,7 @@ def test_reported_seed_gives_the_same_text_again(endless):
 
 def test_dash_reads_the_prompt_from_stdin(endless):
     asked = ask(endless, "--seed", 1, prompt="3 1\n2")
-    piped = ask(endless, "--seed", 1, prompt="-", stdin="3 1\n2")
+    piped = ask(endless, "--seed", 1, prompt="-", stdin=b"\xef\xbb\xbf3 1\n2")
     assert (piped.exit_code, piped.stdout) == (0, asked.stdout)
     assert stats(piped.stderr)["prompt"] == stats(asked.stderr)["prompt"]
 

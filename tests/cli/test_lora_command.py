@@ -129,6 +129,20 @@ def test_yaml_sets_what_the_command_line_does_not(asked, tmp_path):
     assert found.lora == LoRA(rank=5, scale=10, num_layers=2, keys=keys)
 
 
+def test_yaml_text_stays_text_and_null_sets_nothing(monkeypatch, tmp_path):
+    asked: list[Run] = []
+    monkeypatch.setattr(command, "_train", asked.append)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        'adapter_path: "20241201"\nrevision: "12e45678"\nmodel: 0123\nseed: null\n'
+        "train: true\ndata: x\nlearning_rate: 1e-5\n"
+    )
+    assert run("-c", path).exit_code == 0
+    found = asked[-1]
+    assert (found.adapter_path, found.revision) == ("20241201", "12e45678")
+    assert (found.settings.seed, found.settings.learning_rate) == (0, 1e-5)
+
+
 def test_bad_yaml_is_refused_by_name(tmp_path):
     path = tmp_path / "lora.yaml"
     for text, message in (

@@ -186,6 +186,41 @@ def test_every_kind_of_source_shows_the_same(tmp_path):
     assert named == [None, None, str(path), str(path), None, None, None]
 
 
+def test_a_data_url_may_be_broken_into_lines_or_percent_encoded():
+    image = Image.fromarray(noise(64, 64))
+    data, wanted = saved(image, "PNG"), read_picture(image, SMALL).digest
+    text = base64.b64encode(data).decode()
+    encoded = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    for body in (text + "\n", base64.encodebytes(data).decode(), encoded, f" {text}"):
+        assert read_picture(f"data:image/png;base64,{body}", SMALL).digest == wanted
+
+
+def test_what_stands_behind_a_jpeg_changes_nothing():
+    """As the film of a motion photo does, which holds any bytes."""
+    image = Image.fromarray(noise(200, 150))
+    rng = np.random.default_rng(0)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}):
+        data = saved(image, "JPEG", **options)
+        wanted = read_picture(data, SMALL).digest
+        for size in (1, 1000, 16 * 2**20):
+            tails = [rng.bytes(size), b"\xff\xda" * (size // 2), bytes(size)]
+            for tail in tails:
+                assert read_picture(data + tail, SMALL).digest == wanted
+
+
+def test_other_kinds_are_read_where_pillow_can(monkeypatch):
+    image = Image.fromarray(noise())
+    for kind in ("BMP", "TIFF"):
+        np.testing.assert_array_equal(seen(saved(image, kind)), np.asarray(image))
+        assert refusal(saved(image, kind)[:300]).endswith(hostile.BROKEN)
+    Image.init()
+    if "AVIF" in Image.OPEN:
+        assert read_picture(saved(image, "AVIF"), SMALL).soft_tokens == 70
+    monkeypatch.delitem(Image.OPEN, "TIFF")
+    why = "bytes: TIFF is not read by this Pillow; save it as PNG"
+    assert refusal(saved(image, "TIFF")) == why
+
+
 def test_a_digest_tells_pictures_and_budgets_apart():
     pixels = noise()
     other = pixels.copy()
@@ -250,7 +285,7 @@ SOURCES = {
     "a\nb.png": r"'a\nb.png': no such file",
     "x" * 10**6: "xxx…: cannot be read (File name too long)",
     "/dev/zero": "/dev/zero: not an ordinary file",
-    "data:image/png;base64," + "A" * 28 * 2**20: ": larger than 20 MB; make it smaller",
+    "data:image/png;base64," + "A" * 56 * 2**20: ": larger than 40 MB; make it smaller",
 }
 
 
@@ -265,7 +300,7 @@ def test_hostile_sources_are_refused_in_one_line(tmp_path):
     large = tmp_path / "large.png"
     large.touch()
     os.truncate(large, images.MAX_BYTES + 1)
-    assert refusal(large).endswith(": larger than 20 MB; make it smaller")
+    assert refusal(large).endswith(": larger than 40 MB; make it smaller")
     for odd in (None, 3, ["a.png"], bytearray(b"a")):
         assert refusal(odd).endswith(f"not {type(odd).__name__}")
 

@@ -1,6 +1,7 @@
 """What chat templates can do, and what the sandbox refuses."""
 
 import enum
+import time
 
 import pytest
 from toy_tokenizers import refusal
@@ -65,7 +66,7 @@ def test_messages_lose_empty_keys_and_gain_names_of_reasoning():
         ("{{ raise_exception('no\nsuch role') }}", "no such role"),
         ("{{ missing.key }}", "'missing' is undefined"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ [0] * 10**16 }}", "MemoryError"),
+        ("{{ [0] * 10**16 }}", "it makes more than 33,554,432"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
         ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
@@ -123,3 +124,39 @@ def test_what_cannot_be_continued_is_refused():
         assert "changes the text of the final message" in message
     both = {**options, "add_generation_prompt": True}
     assert "exclude each other" in refusal(SettingsError, render, TURNS, **both)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ 9**(9**9) }}",
+        "{{ 'x' * 10**9 }}",
+        "{{ 'x' | center(10**9) }}",
+        "{{ 'x'.center(10**9) }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '{:>999999999}'.format(1) }}",
+        "{{ ('x' * 10**6).replace('x', 'x' * 10**6) }}",
+        "{{ ('x' * 10**6) | replace('x', 'x' * 10**6) }}",
+        "{% set n = namespace(x='x') %}{% for i in range(99999) %}"
+        "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99999) %}"
+        "{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ lipsum(10**5) }}",
+    ],
+)
+def test_work_and_output_are_limited_and_nothing_runs_while_it_is_compiled(body):
+    started = time.process_time()
+    idle = ChatTemplate("{% if false %}" + body + "{% endif %}fine", "a.jinja")
+    assert idle.render([{"role": "user", "content": "1"}]) == "fine"
+    with pytest.raises(TokenizerError, match=r"^a\.jinja: refused the messages: "):
+        ChatTemplate(body, "a.jinja").render([{"role": "user", "content": "1"}])
+    assert time.process_time() - started < 8
+
+
+def test_limits_leave_a_long_conversation_alone():
+    template = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "x" * 10_000}] * 2_000
+    assert len(ChatTemplate(template, "a.jinja").render(messages)) == 2_000 * 10_006
