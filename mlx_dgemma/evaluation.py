@@ -12,7 +12,7 @@ from .diffusion.events import Commit
 from .errors import DataError, SettingsError, TokenizerError
 from .files.json import read_jsonl
 from .model.language import DiffusionGemma
-from .settings import Settings, check_int
+from .settings import MAX_SEED, Settings, check_int
 from .text.chat import chat_ids
 from .text.tokenizer import Tokenizer
 from .training.data import conversation, options_of
@@ -98,7 +98,7 @@ def evaluate(
     if not rows or not steps:
         raise SettingsError("nothing to evaluate; give rows and step caps")
     check_int("batch_size", batch_size, 1)
-    check_int("seed", seed, 0)
+    check_int("seed", seed, 0, MAX_SEED)
     settings_per_cap = [model.settings.replace(steps=cap) for cap in steps]
     prompts = [_encode(tokenizer, row) for row in rows]
     results = []

@@ -15,6 +15,7 @@ from .errors import SettingsError
 
 MAX_CANVAS_LENGTH = 65_536
 MAX_COUNT = 1_000_000  # of denoising steps, and of canvases that must agree
+MAX_SEED = 2**64 - 1
 MAX_TOKEN = 2**31 - 1  # ids and positions are int32 everywhere
 SAMPLERS = ("entropy-bound", "confidence")
 MIN_TEMPERATURE = 1e-6  # a lower one makes float32 logits infinite
@@ -134,7 +135,9 @@ def check_int(name: str, value: object, minimum: int, maximum: float = inf) -> N
     if type(value) is not int or not minimum <= value <= maximum:
         to = "up" if maximum == inf else f"to {maximum}"
         allowed = f"a whole number from {minimum} {to}"
-        raise SettingsError(f"{name} is {value!r}; it must be {allowed}")
+        large = isinstance(value, int) and value.bit_length() > 10_000
+        shown = "too large" if large else repr(value)  # Python prints no such number
+        raise SettingsError(f"{name} is {shown:.80}; it must be {allowed}")
 
 
 def _check_number(name: str, value: object, *, positive: bool = False) -> None:

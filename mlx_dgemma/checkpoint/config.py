@@ -36,6 +36,9 @@ IGNORED_KEYS = frozenset(
 )
 
 
+_WARNED: dict[Any, Any] = {}
+
+
 class UnknownKeyWarning(UserWarning):
     """A configuration holds keys this package does not know."""
 
@@ -109,6 +112,7 @@ def read_config(folder: Path) -> ModelConfig:
     for keys in (top, text):
         keys.one_of("tie_word_embeddings", True, (True,))
     text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    text.one_of("hidden_size_per_layer_input", 0, (0,))  # such layers are not built
     # "all" would make the encoder bidirectional
     text.one_of("use_bidirectional_attention", "vision", ("vision",))
     if raw["text_config"].get("final_logit_softcapping", 0) is None:
@@ -226,4 +230,5 @@ def _rope(text: Keys, kind: str, head_dim: int) -> Rope:
 def warn_of_unknown(where: str, keys: list[str]) -> None:
     if keys:
         message = f"{where}: ignoring unknown keys {', '.join(keys)}"
-        warnings.warn(message, UnknownKeyWarning, stacklevel=3)
+        # shown once, as of the user's file and not of a line of this one
+        warnings.warn_explicit(message, UnknownKeyWarning, where, 1, registry=_WARNED)

@@ -202,7 +202,7 @@ def write_checkpoint(
         sums = _write_weights(folder, shards, converted.bytes, progress, check)
         atomic.write_json(folder / "config.json", config)
         for name in COPIED:
-            if (source / name).is_file():
+            if (source / name).is_file() and _is_inside(source / name, source):
                 shutil.copyfile(source / name, folder / name)
         write_sums(folder, sums)
     if zeros:
@@ -211,6 +211,16 @@ def write_checkpoint(
     if upload_repo is not None:
         hub.upload(target, upload_repo)
     return converted
+
+
+def _is_inside(path: Path, source: Path) -> bool:
+    """Whether a file lies in the source, or where the hub's cache keeps its files.
+
+    What a link elsewhere leads to may be private, and the output may be published.
+    """
+    folder, real = source.resolve(), path.resolve()
+    blobs = folder.parents[1] / "blobs" if len(folder.parents) > 1 else folder
+    return real.is_relative_to(folder) or real.parent == blobs
 
 
 def _split(tensors: dict[str, mx.array], limit: int) -> dict[str, dict[str, mx.array]]:

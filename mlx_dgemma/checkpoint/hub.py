@@ -21,6 +21,11 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     Raises HubError when there is no such model, or when a revision is asked of what
     has none.
     """
+    if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
+        raise HubError(
+            f"the model is {path_or_id!r}; give a folder, a hub id or a built-in name "
+            f"({', '.join(built_in())})"
+        )
     name, path = str(path_or_id), Path(path_or_id).expanduser()
     try:
         if path.is_file():

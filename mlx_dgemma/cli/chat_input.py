@@ -63,10 +63,10 @@ def parse(typed: str) -> tuple[str, str]:
     name, *rest = typed.removeprefix("/").split(maxsplit=1) or [""]
     name = name.lower()
     if name not in NAMES:
-        (nearest,) = get_close_matches(name, NAMES, 1, cutoff=0)
+        meant = [f"did you mean /{n}? " for n in get_close_matches(name, NAMES, 1, 0.5)]
         raise SettingsError(
-            f"/{name[:40]} is no command; did you mean /{nearest}? /help lists "
-            "all, and // begins a message with /"
+            f"/{name[:40]} is no command; {''.join(meant)}/help lists all, and // "
+            "begins a message with /"
         )
     argument = rest[0].strip() if rest else ""
     if argument and name in NO_ARGUMENT:

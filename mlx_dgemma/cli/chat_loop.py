@@ -39,6 +39,7 @@ class Chat:
     debug: bool  # print the traceback of an error
     pictures: list[str] = field(default_factory=list)  # of the next message, as paths
     stats: str = "no answer yet"
+    saved: set[str] = field(default_factory=set[str])  # files that may be replaced
 
     def run(self) -> bool:
         """Chat until the input ends or /quit; return whether Ctrl-C ended it."""
@@ -93,8 +94,13 @@ class Chat:
             case "save", "":
                 raise SettingsError("/save needs the name of a file")
             case "save", _:
-                path = read_path(argument)
+                over = argument.startswith("--overwrite ")
+                path = read_path(argument.removeprefix("--overwrite ").strip())
+                if os.path.lexists(path) and not over and path not in self.saved:
+                    why = "is there already; /save --overwrite FILE replaces it"
+                    raise SettingsError(f"{path}: {why}")
                 save_transcript(path, conversation.transcript())
+                self.saved.add(path)
                 note(f"saved in {path}")
             case "rewind", _:
                 turns = read_number(name, argument or "1", 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
-from ..settings import Settings, SettingsOverrides, check_int
+from ..settings import MAX_SEED, Settings, SettingsOverrides, check_int
 from ..text.chat import Prompt, encode_chat, insert_image_tokens, is_rendered
 from ..text.replies import Answer, Malformed, Part, ReplyParser, merged
 from ..text.tokenizer import Tokenizer
@@ -152,7 +152,7 @@ class Request:
         ids, self._image_spans = encode_prompt(model, tokenizer, prompt, **options)
         check_int("prefill_step_size", prefill_step_size, 1)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        check_int("seed", seed, 0)
+        check_int("seed", seed, 0, MAX_SEED)
         check_request(ids, settings, model.config)
         self._arguments = ids, settings, seed, prefill_step_size  # of `admit`
         self.filter = StopFilter(ReplyParser(tokenizer, ids), stop)

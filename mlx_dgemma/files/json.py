@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from .opening import open_regular, read_regular
 
 MAX_JSON_BYTES = 64 * 2**20  # a weight index of a large model is a few MB
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -57,9 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises ConfigError when the file is missing, too large, or `parse_object` refuses.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than 64 MB, so not a configuration")
-        return parse_object(path.read_bytes())
+        return parse_object(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; is this a model folder?") from None
     except OSError as error:
@@ -74,8 +73,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises DataError when the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            number = 0
+            while line := file.readline(MAX_JSON_BYTES + 1):
+                number += 1
+                if len(line) > MAX_JSON_BYTES:
+                    raise DataError(f"{path}:{number}: is longer than 64 MB")
                 if line.strip():
                     yield number, line
     except FileNotFoundError:

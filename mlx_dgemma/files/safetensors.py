@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import CheckpointError, DataError, DGemmaError
 from .json import parse_object
+from .opening import open_regular
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 MAX_NAMES = 5  # shown in one message
@@ -63,8 +64,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError naming the file, and the tensor where there is one.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: {size} bytes is no safetensors file")

@@ -242,6 +242,7 @@ def _why_no_template(tokenizer: "Tokenizer", prompt: Any) -> str | None:
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return "the tokenizer has no chat template"
+        require(bool(prompt.strip()), "prompt is empty; give some text")
         rendered = is_rendered(tokenizer, prompt)
         return "the prompt is rendered already" if rendered else None
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):

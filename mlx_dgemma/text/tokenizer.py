@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, SettingsError, TokenizerError
 from ..files.json import read_json
+from ..files.opening import read_regular
 from .template import ChatTemplate, one_line
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from .sentencepiece_model import SentencePieceModel
 
+MAX_FILE = 2**28  # bytes of a tokenizer or a template
 MAX_ID = 2**31  # ids are int32 everywhere else
 REPLACEMENT = "\ufffd"
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # the fallback for one byte
@@ -313,7 +315,7 @@ class Tokenizer:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, MAX_FILE)
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -136,6 +136,10 @@ def measure(run: Run, batches: int = 500) -> tuple[float, float]:
 
 def _read(reader: ExampleReader, run: Run, part: str) -> Dataset:
     folder = Path(run.data).expanduser()
+    if folder.is_file():
+        raise DataError(
+            f"{folder}: is a file; give the folder that holds {FILES[part]}"
+        )
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold {FILES[part]}")
     return reader.read(folder / FILES[part], skip_bad=run.skip_bad)

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 from ..errors import TrainingError
 from ..files.atomic import write_atomically
+from ..files.opening import read_regular
+
+MAX_LOG = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,12 @@ class Log:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a log, without the torn last line of a killed run."""
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        data = read_regular(path, MAX_LOG) if path.exists() else b""
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TrainingError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror})") from None
     rows = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:

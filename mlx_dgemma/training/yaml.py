@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
+from ..files.opening import read_regular
 
+MAX_YAML = 2**20  # bytes
+BROKEN = (ValueError, TypeError, LookupError, RecursionError)  # of its constructors
 LORA = ("rank", "scale", "keys", "dropout")
 
 
@@ -19,11 +22,17 @@ def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
 
     path = Path(path).expanduser()
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_regular(path, MAX_YAML).decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RecursionError,
+    ) as error:
+        reason = " ".join(str(error)[:400].split()) or type(error).__name__
         raise SettingsError(f"{path}: is no YAML ({reason})") from None
     values = _mapping(document, f"{path}:")
     lora = _mapping(values.pop("lora_parameters", {}), f"{path}: lora_parameters")

@@ -173,13 +173,24 @@ def test_full_disk_leaves_the_old_transcript(tmp_path, monkeypatch, play):
     path.write_text("old")
     play()
     monkeypatch.setattr(os, "fsync", full)
-    result = run(f"hi\n/save {path}\n")
+    result = run(f"hi\n/save --overwrite {path}\n")
     assert result.exit_code == 1
     assert result.stderr == f"error: {path}: No space left on device\n"
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.md"]
 
 
 # --------------------------------------------------------------------------- a pipe
+
+
+def test_a_file_of_before_is_replaced_only_if_asked(play, tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("mine")
+    play()
+    result = run(f"hi\n/save {path}\n")
+    assert result.exit_code == 1 and path.read_text() == "mine"
+    assert "is there already; /save --overwrite FILE replaces it" in result.stderr
+    result = run(f"hi\n/save --overwrite {path}\nho\n/save {path}\n")
+    assert result.exit_code == 0 and path.read_text().count("## You") == 2
 
 
 def test_each_line_is_a_message_and_answers_go_to_stdout(play):
@@ -247,7 +258,8 @@ def test_commands_reach_the_conversation(play, tmp_path):
 
 
 ERRORS = {
-    "/": "/ is no command; did you mean /",
+    "/": "/ is no command; /help lists all",
+    "/foo": "/foo is no command; /help lists all",
     "/hlep": "/hlep is no command; did you mean /help? /help lists all",
     "/exit": "did you mean /quit?",
     "/Sav x.md": "did you mean /save?",
