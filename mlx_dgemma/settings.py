@@ -94,6 +94,12 @@ class Settings:
         if self.min_tokens > self.max_tokens:
             wrong = f"min_tokens is {self.min_tokens}, above max_tokens"
             raise SettingsError(f"{wrong} {self.max_tokens}")
+        early = [p for p, t in self.pinned.items() if t in self.eos]
+        if early and min(early) < self.min_tokens:
+            raise SettingsError(
+                f"pinned[{min(early)}] ends the text before min_tokens "
+                f"{self.min_tokens}"
+            )
         if self.t_min > self.t_max:
             wrong = f"t_min is {self.t_min}, above t_max {self.t_max}: lower t_min"
             raise SettingsError(wrong)

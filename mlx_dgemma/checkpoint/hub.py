@@ -44,6 +44,9 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
             f"{name}: no such folder, and neither a hub id (owner/name) nor built in "
             f"({', '.join(built_in())})"
         )
+    owner = name.partition("/")[0]
+    if Path(owner).is_dir():
+        raise HubError(f"{name}: no such folder in {owner}, which is here")
     return _download(name, revision)
 
 

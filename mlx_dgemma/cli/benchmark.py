@@ -236,7 +236,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
     machine, job, median = found["machine"], found["job"], found["median"]
     step, parts = median["step_seconds"], found["parts"]
-    rest = step - parts["body"] - parts["vocabulary"]
+    rest = max(0.0, step - parts["body"] - parts["vocabulary"])  # timed apart
     lines = [
         f"{found['model']}: {format_bytes(found['weight_bytes'])} of weights",
         f"{machine['device']}; mlx {machine['mlx']}, "

@@ -239,8 +239,10 @@ def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.description}"),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done)
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task("first update", total=total, completed=done)
+        trainer.on_update = lambda done: bar.update(task, completed=done)
         yield lambda event: bar.update(
             task, completed=event.iteration, description=_words(event)
         )

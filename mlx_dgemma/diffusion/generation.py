@@ -271,7 +271,7 @@ def encode_prompt(
                 "put them into the messages otherwise"
             )
         parts: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
-        parts += [part for video in videos for part in frame_parts(video)]
+        parts += [part for video in videos for part in frame_parts(model, video)]
         parts.append({"type": "text", "text": prompt})
         chat = [{"role": "user", "content": parts}]
     ids, sources = encode_chat(tokenizer, chat, **options)
@@ -287,15 +287,19 @@ def encode_prompt(
     return ids, image_spans
 
 
-def frame_parts(video: str | Path) -> list[dict[str, Any]]:
+def frame_parts(model: DiffusionGemma, video: str | Path) -> list[dict[str, Any]]:
     """Return a video as parts of a message, as transformers' processor writes it.
 
-    Each frame stands behind its minute and second. Raises MediaError.
+    Each frame stands behind its minute and second, and is cut as the checkpoint's
+    pictures are. Raises MediaError.
     """
-    from ..media.videos import read_frames  # PyAV is an extra
+    from ..media.videos import FRAME, read_frames  # PyAV is an extra
 
-    parts: list[dict[str, Any]] = []
-    for seconds, picture in read_frames(video):
+    budget, parts = FRAME, list[dict[str, Any]]()
+    if model.vision is not None:
+        pictures = FRAME.from_checkpoint(model.vision.folder)
+        budget = replace(pictures, soft_tokens=FRAME.soft_tokens)
+    for seconds, picture in read_frames(video, budget):
         minute, second = divmod(int(seconds), 60)
         clock = f"{' ' * bool(parts)}{minute:02}:{second:02} "
         parts += [{"type": "text", "text": clock}, {"type": "image", "image": picture}]

@@ -129,7 +129,11 @@ def render_chat(
     can_think = "enable_thinking" in known or not thinking
     require(can_think, "the chat template has no switch for thinking")
     mark, chat = None, list(messages)
-    if not allow_special and tokenizer.spells_special([chat, functions]):
+    try:
+        spelled = tokenizer.spells_special([chat, functions])
+    except RecursionError:
+        raise SettingsError("the messages are nested too deeply") from None
+    if spelled and not allow_special:
         mark = next(m for m in MARKS if m not in repr([chat, functions]))
         chat, functions = tokenizer.mark_special([chat, functions], mark)
     text = tokenizer.apply_chat_template(

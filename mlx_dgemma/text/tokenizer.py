@@ -232,9 +232,9 @@ class Tokenizer:
             case str():
                 return self._special.search(value) is not None
             case Mapping():
-                return any(map(self.spells_special, value.values()))
+                return any([self.spells_special(item) for item in value.values()])
             case list() | tuple():
-                return any(map(self.spells_special, value))
+                return any([self.spells_special(item) for item in value])
         return False
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -8,7 +8,7 @@ not, and ranks that share a batch get the gradients one rank would have got.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Trainer:
         self.batches = Batches(model.config, self.settings, self.group)
         self.done = 0  # micro-batches
         self.tokens = 0  # trained on by all ranks, as far as reported
+        self.on_update: Callable[[int], None] = lambda done: None  # micro-batches done
         self._stopped = False
 
     @property
@@ -159,6 +160,7 @@ class Trainer:
         while self.done < settings.iters and not self._any_rank_stopped():
             try:
                 figures.append(self._update())
+                self.on_update(self.done)
             except NumericError as error:
                 failed = self.done
                 self.done -= settings.grad_accumulation_steps

@@ -64,6 +64,13 @@ def test_a_link_out_of_the_folder_is_not_copied(tiny, tmp_path):
     assert (tmp_path / "out" / "NOTICE").read_text() == "notice"
 
 
+def test_a_path_below_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = refusal(lambda: load("models/gemna"))
+    assert message == "models/gemna: no such folder in models, which is here"
+
+
 def test_what_is_no_name_of_a_model_is_refused():
     for name in (None, "", " ", 3, ["sudoku4"]):
         with pytest.raises(DGemmaError, match=r"the model is .*; give a folder, a hub"):

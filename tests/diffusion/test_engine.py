@@ -101,7 +101,7 @@ def solo(model, *request, **options):
         (0, {"entropy_bound": 0.1, "t_max": 2.0, "t_min": 2.0}),
         (1, {"pinned": {0: 9, 5: 10, 16: 11, 31: 12}, "eos": {30}}),
         (3, {"eos": DIGITS, "min_tokens": 19}),
-        (0, {"eos": DIGITS, "min_tokens": 5, "pinned": {0: 9, 3: 25}}),
+        (0, {"eos": DIGITS, "min_tokens": 5, "pinned": {5: 9, 3: 25}}),
         (1, {"sampler": "confidence", "min_probability": 0.3, "steps": 12}),
         (2, {"sampler": "confidence", "min_probability": 2.0, "pinned": {3: 9}}),
     ],

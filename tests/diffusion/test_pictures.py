@@ -111,10 +111,10 @@ def test_video_is_its_frames_each_behind_its_time(seeing, monkeypatch):
         for seed, seconds in enumerate((0.0, 1.2, 61.9))
     ]
     # the tiny vocabulary has no colon, and its 0 to 2 mark pictures: times are no text
-    monkeypatch.setattr(videos, "read_frames", lambda path: frames)
-    parts = frame_parts("a.mp4")
+    monkeypatch.setattr(videos, "read_frames", lambda path, budget: frames)
+    parts = frame_parts(seeing[0], "a.mp4")
     assert [p["text"] for p in parts[::2]] == ["00:00 ", " 00:01 ", " 01:01 "]
-    monkeypatch.setattr(generation, "frame_parts", lambda path: parts[1::2])
+    monkeypatch.setattr(generation, "frame_parts", lambda model, path: parts[1::2])
     ids, spans = encode_prompt(*seeing, "abc", videos=["a.mp4"])
     assert [span.picture for span in spans] == [image for _, image in frames]
     assert seeing[1].decode(ids[spans[-1].end + 1 :]).endswith("abc")

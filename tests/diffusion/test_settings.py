@@ -32,6 +32,9 @@ def test_impossible_values_are_refused_by_name():
             Settings(**{name: value})
     with pytest.raises(SettingsError, match="last step's temperature must be at least"):
         Settings(t_max=1e-6, t_min=0)
+    with pytest.raises(SettingsError, match=r"pinned\[3\] ends the text before"):
+        Settings(pinned={3: 1}, eos={1}, min_tokens=4)
+    Settings(pinned={4: 1}, eos={1}, min_tokens=4)
 
 
 def test_replace_changes_what_is_given_and_refuses_other_names():

@@ -132,6 +132,14 @@ def test_a_call_is_trained_up_to_the_token_that_hands_it_over(tokenizer):
     assert list(example.prompt) == chat_ids(tokenizer, [USER], tools=TOOLS)
 
 
+def test_messages_that_hold_themselves_are_refused(tokenizer):
+    call = {"name": "look", "arguments": {}}
+    call["arguments"]["x"] = call
+    message = {"role": "assistant", "content": "", "extra": [call]}
+    with pytest.raises(SettingsError, match="nested too deeply"):
+        chat_ids(tokenizer, [USER, message])
+
+
 def test_columns_are_used(tokenizer):
     example = trained(
         tokenizer, USER, {"role": "assistant", "content": "a"}, system="s"

@@ -138,7 +138,10 @@ KINDS = {
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(begin, tmp_path, how):
     whole, half = begin("a", **how), begin("b", **how)
     finish(whole)
+    updates: list[int] = []
+    half.on_update = updates.append
     events = finish(half, stop_at=4)
+    assert updates == list(range(updates[0], 5, updates[0]))
     assert events[-1] == Saved(4, tmp_path / "b" / "adapters.safetensors")
     partial = tmp_path / "b" / ".partial-0123abcd"
     partial.write_bytes(b"half")  # of a killed run
