@@ -89,6 +89,9 @@ class Oracle:
     def __init__(self, model: DiffusionGemmaForBlockDiffusion):
         self.model = model
         self.config = model.config
+        self.image_token_id = model.config.image_token_id
+        # before 5.24 an image token without its picture was embedded as padding
+        model.config.image_token_id = -1
 
     def floats(self, array: np.ndarray) -> torch.Tensor:
         """Return an array in the dtype of the model."""
@@ -118,6 +121,10 @@ class Oracle:
         state and the cache. Masks are made as in `generate`: the encoder itself makes
         none for images.
         """
+        with mock.patch.object(self.config, "image_token_id", self.image_token_id):
+            return self._encode_images(tokens, pixels, positions)
+
+    def _encode_images(self, tokens, pixels, positions):
         encoder, cache = self.model.model.encoder, self.new_cache()
         ids, placed = torch.tensor(tokens), torch.tensor(positions)
         patches = self.floats(pixels)

@@ -6,6 +6,7 @@ encoded and decoded without loss. The special tokens are Gemma's, renumbered.
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -121,7 +122,7 @@ VISION = {
     "default_output_length": 280,
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
     "standardize": True,
     "use_clipped_linears": False,
     "attention_bias": False,
@@ -157,7 +158,7 @@ def release_config(
     text, vision = text or {}, vision or {}
     if unknown := sorted(set(text) - set(TEXT) | set(vision) - set(VISION)):
         raise ValueError(f"unknown keys: {', '.join(unknown)}")
-    config = TEXT | text
+    config = deepcopy(TEXT | text)  # transformers 5.11 writes into what it reads
     if config["layer_types"] is None:
         last = config["num_hidden_layers"] - 1
         config["layer_types"] = [
@@ -165,6 +166,9 @@ def release_config(
             for i in range(last + 1)
         ]
     config["num_hidden_layers"] = len(config["layer_types"])
+    # transformers 5.11 reads no rope_parameters that hold a kind without layers
+    kinds, ropes = config["layer_types"], config["rope_parameters"]
+    config["rope_parameters"] = {kind: ropes[kind] for kind in ropes if kind in kinds}
     return {
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",
@@ -185,7 +189,6 @@ def release_config(
 def generation_config(canvas_length: int, steps: int) -> dict:
     """Return generation_config.json: the release's sampler, at most `steps` steps."""
     return {
-        "bos_token_id": BOS,
         "confidence_threshold": 0.005,
         "eos_token_id": [EOS, TURN_END],
         "max_denoising_steps": steps,

@@ -84,8 +84,7 @@ def truth(path, samples, mask_prompt):
                 guess = model(**given).logits
             logits = model(
                 **given,
-                self_conditioning_logits=guess,
-                self_conditioning_mask=torch.tensor([sample.self_conditioned]),
+                self_conditioning_logits=guess if sample.self_conditioned else None,
             ).logits
             denoising = cross_entropy(logits[0], clean[0])
             after = encoder(input_ids=clean, **{name: cache})

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image as Pictures
+from test_images_parity import opaque
 from test_model_parity import assert_as_exact, ids, load_all
 
 from mlx_dgemma.media.images import ImageBudget, read_picture
@@ -69,7 +70,7 @@ def test_pictures_to_logits(checkpoint, sizes, tower):
     model, truth, theirs = load_all(checkpoint(layout=layout, vision=vision))
     pictures = [draw(*size) for size in sizes]
     processor = Gemma4ImageProcessorPil(max_soft_tokens=budget)
-    made = processor(pictures, return_tensors="np")
+    made = processor([opaque(p) for p in pictures], return_tensors="np")
     given = np.asarray(made["pixel_values"]), np.asarray(made["image_position_ids"])
     tokens, images = list(RNG.integers(10, 32, 11)), []
     for picture in pictures:
