@@ -4,9 +4,21 @@ Each message is one line: what is wrong, where, and how to fix it. Commands prin
 that line alone and exit with 1.
 """
 
+LONGEST = 600  # characters
+
 
 class DGemmaError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of every error raised on purpose by this package.
+
+    A message may quote what a file holds: it is made one line, and cut in its middle
+    where it is too long.
+    """
+
+    def __init__(self, message: str = ""):
+        line = " ".join(message.splitlines())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST - 200]} … {line[-200:]}"
+        super().__init__(line)
 
 
 class ConfigError(DGemmaError):

@@ -24,7 +24,7 @@ from .quantize import Quantization, QuantizationMap, quantizable, read_quantizat
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+SHARD = re.compile(r"[\w .+-]{1,200}\.safetensors", re.ASCII)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 DECODER = "model.decoder."
@@ -168,7 +168,9 @@ def _indexed(folder: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must name the shard of each tensor")
-    files = [f for f in weight_map.values() if isinstance(f, str) and SHARD.match(f)]
+    files = [
+        f for f in weight_map.values() if isinstance(f, str) and SHARD.fullmatch(f)
+    ]
     gone = not any((folder / file).exists() for file in files)
     if (folder / SINGLE).exists() and gone and len(files) == len(weight_map):
         return read_header(folder / SINGLE)  # the index is an older model's

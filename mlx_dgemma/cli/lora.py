@@ -134,7 +134,7 @@ def _read_config(context: click.Context, given: dict[str, Any]) -> None:
     types = {param.name: param for param in context.command.params}
     for name, value in flags(given["config"], set(given)).items():
         if name == "keys":  # of lora_parameters: finer than --target
-            given[name] = value
+            given[name] = [value] if isinstance(value, str) else value
         elif context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             given[name] = types[name].type_cast_value(context, value)
 

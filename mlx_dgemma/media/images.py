@@ -9,8 +9,8 @@ decoded, and nothing is ever fetched.
 import base64
 import hashlib
 import math
+import os
 import re
-import stat
 import struct
 import warnings
 import zlib
@@ -31,6 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import MediaError, SettingsError
 from ..files.json import Keys, read_json
+from ..files.opening import open_regular
 
 Source = str | Path | bytes | Image.Image
 
@@ -262,16 +263,15 @@ def open_file(path: str | Path, max_bytes: int) -> BinaryIO:
         )
     name = shown(path)
     try:
-        state = Path(path).stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise MediaError(f"{name}: not an ordinary file")
-        if state.st_size > max_bytes:
-            raise _too_large(name, max_bytes)
-        return Path(path).open("rb")
+        file = open_regular(Path(path))
     except (FileNotFoundError, ValueError):  # ValueError: a zero byte in the path
         raise MediaError(f"{name}: no such file") from None
     except OSError as error:
         raise MediaError(f"{name}: cannot be read ({error.strerror})") from None
+    if os.fstat(file.fileno()).st_size > max_bytes:
+        file.close()
+        raise _too_large(name, max_bytes)
+    return file
 
 
 class _LimitedFile(BytesIO):

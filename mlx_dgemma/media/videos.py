@@ -61,7 +61,7 @@ def read_frames(
                     f"{MAX_FRAMES}: ask for fewer"
                 )
             pictures = [fit(frame, budget) for frame in _frames(file, name, chosen)]
-        except FFmpegError:
+        except (FFmpegError, OSError):  # OSError: a seek to before the beginning
             raise MediaError(
                 f"{name}: no MP4, MOV, MKV, WebM or AVI, or broken; convert it or "
                 "download it again"

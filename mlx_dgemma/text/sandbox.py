@@ -7,7 +7,7 @@ computed while it is compiled. Imported when a template is used.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cache, wraps
@@ -26,11 +26,18 @@ from jinja2.visitor import NodeTransformer
 
 MAX_TEXT = 2**25  # characters of one text
 MAX_NUMBER = 2**20  # of an argument that may say a width or a count
+MAX_INDENT = 16  # of JSON
 MAX_STEPS = 2_000_000  # rounds of loops and calls of macros
 MAX_SECONDS = 5.0
 WIDTH = re.compile(r"\d{7,}")  # in a format
 # filters that make more than they are given
 MAKING = frozenset("center indent truncate wordwrap batch slice replace".split())
+# filters that make one text of what they are given
+WRITING = frozenset("capitalize e escape forceescape format join lower pprint".split())
+WRITING |= frozenset(
+    "string striptags title tojson trim upper urlencode urlize".split()
+)
+WRITING |= frozenset("wordcount xmlattr".split()) | MAKING - {"batch", "slice"}
 BINARY = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
 
@@ -51,16 +58,11 @@ _budget: ContextVar[Budget] = ContextVar("budget")
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """Return the text of a template. Raises SecurityError beyond a limit."""
-    pieces, size = [], 0
     token = _budget.set(Budget())
     try:
-        for piece in template.generate(variables):
-            pieces.append(piece)
-            size += len(piece)
-            _check_size(size)
+        return _join(template.generate(variables))
     finally:
         _budget.reset(token)
-    return "".join(pieces)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -114,6 +116,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return ""
 
     def join_texts(self, *values: Any) -> str:
+        _check_text(values)
         texts = [str(value) for value in values]
         _check_size(sum(map(len, texts)))
         return "".join(texts)
@@ -132,6 +135,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 _check_size(_size(left) * max(right, 0))
             case "%", str(), _:
                 _check_format(left)
+                _check_text(right)
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -153,9 +157,39 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple) else 0
 
 
+def _join(pieces: Iterable[str]) -> str:
+    """Return the pieces as one text that is not too long."""
+    made, size = [], 0
+    for piece in pieces:
+        made.append(piece)
+        size += len(piece)
+        _check_size(size)
+    return "".join(made)
+
+
 def _check_size(size: int) -> None:
     if size > MAX_TEXT:
         raise SecurityError(f"it makes more than {MAX_TEXT:,} characters")
+
+
+def _check_text(value: Any) -> None:
+    """Refuse what is too long as text; lists may hold one long text many times."""
+    size, parts = 0, [value]
+    while parts:
+        part = parts.pop()
+        _budget.get().spend()
+        if isinstance(part, Mapping):
+            parts += part.keys()
+            parts += part.values()
+        elif isinstance(part, Collection) and not isinstance(part, str):
+            parts += part
+        size += 1 + (len(part) if isinstance(part, Collection) else 0)
+        _check_size(size)
+
+
+def _check_output(value: Any) -> Any:
+    _check_text(value)
+    return value
 
 
 def _check_format(text: str) -> None:
@@ -166,10 +200,15 @@ def _check_format(text: str) -> None:
 def _check_arguments(owner: Any, arguments: Iterable[Any]) -> None:
     """Refuse numbers that may be widths, and texts that may be put in many times."""
     for argument in arguments:
-        if isinstance(argument, int) and argument > MAX_NUMBER:
-            raise SecurityError(f"{argument} is too large a number here")
+        if isinstance(argument, int):
+            if argument > MAX_NUMBER:
+                raise SecurityError(f"{argument} is too large a number here")
+            if isinstance(owner, str):  # of each line, or each tab, if of more than one
+                _check_size(argument * (1 + owner.count("\n") + owner.count("\t")))
         if isinstance(owner, str) and isinstance(argument, str):
             _check_size(len(owner) * len(argument))
+        if isinstance(owner, str):
+            _check_text(argument)
 
 
 def _checked(value: Any) -> Any:
@@ -182,6 +221,8 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
+        if name in WRITING:
+            _check_text(args)
         if name in MAKING:
             texts = [value for value in args if isinstance(value, str)]
             _check_arguments(texts[0] if texts else None, [*args, *kwargs.values()])
@@ -192,7 +233,11 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """JSON as `json.dumps` writes it: jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    indent = options.get("indent")
+    if (indent if isinstance(indent, int) else len(indent or "")) > MAX_INDENT:
+        raise SecurityError(f"tojson indents by more than {MAX_INDENT}")
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, **options)
+    return _join(encoder.iterencode(value))
 
 
 class Generation(Extension):
@@ -212,7 +257,7 @@ class Generation(Extension):
 
 
 class PlainNamespace(Namespace):
-    """A namespace that refuses names with a leading underscore."""
+    """A namespace that refuses names with a leading underscore, and shows none."""
 
     def __init__(*args: Any, **values: Any):
         self, *rest = args  # so that a value may be called "self"
@@ -225,6 +270,9 @@ class PlainNamespace(Namespace):
             raise SecurityError(f"a namespace cannot hold {name!r}; rename it")
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
@@ -236,12 +284,13 @@ def sandbox() -> Sandbox:
     environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_check_output,
         optimized=False,
         extensions=[Generation, loopcontrols],
     )
     filters = environment.filters
     environment.filters = {name: _limited(name, f) for name, f in filters.items()}
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = _limited("tojson", _tojson)
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

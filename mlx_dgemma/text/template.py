@@ -15,7 +15,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 # What a template's own code can raise beside jinja2's errors.
 TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError)
-TEMPLATE_FAILURES += (ArithmeticError, RecursionError, MemoryError, SyntaxError)
+TEMPLATE_FAILURES += (ArithmeticError, RuntimeError, MemoryError, SyntaxError)
 TEMPLATE_FAILURES += (AssertionError, NameError)
 MAX_MESSAGE = 400  # characters
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, SettingsError, TokenizerError
 from ..files.json import read_json
@@ -11,8 +11,7 @@ from ..files.opening import read_regular
 from .template import ChatTemplate, one_line
 
 if TYPE_CHECKING:
-    from tokenizers.decoders import Decoder
-
+    from .json_tokenizer import JsonTokenizer
     from .sentencepiece_model import SentencePieceModel
 
 MAX_FILE = 2**28  # bytes of a tokenizer or a template
@@ -20,59 +19,6 @@ MAX_ID = 2**31  # ids are int32 everywhere else
 REPLACEMENT = "\ufffd"
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # the fallback for one byte
 CONTEXT = 4  # pieces; more bytes than an unfinished UTF-8 character has
-
-
-class JsonTokenizer:
-    """tokenizer.json, through `tokenizers`. Raises ValueError for broken data."""
-
-    def __init__(self, data: bytes):
-        from tokenizers import Tokenizer as Fast
-        from tokenizers.models import WordLevel, WordPiece
-
-        # Unlike from_file, from_buffer raises ValueError and not Exception.
-        self._fast = Fast.from_buffer(data)
-        self._ordinary: Fast | None = None  # made when a text spells a special token
-        self.piece, self.token_id = self._fast.id_to_token, self._fast.token_to_id
-        model = self._fast.model
-        by_words = isinstance(model, WordLevel | WordPiece)
-        if by_words and self.token_id(model.unk_token) is None:
-            # encoding would fail at the first unknown word
-            raise ValueError(
-                f"model.unk_token is {model.unk_token!r}, which the vocabulary "
-                "lacks; add it"
-            )
-        self._fast.no_truncation()
-        self._fast.no_padding()
-        self._decoder = self._fast.decoder
-        self.rewrites_text = self._decoder is not None and _rewrites_text(self._decoder)
-        added = self._fast.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.size = self._fast.get_vocab_size()
-        self.named: dict[str, str] = {}  # of "bos_token" and the like: never here
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Return ids that are no special token, whatever the text spells."""
-        if self._ordinary is None:
-            self._ordinary = type(self._fast).from_str(self._fast.to_str())
-            self._ordinary.encode_special_tokens = True
-        return self._ordinary.encode(text, add_special_tokens=False).ids
-
-    def join(self, pieces: list[str]) -> str:
-        return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
-
-
-def _rewrites_text(decoder: "Decoder") -> bool:
-    """Whether later pieces can change earlier text.
-
-    They can where a decoder joins all pieces by Fuse and then edits the joined text,
-    other than by stripping its start.
-    """
-    state = cast(bytes, decoder.__getstate__()).decode()
-    _, _, edits = state.partition('{"type":"Fuse"}')
-    return '"type"' in re.sub(r'{"type":"Strip",[^{}]*"stop":0}', "", edits)
 
 
 class Detokenizer:
@@ -173,16 +119,17 @@ class Tokenizer:
                 f"{path}: no tokenizer.json and no tokenizer.model; is this a "
                 "complete model folder?"
             )
-        data = _read_bytes(file)
-        try:
-            if file.suffix == ".json":
-                backend = JsonTokenizer(data)
-            else:
-                from .sentencepiece_model import SentencePieceModel
+        if file.suffix == ".json":
+            from .json_tokenizer import JsonTokenizer
 
-                backend = SentencePieceModel(data, config)
-        except (ValueError, RuntimeError) as error:
-            raise TokenizerError(f"{file}: broken ({one_line(error)})") from None
+            backend = JsonTokenizer(_read_text(file), str(file))
+        else:
+            from .sentencepiece_model import SentencePieceModel
+
+            try:
+                backend = SentencePieceModel(_read_bytes(file), config)
+            except (RuntimeError, UnicodeDecodeError) as error:
+                raise TokenizerError(f"{file}: broken ({one_line(error)})") from None
         where = str(path / "tokenizer_config.json")
         return cls(backend, where, config, *_read_templates(path, config))
 
@@ -320,6 +267,13 @@ def _read_bytes(path: Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty when there is no such file."""
     try:
@@ -353,11 +307,7 @@ def _read_templates(
     """
     path = folder / "chat_template.jinja"
     if path.exists():
-        try:
-            text = _read_bytes(path).decode("utf-8-sig")
-            return ChatTemplate(text, str(path)), None
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}") from None
+        return ChatTemplate(_read_text(path), str(path)), None
     path = folder / "tokenizer_config.json"
     value = config.get("chat_template")
     if value is None:

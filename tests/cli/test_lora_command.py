@@ -154,6 +154,10 @@ def test_bad_yaml_is_refused_by_name(tmp_path):
         ("a: [", "is no YAML"),
         ("- a", "must hold names and values"),
         ("iters: 0", "iters is 0; it must be from 1 up"),
+        ("iters: .inf", "iters must be text, a number, true or false"),
+        ("iters: !!set {a}", "iters must be text, a number, true or false"),
+        (f"iters: 0x{'f' * 6000}", "iters must be text, a number, true or false"),
+        ("rank: !!timestamp x", "is no YAML"),
     ):
         path.write_text(text)
         assert message in refused("-c", path, *TRAIN)

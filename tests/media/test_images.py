@@ -280,11 +280,11 @@ SOURCES = {
     "data:text/html;base64,aGk=": "data: URL: it must start with",
     "data:image/svg+xml;base64,PHN2Zy8+": "data: URL: SVG is not read; save it as PNG",
     "no/such.png": "no/such.png: no such file",
-    "": ": not an ordinary file",
+    "": ": cannot be read (it is a directory)",
     "a\0b": r"'a\x00b': no such file",
     "a\nb.png": r"'a\nb.png': no such file",
     "x" * 10**6: "xxx…: cannot be read (File name too long)",
-    "/dev/zero": "/dev/zero: not an ordinary file",
+    "/dev/zero": "/dev/zero: cannot be read (it is no ordinary file)",
     "data:image/png;base64," + "A" * 56 * 2**20: ": larger than 40 MB; make it smaller",
 }
 
@@ -293,8 +293,10 @@ def test_hostile_sources_are_refused_in_one_line(tmp_path):
     for source, why in SOURCES.items():
         assert why in refusal(source)
     os.mkfifo(tmp_path / "pipe.png")
-    assert refusal(tmp_path / "pipe.png").endswith("pipe.png: not an ordinary file")
-    assert refusal(str(tmp_path)).endswith(": not an ordinary file")
+    assert refusal(tmp_path / "pipe.png").endswith(
+        "pipe.png: cannot be read (it is no ordinary file)"
+    )
+    assert refusal(str(tmp_path)).endswith(": cannot be read (it is a directory)")
     (tmp_path / "loop").symlink_to("loop")
     assert "loop: cannot be read (Too many levels" in refusal(tmp_path / "loop")
     large = tmp_path / "large.png"

@@ -1,5 +1,6 @@
 """Reading tokenizer files, encoding, special tokens, and what is refused."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models
-from toy_tokenizers import NAMES, refusal, word_level, write
+from toy_tokenizers import NAMES, byte_fallback, refusal, word_level, write
 
 from mlx_dgemma.errors import SettingsError, TokenizerError
 from mlx_dgemma.text.tokenizer import Tokenizer
@@ -105,17 +106,39 @@ def test_a_broken_tokenizer_is_refused(tmp_path):
     assert "no tokenizer.json and no tokenizer.model" in refused(tmp_path)
     for name, garbage in (
         ("tokenizer.model", (b"", b"garbage", b"\x00" * 40)),
-        ("tokenizer.json", (b"", b"{", b"[]", b"\xff\xfe", b'{"a": 3}')),
+        ("tokenizer.json", (b"", b"{", b"[]", b'{"a": 3}')),
     ):
         for data in garbage:
             (tmp_path / name).write_bytes(data)
             assert f"{name}: broken (" in refused(tmp_path)
+    piece = b"\n\x0b\n\x02\xff\xfe\x15\x00\x00\x00\x00"
+    (tmp_path / "tokenizer.model").write_bytes(piece)
     path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"\xff\xfe")
+    assert "tokenizer.json: not UTF-8 at byte 0" in refused(tmp_path)
     Fast(models.WordLevel({"a": 0}, "[UNK]")).save(str(path))
     assert "model.unk_token is '[UNK]', which the vocabulary lacks" in refused(tmp_path)
     path.unlink()
     path.mkdir()
     assert "tokenizer.json: cannot be read" in refused(tmp_path)
+
+
+def test_a_panic_inside_tokenizers_is_refused_in_one_line(tmp_path, capfd):
+    """Of Rust, while it is read, encodes or decodes: no Exception of Python."""
+    whole = json.loads(byte_fallback().to_str())
+    changed = whole | {"model": whole["model"] | {"continuing_subword_prefix": "aaa"}}
+    write(tmp_path, "tokenizer.json", changed)
+    assert "tokenizer.json: broken (" in refused(tmp_path)
+    whole["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<no>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    write(tmp_path, "tokenizer.json", whole)
+    with pytest.raises(TokenizerError, match="broken"):
+        Tokenizer.from_dir(tmp_path).encode("a", add_special_tokens=True)
+    assert "panicked" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
