@@ -9,12 +9,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.config import ModelConfig
 from ..errors import AdapterError, ConfigError, SettingsError
-from ..files.atomic import (
-    remove_partials,
-    save_arrays,
-    write_atomically,
-    write_json,
-)
+from ..files.atomic import save_arrays, write_atomically, write_json
 from ..files.json import Keys, read_json
 from ..files.safetensors import (
     Expected,
@@ -44,7 +39,6 @@ def count(weights: Mapping[str, mx.array]) -> int:
 def save(folder: Path, weights: Mapping[str, mx.array], config: dict[str, Any]) -> None:
     """Write both files into `folder`, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
     write_atomically(folder / CONFIG, lambda path: write_json(path, config))
     save_arrays(folder / WEIGHTS, weights)
 

@@ -43,26 +43,39 @@ def write_atomically(
     `path`.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(PARTIAL + secrets.token_hex(4))
-    handle = None
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        handle = os.open(partial, flags, 0o600 if private else 0o666)
-        with suppress(OSError):  # a file system without locks
-            _lock(handle)
-        write(partial)
-        os.fsync(handle)
-        if target.exists():
-            shutil.copymode(target, partial)
-        partial.replace(target)
-        fsync_folder(target.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        if handle is not None:
+        remove_partials(target.parent)
+        partial, handle = _open_partial(target, 0o600 if private else 0o666)
+        try:
+            write(partial)
+            os.fsync(handle)
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
+            fsync_folder(target.parent)
+        finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             os.close(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _open_partial(target: Path, mode: int) -> tuple[Path, int]:
+    """Return a new hidden sibling of a file, opened and locked."""
+    while True:
+        partial = target.with_name(PARTIAL + secrets.token_hex(4))
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            _lock(handle)
+        except BlockingIOError:  # another process takes it for a leftover
+            os.close(handle)
+            continue
+        except OSError:  # a file system without locks
+            return partial, handle
+        if partial.exists():
+            return partial, handle
+        os.close(handle)
 
 
 def save_arrays(
@@ -229,10 +242,11 @@ def remove_leftovers(target: Path, besides: Path | None = None) -> bool:
                 continue
             if kind == REPLACED and not target.exists():
                 old.rename(target)
-                (target / LOCK).unlink(missing_ok=True)
             else:
                 shutil.rmtree(old, ignore_errors=True)
             os.close(handle)
+    if not alive and target.is_dir():
+        (target / LOCK).unlink(missing_ok=True)  # of one that died after it
     return alive
 
 

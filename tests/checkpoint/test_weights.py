@@ -198,7 +198,7 @@ def test_tied_copies_are_tolerated_and_not_loaded(folder, tensors, config):
 def test_an_index_may_only_name_files_of_its_folder(folder, tensors):
     save(folder.parent, {NORM: tensors[NORM]}, "x.safetensors")
     places = "../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors"
-    strange = "", "config.json", "\0.safetensors", "x" * 250 + ".safetensors", "é.safetensors"
+    strange = "", "config.json", *(f"{x}.safetensors" for x in ("\0", "é", "x" * 250))
     for place in (*places, *strange, None, [WEIGHTS]):
         save_shards(folder, tensors, **{NORM: place})
         refused(folder, INDEX, NORM, repr(place)[:100], "same folder")
