@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, Unpack
 from ..errors import SettingsError
 from ..model.language import DiffusionGemma
 from ..settings import Settings, SettingsOverrides, check_int
-from ..text.chat import image_sources, is_image
+from ..text.chat import WrittenText, image_sources, is_image
 from ..text.replies import Part, merged, reply_message
 from ..text.tokenizer import Tokenizer
 from .engine import PREFILL_STEP, Engine, PromptProgress
@@ -227,6 +227,7 @@ class Conversation:
                 if commits[-1].finish_reason is None:
                     parts += request.filter.rest()
                 answer = reply_message(merged(parts))
+                answer["content"] = self._written(answer["content"], commits)
                 if continued:
                     *messages, begun = messages
                     content: Any = begun["content"]
@@ -236,6 +237,14 @@ class Conversation:
                     answer = begun | answer | {"content": content + new}
                 self._messages = [*messages, answer]
             self._answering.release()
+
+    def _written(self, content: str | None, commits: Sequence[Commit]) -> str | None:
+        """Return the text of a reply, with its ids if they are this text alone."""
+        ids = [token for commit in commits for token in commit.tokens]
+        special = not self.tokenizer.special_ids.isdisjoint(ids)
+        if not content or special or self.tokenizer.decode(ids) != content:
+            return content
+        return WrittenText(content, ids)
 
 
 def _joined(messages: list[Message]) -> str:

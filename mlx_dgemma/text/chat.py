@@ -1,8 +1,9 @@
 """Prompts of every shape to token ids and the sources of their images."""
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import SettingsError
 from .tools import check_tools, link_tool_results, require
@@ -15,11 +16,26 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {"developer": "system", "model": "assistant"}
 # noncharacters of Unicode, of which a text holds none
-MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDEF)]
+PLACE = chr(0xFDEF)  # stands around the place of a WrittenText
 TURN = "<|turn>"  # starts a turn in Gemma's template
 # Template variables that have arguments of their own.
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 RESERVED += ("enable_thinking", "tokenize")
+
+
+class WrittenText(str):
+    """A text that a model wrote, and the ids it wrote: encoding gives others."""
+
+    ids: tuple[int, ...]
+
+    def __new__(cls, text: str, ids: Sequence[int]) -> Self:
+        written = super().__new__(cls, text)
+        written.ids = tuple(ids)
+        return written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WrittenText, (str(self), self.ids)
 
 
 def chat_ids(tokenizer: "Tokenizer", prompt: Prompt, **options: Any) -> list[int]:
@@ -73,17 +89,40 @@ def encode_chat(
     last = messages[-1]["role"]
     require(not continue_final_message or last == "assistant", wrong)
     sources = take_images(messages)
-    text, mark = render_chat(
-        tokenizer,
-        messages,
-        thinking=thinking,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        allow_special=allow_special,
-        add_generation_prompt=not continue_final_message,
-        continue_final_message=continue_final_message,
-    )
-    return tokenizer.encode_rendered(text, mark), sources
+    options = {
+        "thinking": thinking,
+        "tools": tools,
+        "chat_template_kwargs": chat_template_kwargs,
+        "allow_special": allow_special,
+        "add_generation_prompt": not continue_final_message,
+        "continue_final_message": continue_final_message,
+    }
+    return _rendered_ids(tokenizer, messages, options), sources
+
+
+def _rendered_ids(
+    tokenizer: "Tokenizer", messages: list[dict[str, Any]], options: Any
+) -> list[int]:
+    """Return the ids of a chat; a WrittenText shown unchanged keeps its own."""
+    text, mark = render_chat(tokenizer, messages, **options)
+    written: dict[str, WrittenText] = {}
+    places = list(messages)
+    for number, message in enumerate(messages):
+        if isinstance(content := message.get("content"), WrittenText):
+            place = f"{PLACE}{number}{PLACE}"
+            written[place], places[number] = content, message | {"content": place}
+    if written:
+        other, other_mark = render_chat(tokenizer, places, **options)
+        parts = re.split(f"({PLACE}[0-9]+{PLACE})", other)
+        shown = "".join(written.get(part, part) for part in parts)
+        if shown.replace(other_mark or PLACE, "") == text.replace(mark or PLACE, ""):
+            encode = tokenizer.encode_rendered
+            found = (
+                written[part].ids if part in written else encode(part, other_mark)
+                for part in parts
+            )
+            return [token for ids in found for token in ids]
+    return tokenizer.encode_rendered(text, mark)
 
 
 def check_messages(

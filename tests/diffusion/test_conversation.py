@@ -1,5 +1,6 @@
 """A conversation answers as each prompt alone would, and encodes only what is new."""
 
+import copy
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from tiny import VOCABULARY, write_tiny, write_tokenizer
 import mlx_dgemma as dg
 from mlx_dgemma import Commit, Conversation, stream_generate
 from mlx_dgemma.errors import SettingsError
+from mlx_dgemma.text.chat import chat_ids
 
 LOOSE = {"steps": 2, "entropy_bound": 8.0, "confidence": 2.0, "max_tokens": 16}
 LOOSE |= {"prefill_step_size": 32}
@@ -271,3 +273,28 @@ def test_call_is_answered_and_the_conversation_goes_on(marked):
     json.dumps(talk.transcript())
     expected = fresh(marked, talk.messages, 0, tools=TOOLS, **options)
     assert exactly(talk.ask(seed=0)) == expected
+
+
+def test_a_reply_goes_back_as_the_ids_that_were_written(chatty, tmp_path):
+    """Here "ab" is a token that no encoding gives; a trimmed reply is encoded anew."""
+    write_tokenizer(tmp_path, [*VOCABULARY[:7], *"0123456789", "ab", *"bcdefghijklmno"])
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    model, tokenizer = chatty[0], dg.Tokenizer.from_dir(tmp_path)
+    own, kept, seeds = tokenizer.token_id("ab"), 0, 12
+    for seed in range(seeds):
+        talk = Conversation(model, tokenizer, **LOOSE, min_tokens=16)
+        *_, commit = talk.ask("b", seed=seed)
+        reply = copy.deepcopy(talk.messages[-1])["content"]
+        assert reply == tokenizer.decode(commit.tokens) == commit.text
+        talk.add({"role": "user", "content": "c"})
+        prompt = chat_ids(tokenizer, talk.messages)
+        plain = chat_ids(tokenizer, json.loads(json.dumps(talk.messages)))
+        first = tokenizer.encode("<bos><|turn>ub<turn|>\n<|turn>a")
+        shown = reply == reply.strip()
+        if not shown or tokenizer.special_ids & {*commit.tokens}:
+            assert prompt == plain
+            continue
+        assert prompt[len(first) :][:16] == [*commit.tokens]
+        assert (prompt != plain) == (own in commit.tokens)
+        kept += own in commit.tokens
+    assert kept

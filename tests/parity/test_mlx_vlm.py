@@ -96,3 +96,14 @@ def test_our_conversion_loads_there(source, tmp_path, how, monkeypatch):
 
         monkeypatch.setattr(DiffusionGemma, "embed", rounded)
     np.testing.assert_allclose(_ours(out), _theirs(out), atol=ALLOWED)
+
+
+def test_our_conversion_of_layers_of_odd_size_loads_there(tmp_path):
+    """5 experts x 96: mlx-vlm keeps a layer whose size is no multiple of 64 dense."""
+    from make_tiny import make_checkpoint
+
+    text = {"hidden_size": 96, "num_experts": 5}
+    source = make_checkpoint(tmp_path / "source", text=text, vision=SHAPE["vision"])
+    convert(source, tmp_path / "ours", quantize=True, q_bits=8, q_group_size=32)
+    theirs = _theirs(tmp_path / "ours")
+    np.testing.assert_allclose(_ours(tmp_path / "ours"), theirs, atol=ALLOWED)
