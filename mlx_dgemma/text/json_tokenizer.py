@@ -3,10 +3,15 @@
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import TokenizerError
+from ..errors import DataError, TokenizerError
+from ..files.json import parse_object
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
+
+
+# a prefix that is not empty, or a key that may be written in escapes
+PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]')
 
 
 class RustErrors:
@@ -38,6 +43,8 @@ class JsonTokenizer:
         from tokenizers.models import WordLevel, WordPiece
 
         self._errors = RustErrors(where)
+        if PREFIX.search(text):
+            _check_merges(text, where)
         with self._errors:
             self._fast = Fast.from_str(text)
         self._ordinary: Fast | None = None  # made when a text spells a special token
@@ -74,6 +81,24 @@ class JsonTokenizer:
             return " ".join(pieces)
         with self._errors:
             return self._decoder.decode(pieces)
+
+
+def _check_merges(text: str, where: str) -> None:
+    """Refuse merges without the model's prefix: `tokenizers` ends the process."""
+    try:
+        model = parse_object(text).get("model")
+    except DataError as error:
+        raise TokenizerError(f"{where}: broken ({error})") from None
+    model = model if isinstance(model, dict) else {}
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if model.get("type", "BPE") != "BPE" or not isinstance(prefix, str):
+        return
+    for number, merge in enumerate(merges if isinstance(merges, list) else []):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        last = pair[-1] if isinstance(pair, list) and pair else None
+        if isinstance(last, str) and not last.startswith(prefix):
+            wrong = "does not begin with continuing_subword_prefix"
+            raise TokenizerError(f"{where}: model.merges[{number}]: {last!r} {wrong}")
 
 
 def _rewrites_text(decoder: "Decoder") -> bool:

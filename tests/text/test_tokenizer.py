@@ -124,11 +124,15 @@ def test_a_broken_tokenizer_is_refused(tmp_path):
 
 
 def test_a_panic_inside_tokenizers_is_refused_in_one_line(tmp_path, capfd):
-    """Of Rust, while it is read, encodes or decodes: no Exception of Python."""
+    """Of Rust: no Exception of Python, and for merges cut in a character an abort."""
     whole = json.loads(byte_fallback().to_str())
-    changed = whole | {"model": whole["model"] | {"continuing_subword_prefix": "aaa"}}
-    write(tmp_path, "tokenizer.json", changed)
-    assert "tokenizer.json: broken (" in refused(tmp_path)
+    for prefix in ("a", "aaa", "\u2581"):
+        model = whole["model"] | {"continuing_subword_prefix": prefix}
+        write(tmp_path, "tokenizer.json", whole | {"model": model})
+        wrong = "tokenizer.json: model.merges[0]: "
+        if prefix == "\u2581":
+            wrong = "tokenizer.json: model.merges[1]: 'e' does not begin with contin"
+        assert wrong in refused(tmp_path)
     whole["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<no>", "type_id": 0}}],
