@@ -161,6 +161,15 @@ def test_file_keeps_the_limits(file):
                 raise AssertionError(f"vars()[...] in line {node.lineno}")
 
 
+def test_every_mutant_still_changes_its_formula():
+    tables = (PACKAGE.parent / "tests" / "mutants").glob("*.toml")
+    mutants = [one for t in tables for one in tomllib.loads(t.read_text())["mutant"]]
+    assert len(mutants) > 50
+    for one in mutants:
+        source = (PACKAGE / one["file"]).read_text()
+        assert source.count(one["old"]) == 1, one["formula"]
+
+
 def parameters(function) -> int:
     """How many there are, 0 for public functions and click commands."""
     decorators = [ast.dump(decorator) for decorator in function.decorator_list]

@@ -22,6 +22,7 @@ from .common import is_dumb, is_terminal, printable
 from .interrupts import watching
 
 SECONDS_PER_FRAME = 1 / 20
+SECONDS_PER_STATUS = 1.0  # where no canvas is drawn
 SPECIAL = "·"
 UP, ERASE_LINE, ERASE_BELOW = "\x1b[{}A", "\x1b[K", "\x1b[J"
 WRAP_OFF, WRAP_ON = "\x1b[?7l", "\x1b[?7h"
@@ -40,7 +41,7 @@ class AnswerView:
     def __init__(self, tokenizer: Tokenizer, show: bool):
         self.tokenizer = tokenizer
         self.draws = is_terminal(sys.stderr) and not is_dumb()
-        self.live = show and self.draws  # the canvas too, not only the prefill
+        self.live = show and self.draws  # the canvas, not only numbers
         self.to_terminal = is_terminal(sys.stdout)
         self.interrupted = False
         self._console = Console(stderr=True, highlight=False)
@@ -48,7 +49,7 @@ class AnswerView:
         self._lines = ""  # lines that the next frame moves above the canvas
         self._line = ""  # the last line of the text, not ended yet
         self._line_dim = False
-        self._frame_time = 0.0
+        self._frame_time = 0.0 if self.live else time.monotonic()
         self._widths: list[int] = []  # of the lines drawn
         self._prefilling = True
         self.stopped_prefill = False
@@ -102,8 +103,6 @@ class AnswerView:
     def follow(self, events: Iterable[Event]) -> Iterator[Event]:
         """Yield events until Ctrl-C and draw the steps among them."""
         for event in events:
-            if not self.live:
-                self._erase()
             if isinstance(event, Step):
                 self.show(event)
             yield event
@@ -112,14 +111,21 @@ class AnswerView:
                 break
 
     def show(self, step: Step) -> None:
-        """Draw a step, unless the last one was drawn just now."""
+        """Draw a step, or its numbers alone, unless one was drawn just now."""
         now = time.monotonic()
-        if self.live and now - self._frame_time >= SECONDS_PER_FRAME:
-            self._frame_time = now
+        wait = SECONDS_PER_FRAME if self.live else SECONDS_PER_STATUS
+        if now - self._frame_time < wait:
+            return
+        self._frame_time = now
+        if self.live:
             self._draw_canvas(step)
+        elif not (self.to_terminal and self._line_open):  # beside no text
+            self.status(numbers(step, 80))
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Write text that is final; no line of it is dim in part."""
+        if not self.live:
+            self._erase()
         if not (self.live and self.to_terminal):
             self._print(self._styled(text, dim))
         if self.live:

@@ -197,6 +197,24 @@ def test_live_view_writes_the_same_text_as_none(monkeypatch, capfdbinary):
     assert stderr.take() == "abc\nde\n\nf␛g\n"
 
 
+def test_long_answer_shows_its_steps_without_a_canvas_too(monkeypatch):
+    terminal, screen = terminal_stderr(monkeypatch, stdout=True), Screen()
+    with AnswerView(Words(" draft"), False) as view:
+        view.show(step([1]))
+        assert terminal.take() == "", "an answer of less than a second draws nothing"
+        monkeypatch.setattr(render, "SECONDS_PER_STATUS", 0)
+        view.show(step([1], number=2))
+        (line,) = screen.feed(terminal.take()).lines()
+        assert line.startswith("step 2/3")
+        view.write("one\ntwo")
+        assert screen.feed(terminal.take()).lines() == ["one", "two"]
+        view.show(step([1]))
+        assert terminal.take() == "", "beside a line that is not ended"
+        view.write("\n")
+        view.show(step([1]))
+    assert screen.feed(terminal.take()).lines() == ["one", "two"]
+
+
 def test_committed_lines_stay_above_the_canvas_and_an_open_line_begins_it(monkeypatch):
     terminal, screen = terminal_stderr(monkeypatch, stdout=True), Screen()
     with AnswerView(Words(" draft"), True) as view:
