@@ -13,7 +13,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError:
+    raise SystemExit("torch is missing; pip install -e '.[cpu,dev,parity]'") from None
 from transformers import (
     DiffusionGemmaConfig,
     DiffusionGemmaForBlockDiffusion,

@@ -15,10 +15,14 @@ class DGemmaError(Exception):
     """
 
     def __init__(self, message: str = ""):
-        line = " ".join(message.splitlines())
-        if len(line) > LONGEST:
-            line = f"{line[: LONGEST - 200]} … {line[-200:]}"
-        super().__init__(line)
+        super().__init__(shortened(" ".join(message.splitlines())))
+
+
+def shortened(line: str) -> str:
+    """Return the line, without its middle where it is too long to be read."""
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST - 200]} … {line[-200:]}"
 
 
 class ConfigError(DGemmaError):

@@ -27,7 +27,8 @@ def load(
     force           load also what this device has too little memory for
 
     Every weight is in memory when this returns, so the model may be used from any
-    thread. Raises DGemmaError with one line that says what is wrong.
+    thread; not by a process forked from this one, which is refused. Raises DGemmaError
+    with one line that says what is wrong.
     """
     model, tokenizer = load_as_stored(path_or_id, revision=revision, force=force)
     if adapter_path is not None:

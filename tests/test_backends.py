@@ -1,7 +1,9 @@
 """Which device is chosen on machines that are made up, and each device's operations."""
 
 import os
+import subprocess
 import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -333,3 +335,26 @@ def test_a_model_computes_the_same_as_on_a_gpu(tiny_model, request):
     here = logits()
     request.getfixturevalue("as_gpu")
     np.testing.assert_allclose(logits(), here, atol=2e-5)
+
+
+def test_a_process_forked_from_one_with_a_device_is_refused():
+    """It has none of MLX's threads: the first computation would never end."""
+    code = """
+        import os
+        from mlx_dgemma import backends, errors
+        def forked():
+            if not os.fork():
+                try:
+                    print(backends.current().name, flush=True)
+                except errors.BackendError as error:
+                    print(error, flush=True)
+                os._exit(0)
+            os.wait()
+        forked()
+        backends.choose("cpu")
+        forked()
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    before, after = ended.stdout.splitlines()
+    assert before == backends.current().name and "forked" in after

@@ -61,6 +61,8 @@ def read_config(folder: Path) -> LoRA | None:
     Raises AdapterError naming the file and key.
     """
     path = folder / CONFIG
+    if folder.is_file():
+        raise AdapterError(f"{folder}: is a file; give the adapter's folder")
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder")
     try:

@@ -24,11 +24,22 @@ ENVIRONMENT = "MLX_DGEMMA_BACKEND"
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU(), Metal(), CUDA())}
 _current: Backend | None = None
 _reason = ""
+_process = 0  # which chose it
 
 
 def current() -> Backend:
-    """Return the backend in use; it is chosen now if it was not before."""
-    return _current or choose()
+    """Return the backend in use; it is chosen now if it was not before.
+
+    Raises BackendError in a process that was forked since.
+    """
+    if _current is None:
+        return choose()
+    if _process != os.getpid():
+        raise BackendError(
+            "this process was forked after a device was chosen, and MLX would wait "
+            'for ever in it; start it with multiprocessing.get_context("spawn")'
+        )
+    return _current
 
 
 def choose(name: str | None = None, by: str = "the caller") -> Backend:
@@ -40,7 +51,7 @@ def choose(name: str | None = None, by: str = "the caller") -> Backend:
     Arrays and models made before stay where they are, so choose before loading. Raises
     BackendError when the name is unknown or the device cannot be used here.
     """
-    global _current, _reason
+    global _current, _reason, _process
     if name is None and (name := os.environ.get(ENVIRONMENT) or None):
         by = f"${ENVIRONMENT}"
     reason, advice = f"asked for by {by}", ""
@@ -61,7 +72,7 @@ def choose(name: str | None = None, by: str = "the caller") -> Backend:
         warnings.warn(several, stacklevel=2)
     mx.set_default_device(mx.Device(backend.kind))
     backend.prepare()
-    _current, _reason = backend, reason
+    _current, _reason, _process = backend, reason, os.getpid()
     return backend
 
 

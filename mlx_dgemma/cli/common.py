@@ -13,7 +13,7 @@ import click
 
 from .. import __version__, installation
 from ..checkpoint.hub import built_in
-from ..errors import DGemmaError
+from ..errors import DGemmaError, shortened
 from . import interrupts
 from .interrupts import INTERRUPTED as INTERRUPTED
 
@@ -279,5 +279,5 @@ def _visible(character: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return the message, printable and without line breaks."""
-    return " ".join(printable(message).split())
+    """Return the message, printable, without line breaks and not too long."""
+    return shortened(" ".join(printable(message).split()))

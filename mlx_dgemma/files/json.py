@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return parse_object(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; is this a model folder?") from None
+        raise ConfigError(f"{path}: no such file; is this the right folder?") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except DataError as error:

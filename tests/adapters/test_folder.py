@@ -183,7 +183,7 @@ def test_torn_and_missing_files_are_named(tiny, small, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert refusal(load, tiny, adapter_path=nowhere) == f"{nowhere}: no such folder"
     said = refusal(load, tiny, adapter_path=small / CONFIG)
-    assert said == f"{small / CONFIG}: no such folder"
+    assert said == f"{small / CONFIG}: is a file; give the adapter's folder"
     path.unlink()
     assert refusal(load, tiny, adapter_path=small) == f"{path}: no such file"
     (small / CONFIG).unlink()

@@ -222,7 +222,7 @@ def test_text_that_is_no_json_object_is_refused(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    refused(tmp_path, "config.json", "no such file; is this a model folder?")
+    refused(tmp_path, "config.json", "no such file; is this the right folder?")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config(rms_norm_eps=1.5)).replace("1.5", "1e999"))
     refused(tmp_path, "config.json", "rms_norm_eps is inf")

@@ -173,6 +173,13 @@ def test_refusal_is_one_line_and_exit_code_1(with_pictures, args, error):
     assert line.startswith("error: ") and error in line
 
 
+def test_a_wrong_value_of_any_length_is_named_in_a_line():
+    result = run("--model", "sudoku4", "--prompt", "1", "--seed", "9" * 5000)
+    assert result.exit_code == 2
+    _, line = result.stderr.splitlines()
+    assert "'--seed'" in line and len(line) < 700
+
+
 MISSING = "cannot open shared object file"
 
 
