@@ -2,7 +2,7 @@
 
 import runpy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def evaluate(
     steps: Sequence[int | None] = (None,),
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda steps, done, count: None,
 ) -> list[Result]:
     """Answer all rows at each step cap and return one result per cap.
 
@@ -87,7 +87,7 @@ def evaluate(
     batch_size    rows denoised together
     seed          row number n is denoised with seed + n, so its answer does not
                   depend on how many rows there are
-    progress      called after each batch with (steps, answers done, answers)
+    progress      called at first and with each answer: (steps, answers done, answers)
 
     An answer is exact if it equals the row's, apart from whitespace around both.
 
@@ -104,15 +104,16 @@ def evaluate(
     results = []
     for settings in settings_per_cap:
         started = time.perf_counter()
-        answers, taken = [], 0
-        for start in range(0, len(rows), batch_size):
-            batch = prompts[start : start + batch_size]
-            for commits in _denoise(model, batch, settings, seed + start):
-                tokens = [token for commit in commits for token in commit.tokens]
-                answers.append(tokenizer.decode(tokens).strip())
-                taken += sum(commit.steps for commit in commits)
-            if progress is not None:
-                progress(settings.steps, len(answers), len(rows))
+        tokens: list[list[int]] = [[] for _ in rows]
+        done = taken = 0
+        progress(settings.steps, done, len(rows))
+        for row, commit in _denoise(model, prompts, settings, seed, batch_size):
+            tokens[row] += commit.tokens
+            taken += commit.steps
+            if commit.finish_reason is not None:
+                done += 1
+                progress(settings.steps, done, len(rows))
+        answers = [tokenizer.decode(ids).strip() for ids in tokens]
         pairs = list(zip(rows, answers, strict=True))
         results.append(
             Result(
@@ -135,17 +136,21 @@ def _encode(tokenizer: Tokenizer, row: Row) -> list[int]:
 
 
 def _denoise(
-    model: DiffusionGemma, prompts: Sequence[list[int]], settings: Settings, seed: int
-) -> list[list[Commit]]:
-    """Return the canvases of each prompt of a batch."""
-    engine = Engine(model)
-    commits: dict[int, list[Commit]] = {}
-    for number, prompt in enumerate(prompts):
-        commits[engine.admit(prompt, settings, seed + number).request] = []
-    for event in engine.run():
-        if isinstance(event, Commit):
-            commits[event.request].append(event)
-    return list(commits.values())
+    model: DiffusionGemma,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[int, Commit]]:
+    """Yield each canvas behind the number of its prompt."""
+    for start in range(0, len(prompts), batch_size):
+        engine = Engine(model)
+        rows: dict[int, int] = {}
+        for row, prompt in enumerate(prompts[start : start + batch_size], start):
+            rows[engine.admit(prompt, settings, seed + row).request] = row
+        for event in engine.run():
+            if isinstance(event, Commit):
+                yield rows[event.request], event
 
 
 def _mean_scores(scorer: Scorer, pairs: Sequence[tuple[Row, str]]) -> dict[str, float]:

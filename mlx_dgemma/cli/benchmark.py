@@ -166,6 +166,9 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
         prefill_step_size=options.prefill_step_size,
     )
     trials = _trials(model, job, options.num_trials)
+    with busy("timing the parts of a step"):
+        parts = measure.time_parts(model, job)
+        roofline = measure.roofline(model, job) if options.roofline else None
     found: dict[str, Any] = {
         "machine": measure.machine(),
         "model": name,
@@ -179,21 +182,22 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
             "early_stop": job.early,
         },
         "median": asdict(measure.Trial.median(trials)),
-        "parts": measure.time_parts(model, job),
+        "parts": parts,
         "trials": [asdict(trial) for trial in trials],
     }
-    if options.roofline:
-        found["roofline"] = measure.roofline(model, job)
+    if roofline is not None:
+        found["roofline"] = roofline
     if beside is not None:
         from ..performance.beside import run_beside
 
-        found["beside"] = {"model": options.beside} | run_beside(
-            beside,
-            options.prompt_tokens if options.prompt is None else options.prompt,
-            tokens=max(2, round(found["median"]["tokens"])),
-            trials=options.num_trials,
-            prefill_step_size=options.prefill_step_size,
-        )
+        with busy(f"timing {options.beside}"):
+            found["beside"] = {"model": options.beside} | run_beside(
+                beside,
+                options.prompt_tokens if options.prompt is None else options.prompt,
+                tokens=max(2, round(found["median"]["tokens"])),
+                trials=options.num_trials,
+                prefill_step_size=options.prefill_step_size,
+            )
     return found
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -241,15 +241,15 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 @contextmanager
-def busy(text: str, *, shown: bool = True) -> Iterator[None]:
-    """Say what takes its time, where stderr is a terminal."""
+def busy(text: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Say what takes its time, where stderr is a terminal; yields what changes it."""
     if not shown or not is_terminal(sys.stderr) or is_dumb():
-        yield
+        yield lambda text: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(printable(text)):
-        yield
+    with Console(stderr=True).status(printable(text)) as status:
+        yield lambda text: status.update(printable(text))
 
 
 def is_dumb() -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +9,16 @@ import click
 
 from .common import (
     Command,
+    busy,
     common_options,
     force_option,
-    is_terminal,
     model_option,
     one_line_errors,
     revision_option,
 )
 
 if TYPE_CHECKING:
-    from ..evaluation import Progress
+    from ..evaluation import Result
 
 
 COUNT = click.IntRange(1)
@@ -96,18 +95,20 @@ def main(
             check_rows(rows, check)
         how: dict[str, Any] = {"scorer": score, "steps": caps}
         how |= {"batch_size": batch_size, "seed": seed}
-        loaded, tokenizer = load(model, revision=revision, force=force)
-        if adapter_path is not None:
-            adapters.check(loaded, adapter_path)  # before the base is measured
-        progress = _progress("base")
-        results = {"base": evaluate(loaded, tokenizer, rows, progress=progress, **how)}
-        if adapter_path is not None:
-            del loaded  # the tuned model needs the memory
-            how_loaded = {"revision": revision, "force": force}
-            loaded, tokenizer = load(model, adapter_path, **how_loaded)
-            progress = _progress("tuned")
-            tuned = evaluate(loaded, tokenizer, rows, progress=progress, **how)
-            results["tuned"] = tuned
+
+        def measure(label: str, adapter: str | None = None) -> "list[Result]":
+            with busy(f"loading {model}") as say:
+                loaded, tokenizer = load(model, adapter, revision=revision, force=force)
+                if adapter_path is not None and adapter is None:
+                    adapters.check(loaded, adapter_path)  # before the base is measured
+                progress = lambda steps, done, count: say(  # noqa: E731
+                    f"{label}, steps {steps}: {done:,} of {count:,}"
+                )
+                return evaluate(loaded, tokenizer, rows, progress=progress, **how)
+
+        results = {"base": measure("base")}
+        if adapter_path is not None:  # the base is no longer in memory
+            results["tuned"] = measure("tuned", adapter_path)
         if not as_json:
             click.echo("\n".join(table(results)))
             return
@@ -132,18 +133,6 @@ def _step_caps(text: str | None) -> list[int | None]:
     if not all(re.fullmatch("[1-9][0-9]{0,6}", cap) for cap in caps):
         raise click.UsageError(f"--steps is {text!r}; write it like 1,2,4,8")
     return [int(cap) for cap in caps]
-
-
-def _progress(label: str) -> "Progress | None":
-    """Return what draws the progress of a step cap, if stderr is a terminal."""
-    if not is_terminal(sys.stderr):
-        return None
-
-    def show(steps: int, done: int, count: int) -> None:
-        line = f"\r{label}, steps {steps}: {done:,} of {count:,}"
-        click.echo(line, nl=done == count, err=True)
-
-    return show
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .common import (
     MODEL_HELP,
     Command,
     backend_option,
+    busy,
     debug_option,
     is_terminal,
     one_line_errors,
@@ -123,7 +124,8 @@ def main(context: click.Context, debug: bool, **given: Any) -> None:
         if given["test"]:
             from ..training.finetune import measure
 
-            losses = measure(run, given["test_batches"])
+            with busy("measuring test.jsonl"):
+                losses = measure(run, given["test_batches"])
             click.echo("test: denoising {:.4f}, encoder {:.4f}".format(*losses))
 
 
@@ -173,7 +175,8 @@ def _train(run: "Run") -> None:
     from ..training.finetune import prepare
     from ..training.record import Saved
 
-    trainer = prepare(run)
+    with busy(f"loading {run.model}"):
+        trainer = prepare(run)
     iters, data, speaks = run.settings.iters, trainer.train, trainer.rank == 0
     if speaks:
         count = adapters.count(adapters.trained(trainer.model))
