@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -148,15 +149,16 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
 
     beside = None if options.beside is None else hub.resolve(options.beside)
     prompts = None
-    if options.model is not None:
+    if options.model is None:
+        model, name = _synthetic(options)
+    else:
         name = options.model
-        how = {"revision": options.revision, "force": options.force}
         with busy(f"loading {name}"):
-            model, tokenizer = load(name, **how)
+            model, tokenizer = load(
+                name, revision=options.revision, force=options.force
+            )
         if options.prompt is not None:
             prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
-    else:
-        model, name = _synthetic(options)
     job = measure.Workload(
         prompts
         or measure.random_prompts(model, options.batch_size, options.prompt_tokens),
@@ -188,17 +190,23 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
     if roofline is not None:
         found["roofline"] = roofline
     if beside is not None:
-        from ..performance.beside import run_beside
-
-        with busy(f"timing {options.beside}"):
-            found["beside"] = {"model": options.beside} | run_beside(
-                beside,
-                options.prompt_tokens if options.prompt is None else options.prompt,
-                tokens=max(2, round(found["median"]["tokens"])),
-                trials=options.num_trials,
-                prefill_step_size=options.prefill_step_size,
-            )
+        tokens = max(2, round(found["median"]["tokens"]))
+        found["beside"] = _beside(beside, tokens, options)
     return found
+
+
+def _beside(folder: Path, tokens: int, options: SimpleNamespace) -> dict[str, Any]:
+    """Return what mlx-lm takes for as many tokens."""
+    from ..performance.beside import run_beside
+
+    with busy(f"timing {options.beside}"):
+        return {"model": options.beside} | run_beside(
+            folder,
+            options.prompt_tokens if options.prompt is None else options.prompt,
+            tokens=tokens,
+            trials=options.num_trials,
+            prefill_step_size=options.prefill_step_size,
+        )
 
 
 def _trials(model: "DiffusionGemma", job: "Workload", count: int) -> "list[Trial]":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 COUNT = click.IntRange(1)
+PROGRESS = "{}, steps {}: {:,} of {:,}"  # model, step cap, answers done, answers
 
 
 @click.command(cls=Command)
@@ -93,18 +94,16 @@ def main(
         score, check = (None, None) if scorer is None else load_scorer(scorer)
         if check is not None:
             check_rows(rows, check)
-        how: dict[str, Any] = {"scorer": score, "steps": caps}
-        how |= {"batch_size": batch_size, "seed": seed}
+        drawn: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
 
         def measure(label: str, adapter: str | None = None) -> "list[Result]":
             with busy(f"loading {model}") as say:
                 loaded, tokenizer = load(model, adapter, revision=revision, force=force)
                 if adapter_path is not None and adapter is None:
                     adapters.check(loaded, adapter_path)  # before the base is measured
-                progress = lambda steps, done, count: say(  # noqa: E731
-                    f"{label}, steps {steps}: {done:,} of {count:,}"
-                )
-                return evaluate(loaded, tokenizer, rows, progress=progress, **how)
+                how = {"scorer": score, "steps": caps} | drawn
+                how["progress"] = lambda *sizes: say(PROGRESS.format(label, *sizes))
+                return evaluate(loaded, tokenizer, rows, **how)
 
         results = {"base": measure("base")}
         if adapter_path is not None:  # the base is no longer in memory
@@ -119,8 +118,7 @@ def main(
             "data": data,
             "scorer": scorer,
             "count": len(rows),
-            "batch_size": batch_size,
-            "seed": seed,
+            **drawn,
             "results": {k: [asdict(r) for r in v] for k, v in results.items()},
         }
         click.echo(json.dumps(found, indent=2))
