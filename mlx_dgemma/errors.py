@@ -19,7 +19,11 @@ class DGemmaError(Exception):
 
 
 def shortened(line: str) -> str:
-    """Return the line, without its middle where it is too long to be read."""
+    """Return the line, without its middle where it is too long to be read.
+
+    Lone surrogates are escaped: no stream can print them.
+    """
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(line) <= LONGEST:
         return line
     return f"{line[: LONGEST - 200]} … {line[-200:]}"

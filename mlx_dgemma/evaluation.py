@@ -11,6 +11,7 @@ from .diffusion.engine import Engine
 from .diffusion.events import Commit
 from .errors import DataError, SettingsError, TokenizerError
 from .files.json import read_jsonl
+from .files.opening import open_regular, user_path
 from .model.language import DiffusionGemma
 from .settings import MAX_SEED, Settings, check_int
 from .text.chat import chat_ids
@@ -176,12 +177,16 @@ def load_scorer(text: str) -> tuple[Scorer, Check | None]:
     path, _, name = text.rpartition(":")
     if not path or not name.isidentifier():
         raise SettingsError(f"scorer is {text!r}; write it like FILE.py:function")
+    file = user_path(path)
     try:
-        names = runpy.run_path(path)
+        open_regular(file).close()  # a pipe would block
+        names = runpy.run_path(str(file))
     except OSError as error:
         raise SettingsError(f"scorer {path}: {error.strerror}") from None
     except SyntaxError as error:
         raise SettingsError(f"scorer {path}:{error.lineno}: {error.msg}") from None
+    except ValueError as error:  # of a NUL in the source too
+        raise SettingsError(f"scorer {path}: {error}") from None
     if not callable(names.get(name)):
         raise SettingsError(f"scorer {path}: has no function {name!r}")
     return names[name], names.get("check")
@@ -226,7 +231,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Raises DataError "file:line: reason" for the first broken row.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         path = path / "test.jsonl"
     rows = []

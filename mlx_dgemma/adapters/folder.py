@@ -11,6 +11,7 @@ from ..checkpoint.config import ModelConfig
 from ..errors import AdapterError, ConfigError, SettingsError
 from ..files.atomic import save_arrays, write_atomically, write_json
 from ..files.json import Keys, read_json
+from ..files.opening import user_path
 from ..files.safetensors import (
     Expected,
     TensorInfo,
@@ -91,7 +92,7 @@ def load(model: DiffusionGemma, folder: str | Path) -> None:
     The folder may be one that PEFT saved. Raises AdapterError when a tensor is missing,
     unexpected or of the wrong shape.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if peft.is_peft(folder):
         return peft.attach(model, peft.read(folder, model.config))
     lora = read_config(folder)
@@ -105,7 +106,7 @@ def load(model: DiffusionGemma, folder: str | Path) -> None:
 
 def check(model: DiffusionGemma, folder: str | Path) -> None:
     """Raise AdapterError when `load` would, as far as headers show."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if peft.is_peft(folder):
         peft.read(folder, model.config)
     else:

@@ -19,6 +19,7 @@ from ..checkpoint.plan import Blocks, Change, plan_conversion
 from ..checkpoint.weights import expected_shapes
 from ..errors import AdapterError
 from ..files.atomic import check_apart
+from ..files.opening import user_path
 from ..files.safetensors import TensorInfo, load_tensors
 from . import folder as adapters
 from . import peft
@@ -54,7 +55,7 @@ def fuse(
     Raises DGemmaError, one line, before anything is written; what fails later leaves
     nothing behind.
     """
-    target, folder = Path(save_path).expanduser(), Path(adapter_path).expanduser()
+    target, folder = user_path(save_path), user_path(adapter_path)
     layout = open_source(model, revision, target, overwrite)
     check_apart(folder, target, "the adapter")
     changes = read_changes(folder, layout.config)

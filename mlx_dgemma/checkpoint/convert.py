@@ -17,6 +17,7 @@ import mlx.core as mx
 from .. import backends
 from ..errors import ConversionError
 from ..files import atomic
+from ..files.opening import user_path
 from ..files.safetensors import count_nonfinite, shorten, write_file
 from ..text.tokenizer import Tokenizer
 from . import hub
@@ -99,7 +100,7 @@ def convert(
     Raises DGemmaError, one line, before anything is written; a conversion that
     fails later leaves nothing behind.
     """
-    target, base = Path(mlx_path).expanduser(), None
+    target, base = user_path(mlx_path), None
     if quantize and dequantize:
         raise ConversionError("--quantize and --dequantize exclude one another")
     _check_known("dtype", dtype or "float32", DTYPES)

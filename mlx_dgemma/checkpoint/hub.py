@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ..errors import HubError
+from ..files.opening import user_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -26,13 +27,13 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
             f"the model is {path_or_id!r}; give a folder, a hub id or a built-in name "
             f"({', '.join(built_in())})"
         )
-    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    name, path = str(path_or_id), user_path(path_or_id)
     try:
         if path.is_file():
             raise HubError(f"{path}: is a file; give the model's folder")
         local = path if path.is_dir() else None
     except OSError as error:
-        raise HubError(f"{name[:80]}: {error.strerror}") from None
+        raise HubError(f"{name}: {error.strerror}") from None
     if local is None and name in built_in():
         local = ASSETS / name
     if local is not None:

@@ -10,10 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files.opening import open_regular, read_regular
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 BLOCK = 2**22  # bytes read at a time
+MAX_SUMS = 2**24  # bytes
 
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all
 
@@ -61,9 +63,11 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
 def _read_sums(folder: Path) -> dict[str, str]:
     path, found = folder / SUMS, dict[str, str]()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise CheckpointError(f"{path}: cannot be read") from None
+        lines = read_regular(path, MAX_SUMS).decode("utf-8").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: is not UTF-8") from None
     for number, line in enumerate(lines, 1):
         if (match := LINE.fullmatch(line)) is None:
             raise CheckpointError(f"{path}:{number}: is no line of a sum and a name")
@@ -79,7 +83,7 @@ def _hub_sums(folder: Path) -> dict[str, str]:
 
 def _sum(path: Path, report: Callable[[int], None] = lambda size: None) -> str:
     digest = sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             report(len(block))

@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten
 from .. import __version__
 from ..errors import CheckpointError, SettingsError
 from ..files.atomic import save_arrays
+from ..files.opening import user_path
 from ..files.safetensors import (
     Expected,
     TensorInfo,
@@ -166,7 +167,7 @@ def save_prefix(path: str | Path, prefix: Prefix) -> None:
 
     Raises CheckpointError when nothing is encoded, or the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     prefix.claim()
     try:
         _save(path, prefix)
@@ -196,7 +197,7 @@ def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
 
     Raises CheckpointError for another model or layout, and for a damaged file.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     again = "delete it and save it again"

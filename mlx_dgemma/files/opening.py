@@ -1,10 +1,28 @@
-"""The one way to open a file of the user's or a stranger's for reading."""
+"""The one way to a file of the user's or a stranger's: its path, its bytes."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+from ..errors import SettingsError
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path as a user wrote it, `~` being the home of a user who is known.
+
+    Raises SettingsError for what no file can be called.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        path.lstat()
+    except ValueError:
+        raise SettingsError(f"{path}: no file can have this name") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SettingsError(f"{path}: {error.strerror}") from None
+    return path
 
 
 def open_regular(path: Path) -> BinaryIO:

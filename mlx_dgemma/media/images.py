@@ -211,8 +211,13 @@ def read_picture(source: Source, budget: ImageBudget) -> Picture:
             name, image = "data: URL", _open(_decode_url(source), "data: URL")
         case str() | Path():
             path, name = str(source), shown(source)
-            with open_file(source, MAX_BYTES) as file:
-                image = _open(file.read(MAX_BYTES + 1), name)  # it may have grown
+            try:
+                with open_file(source, MAX_BYTES) as file:
+                    data = file.read(MAX_BYTES + 1)  # it may have grown
+            except OSError as error:
+                why = f"cannot be read ({error.strerror})"
+                raise MediaError(f"{name}: {why}") from None
+            image = _open(data, name)
         case _:
             kind = type(source).__name__
             kinds = "a path, bytes, a data: URL or a PIL image"

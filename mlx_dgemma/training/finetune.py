@@ -11,6 +11,7 @@ from ..adapters.lora import LoRA
 from ..checkpoint import hub
 from ..checkpoint.generation_config import read_generation_config
 from ..errors import DataError, TrainingError
+from ..files.opening import user_path
 from ..loading import load, load_as_stored
 from ..text.tokenizer import Tokenizer
 from . import fit
@@ -103,7 +104,7 @@ def prepare(run: Run) -> Trainer:
     special = settings.allow_special
     reader = ExampleReader(tokenizer, length, ends, longest, size, special)
     valid = None
-    if settings.val_batches and (Path(run.data).expanduser() / FILES["valid"]).exists():
+    if settings.val_batches and (user_path(run.data) / FILES["valid"]).exists():
         valid = _read(reader, run, "valid")
     train, ranks = _read(reader, run, "train"), mx.distributed.init().size()
     job = Job(config, storage, settings, run.lora, run.num_layers)
@@ -113,7 +114,7 @@ def prepare(run: Run) -> Trainer:
     if run.resume:
         trainer.resume()
     elif run.resume_adapter_file is not None:
-        trainer.start_from(Path(run.resume_adapter_file).expanduser())
+        trainer.start_from(user_path(run.resume_adapter_file))
     return trainer
 
 
@@ -135,7 +136,7 @@ def measure(run: Run, batches: int = 500) -> tuple[float, float]:
 
 
 def _read(reader: ExampleReader, run: Run, part: str) -> Dataset:
-    folder = Path(run.data).expanduser()
+    folder = user_path(run.data)
     if folder.is_file():
         raise DataError(
             f"{folder}: is a file; give the folder that holds {FILES[part]}"

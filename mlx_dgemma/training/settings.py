@@ -7,6 +7,7 @@ from typing import Any
 
 from ..adapters.lora import LoRA
 from ..errors import SettingsError
+from ..files.opening import user_path
 
 COUNT = (1, math.inf)
 WHOLE = {  # least and most of whole numbers
@@ -138,4 +139,4 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter_path).expanduser()
+        return user_path(self.adapter_path)

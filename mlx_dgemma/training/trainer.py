@@ -28,7 +28,13 @@ from ..errors import (
     TrainingError,
 )
 from ..files.atomic import LOCK, locked, save_arrays
-from ..files.safetensors import Expected, check_tensors, checksum, read_header
+from ..files.safetensors import (
+    Expected,
+    check_tensors,
+    checksum,
+    load_tensors,
+    read_header,
+)
 from ..model.language import DiffusionGemma
 from .batches import Batches
 from .data import Dataset
@@ -130,8 +136,8 @@ class Trainer:
 
     def start_from(self, path: Path) -> None:
         """Start from trained weights, with a fresh optimizer."""
-        adapters.check_weights(self.model, self.run.lora, path)
-        arrays: Any = mx.load(str(path))
+        infos = adapters.check_weights(self.model, self.run.lora, path)
+        arrays = load_tensors(infos)
         if unknown := sorted(set(arrays) - set(adapters.trained(self.model))):
             raise AdapterError(f"{path}: {unknown[0]} is not trained here")
         self.weights.replace(arrays)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
-from ..files.opening import read_regular
+from ..files.opening import read_regular, user_path
 
 MAX_YAML = 2**20  # bytes
 # what its constructors raise
@@ -22,7 +22,7 @@ def flags(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     """
     import yaml
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         document = yaml.safe_load(read_regular(path, MAX_YAML).decode("utf-8-sig"))
     except OSError as error:

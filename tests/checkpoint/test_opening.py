@@ -5,11 +5,13 @@ import os
 import pytest
 from checkpoint.folders import copied, listing, refusal
 
-from mlx_dgemma import convert, load
+from mlx_dgemma import Conversation, convert, load
 from mlx_dgemma.adapters import folder as adapters
+from mlx_dgemma.checkpoint.sums import verify
 from mlx_dgemma.errors import DGemmaError
-from mlx_dgemma.evaluation import read_rows
+from mlx_dgemma.evaluation import load_scorer, read_rows
 from mlx_dgemma.files import json as reading
+from mlx_dgemma.media.images import ImageBudget, read_picture
 from mlx_dgemma.training.record import read
 from mlx_dgemma.training.yaml import flags
 
@@ -35,12 +37,38 @@ def test_a_pipe_or_device_in_a_model_folder_is_refused_at_once(
 
 
 def test_a_pipe_instead_of_rows_flags_or_a_log_is_refused(tmp_path):
-    path = tmp_path / "pipe.jsonl"
+    path = tmp_path / "SHA256SUMS"
     os.mkfifo(path)
-    for opened in (read_rows, lambda p: flags(p, ()), read):
+    scorer = lambda p: load_scorer(f"{p}:score")  # noqa: E731
+    sums = lambda p: verify(p.parent)  # noqa: E731
+    for opened in (read_rows, lambda p: flags(p, ()), read, scorer, sums):
         assert "no ordinary file" in refusal(lambda opened=opened: opened(path))
     (tmp_path / "adapter_config.json").symlink_to("/dev/zero")
     assert "no ordinary file" in refusal(lambda: adapters.read_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "a" * 5000, "\ud800"], ids=["NUL", "long", "half"]
+)
+def test_a_path_that_no_file_can_have_is_refused(tiny, tmp_path, name):
+    for call in (
+        load,
+        read_rows,
+        Conversation(*load(tiny)).save,
+        lambda p: load(tiny, adapter_path=p),
+        lambda p: convert(p, tmp_path / "out"),
+        lambda p: convert(tiny, p),
+        lambda p: read_picture(p, ImageBudget()),
+        lambda p: flags(p, ()),
+    ):
+        refusal(lambda call=call: call(name)).encode()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux only")
+def test_a_picture_whose_disk_fails_is_refused():
+    said = refusal(lambda: read_picture("/proc/self/mem", ImageBudget()))
+    assert "cannot be read (Input/output error)" in said
 
 
 def test_lines_and_files_have_a_longest(tmp_path, monkeypatch):
