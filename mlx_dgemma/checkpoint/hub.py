@@ -1,6 +1,8 @@
 """From what a user types to a folder of files: built-in name, path or hub id."""
 
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 from ..errors import HubError
@@ -8,6 +10,7 @@ from ..files.opening import user_path
 
 ASSETS = Path(__file__).parent.parent / "assets"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COPIES = ["*/*"]  # in other formats
 WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE", "NOTICE"]
 
 
@@ -53,26 +56,44 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     # imported here: 0.3 s that a local model need not pay
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import httpx
 
     try:
+        _announce(name, revision)
         folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=WANTED,
-            ignore_patterns=["*/*"],  # copies in other formats
+            name, revision=revision, allow_patterns=WANTED, ignore_patterns=COPIES
         )
         return Path(folder)
     except LocalEntryNotFoundError:
-        raise HubError(
-            f"{name}: not downloaded before, and the hub cannot be reached"
-        ) from None
+        why = "the hub cannot be reached"
+        if is_offline_mode():
+            why = "--offline or HF_HUB_OFFLINE is on"
+        raise HubError(f"{name}: not downloaded before, and {why}") from None
     except HFValidationError as error:
         raise HubError(f"{name}: neither a folder nor a hub id ({error})") from None
     except (httpx.HTTPError, OSError) as error:
         raise HubError(f"{name}: the hub refused ({_first_line(error)})") from None
+
+
+def _announce(name: str, revision: str | None) -> None:
+    """Say on stderr what will be fetched, where the hub will draw its bars."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import filter_repo_objects, httpx
+
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except (OfflineModeIsEnabled, httpx.TransportError):
+        return  # what was downloaded before will do
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=COPIES)
+    known = partial(try_to_load_from_cache, name, revision=info.sha)
+    if missing := [file for file in wanted if not isinstance(known(file), str)]:
+        size = sum(files[file] for file in missing) / 1e9
+        what = f"{len(missing)} files of {size:.1f} GB come from the hub"
+        print(f"{name} is no folder here: {what}", file=sys.stderr)
 
 
 def upload(folder: Path, repo: str) -> None:

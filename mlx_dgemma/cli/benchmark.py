@@ -14,8 +14,8 @@ from .common import (
     busy,
     common_options,
     force_option,
+    hub_options,
     one_line_errors,
-    revision_option,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def count(*names: str, default: int, help: str):
 @count("--prefill-step-size", default=2048, help="Prompt tokens encoded at a time.")
 @click.option("--roofline", is_flag=True, help="How far a step is from its floor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@revision_option
+@hub_options
 @force_option
 @common_options
 def main(debug: bool, **given: Any) -> None:

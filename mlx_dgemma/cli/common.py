@@ -66,6 +66,11 @@ def _remember_backend(
     context.meta[BACKEND] = name
 
 
+def _go_offline(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when imported
+
+
 def _json_object(
     context: click.Context, option: click.Parameter, text: str | None
 ) -> dict[str, Any] | None:
@@ -80,7 +85,16 @@ def _json_object(
 
 MODEL_HELP = f"Model folder, hub id or built-in name ({', '.join(built_in())})."
 model_option = click.option("--model", required=True, help=MODEL_HELP)
-revision_option = click.option("--revision", help="Branch, tag or commit of a hub id.")
+hub_options = options(
+    click.option("--revision", help="Branch, tag or commit of a hub id."),
+    click.option(
+        "--offline",
+        is_flag=True,
+        expose_value=False,
+        callback=_go_offline,
+        help="Fetch nothing.  [env: HF_HUB_OFFLINE]",
+    ),
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(["cpu", "metal", "cuda"]),
@@ -157,7 +171,7 @@ def generation_options(max_tokens: int | None = None) -> Any:
             show_default=True,
             help="Prompt tokens encoded at a time.",
         ),
-        revision_option,
+        hub_options,
         force_option,
     )
 

@@ -13,9 +13,9 @@ from .common import (
     MODEL_HELP,
     Command,
     common_options,
+    hub_options,
     is_terminal,
     one_line_errors,
-    revision_option,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ upload_option = click.option(
     help="Type of what stays dense.  [default: the checkpoint's]",
 )
 @click.option("-d", "--dequantize", is_flag=True, help="Make quantised layers dense.")
-@revision_option
+@hub_options
 @upload_option
 @click.option("--overwrite", is_flag=True, help="Replace a model at --mlx-path.")
 @click.option("--verify", help="Check the SHA-256 of a folder or download instead.")

@@ -12,9 +12,9 @@ from .common import (
     busy,
     common_options,
     force_option,
+    hub_options,
     model_option,
     one_line_errors,
-    revision_option,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ PROGRESS = "{}, steps {}: {:,} of {:,}"  # model, step cap, answers done, answer
     help="Row n: seed + n.  [default: 0]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@revision_option
+@hub_options
 @force_option
 @common_options
 def main(

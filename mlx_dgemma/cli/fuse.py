@@ -7,9 +7,9 @@ import click
 from .common import (
     Command,
     common_options,
+    hub_options,
     model_option,
     one_line_errors,
-    revision_option,
 )
 from .convert import print_summary, show_progress, upload_option
 
@@ -32,7 +32,7 @@ from .convert import print_summary, show_progress, upload_option
     is_flag=True,
     help="Make quantised layers dense.",
 )
-@revision_option
+@hub_options
 @upload_option
 @click.option("--overwrite", is_flag=True, help="Replace a model at --save-path.")
 @common_options

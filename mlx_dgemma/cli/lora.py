@@ -18,6 +18,7 @@ from .common import (
     backend_option,
     busy,
     debug_option,
+    hub_options,
     is_terminal,
     one_line_errors,
     version_option,
@@ -91,7 +92,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, default=0)
 @click.option("-c", "--config", type=click.Path(), help="YAML of these flags.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@hub_options
 @backend_option
 @debug_option
 @version_option
