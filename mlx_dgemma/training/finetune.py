@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters.folder import WEIGHTS
+from ..adapters.folder import CONFIG, WEIGHTS
 from ..adapters.lora import LoRA
 from ..checkpoint import hub
 from ..checkpoint.generation_config import read_generation_config
@@ -19,9 +19,9 @@ from .batches import Batches
 from .data import FILES, Dataset, ExampleReader
 from .memory import Job, read_shape
 from .objective import mean_losses
-from .record import Event, Validated
+from .record import Event, Validated, read
 from .settings import Run, TrainSettings
-from .trainer import STATE, Trainer
+from .trainer import LOG, PICTURE, STATE, Trainer
 
 USUAL_LORA, USUAL_SETTINGS = LoRA(), TrainSettings()
 
@@ -88,14 +88,8 @@ def prepare(run: Run) -> Trainer:
     """
     if run.resume and run.resume_adapter_file is not None:
         raise TrainingError("--resume and --resume-adapter-file exclude one another")
-    if not run.resume and (run.folder / STATE).exists():
-        raise TrainingError(
-            f"{run.folder}: holds a run already; add --resume, or choose another "
-            "--adapter-path"
-        )
-    if not run.resume and (run.folder / WEIGHTS).exists():
-        why = "holds an adapter already; choose another --adapter-path"
-        raise TrainingError(f"{run.folder}: {why}")
+    if not run.resume:
+        _check_unused(run.folder)
     settings, source = run.settings, hub.resolve(run.model, run.revision)
     config, storage = read_shape(source, None)
     ends = read_generation_config(config, source).eos
@@ -116,6 +110,24 @@ def prepare(run: Run) -> Trainer:
     elif run.resume_adapter_file is not None:
         trainer.start_from(user_path(run.resume_adapter_file))
     return trainer
+
+
+def _check_unused(folder: Path) -> None:
+    """Refuse a folder with a file that the run would replace, or mix with its own.
+
+    The log of a run that was killed before its first save may go.
+    """
+    if (folder / STATE).exists():
+        raise TrainingError(
+            f"{folder}: holds a run already; add --resume, or choose another "
+            "--adapter-path"
+        )
+    found = [name for name in (WEIGHTS, CONFIG, PICTURE) if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob(f"*_{WEIGHTS}"))
+    if found:
+        why = "is there already; choose another --adapter-path"
+        raise TrainingError(f"{folder / found[0]}: {why}")
+    read(folder / LOG)  # raises TrainingError for one of anything else
 
 
 def measure(run: Run, batches: int = 500) -> tuple[float, float]:

@@ -325,8 +325,17 @@ def test_resuming_needs_the_same_run_and_no_run_is_written_over(begin, tiny, tmp
     ):
         change()
         refused(message, iters=2)
-    state.unlink()  # the adapter alone is not written over either
-    refused("holds an adapter already", resume=False)
+    state.unlink()  # nor is any other file of an adapter or a user written over
+    for name in (
+        *("adapters.safetensors", "adapter_config.json", "loss.png"),
+        *("0000002_adapters.safetensors", "log.jsonl"),
+    ):
+        folder = tmp_path / f"kept {name}"
+        folder.mkdir()
+        (folder / name).write_text("kept\n")
+        with pytest.raises(TrainingError, match=name):
+            begin(folder.name)
+        assert (folder / name).read_text() == "kept\n"
 
 
 def test_two_runs_do_not_write_to_one_folder(begin):
