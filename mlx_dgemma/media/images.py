@@ -59,7 +59,8 @@ OTHERS |= {rb"....ftyp(?:hei[cx]|mif1|msf1)": "HEIF"}
 FILL, SCAN_END = re.compile(rb"\xff+"), re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # What Pillow raises for broken files; Warning: under python -W error.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
-BROKEN += (EOFError, struct.error, zlib.error, Image.DecompressionBombError, Warning)
+BROKEN += (EOFError, RuntimeError, struct.error, zlib.error, Warning)
+BROKEN += (Image.DecompressionBombError,)
 SCHEME = re.compile(r"(?:data|https?|file|ftp):|[a-z][a-z\d+.-]*:(?=//)", re.I)
 UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
