@@ -153,10 +153,9 @@ def _measure(options: SimpleNamespace) -> dict[str, Any]:
         model, name = _synthetic(options)
     else:
         name = options.model
+        folder = hub.resolve(name, options.revision)
         with busy(f"loading {name}"):
-            model, tokenizer = load(
-                name, revision=options.revision, force=options.force
-            )
+            model, tokenizer = load(folder, force=options.force)
         if options.prompt is not None:
             prompts = [chat_ids(tokenizer, options.prompt)] * options.batch_size
     job = measure.Workload(

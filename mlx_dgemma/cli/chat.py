@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..checkpoint.hub import resolve
 from .common import (
     INTERRUPTED,
     Command,
@@ -58,9 +59,9 @@ def main(
         from .chat_loop import Chat
 
         lines, interactive = open_input()
+        folder = resolve(model, revision)
         with busy(f"loading {model}", shown=interactive):
-            how = {"revision": revision, "force": force}
-            loaded, tokenizer = load(model, adapter_path, **how)
+            loaded, tokenizer = load(folder, adapter_path, force=force)
         conversation = Conversation(loaded, tokenizer, **options)
         if prompt_cache_file is not None and os.path.exists(prompt_cache_file):
             conversation.load(prompt_cache_file)

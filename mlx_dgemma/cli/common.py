@@ -220,7 +220,8 @@ def _print_warnings_once() -> None:
         text = one_line(str(message))
         if text not in shown:
             shown.add(text)
-            click.echo("warning: " + text, err=True)
+            # not click.echo, which writes into the line of a spinner
+            print("warning: " + text, file=sys.stderr)
 
     warnings.showwarning = show
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checkpoint.hub import resolve
 from .common import (
     Command,
     busy,
@@ -94,11 +95,12 @@ def main(
         score, check = (None, None) if scorer is None else load_scorer(scorer)
         if check is not None:
             check_rows(rows, check)
+        folder = resolve(model, revision)
         drawn: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
 
         def measure(label: str, adapter: str | None = None) -> "list[Result]":
             with busy(f"loading {model}") as say:
-                loaded, tokenizer = load(model, adapter, revision=revision, force=force)
+                loaded, tokenizer = load(folder, adapter, force=force)
                 if adapter_path is not None and adapter is None:
                     adapters.check(loaded, adapter_path)  # before the base is measured
                 how = {"scorer": score, "steps": caps} | drawn

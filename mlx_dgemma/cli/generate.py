@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ..checkpoint.hub import resolve
 from ..errors import SettingsError
 from .common import (
     INTERRUPTED,
@@ -56,9 +57,9 @@ def main(
         from ..loading import load
         from .render import AnswerView
 
+        folder = resolve(model, revision)
         with busy(f"loading {model}"):
-            how = {"revision": revision, "force": force}
-            loaded, tokenizer = load(model, adapter_path, **how)
+            loaded, tokenizer = load(folder, adapter_path, force=force)
         report, commit = Report(), None
         with AnswerView(tokenizer, show) as view:
             options["prompt_progress_callback"] = view.prefilled

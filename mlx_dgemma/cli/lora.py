@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ..checkpoint.hub import resolve
 from .common import (
     INTERRUPTED,
     MODEL_HELP,
@@ -176,6 +177,7 @@ def _train(run: "Run") -> None:
     from ..training.finetune import prepare
     from ..training.record import Saved
 
+    resolve(run.model, run.revision)
     with busy(f"loading {run.model}"):
         trainer = prepare(run)
     iters, data, speaks = run.settings.iters, trainer.train, trainer.rank == 0
@@ -197,11 +199,9 @@ def _train(run: "Run") -> None:
             err=True,
         )
     if trainer.done < iters:
-        click.echo(
-            f"stopped after iteration {trainer.done}, saved in {trainer.folder}; "
-            "--resume goes on",
-            err=True,
-        )
+        kept = f"saved in {trainer.folder}; --resume goes on"
+        kept = kept if trainer.done else "nothing is saved"
+        click.echo(f"stopped after iteration {trainer.done}, {kept}", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -212,7 +212,8 @@ def _interruptible(trainer: "Trainer") -> Iterator[None]:
     def on_signal(number: int, frame: Any) -> None:
         trainer.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("saving after this update; again to leave at once", err=True)
+        # not click.echo, which writes into the line of the bar
+        print("saving after this update; again to leave at once", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:
@@ -223,7 +224,7 @@ def _interruptible(trainer: "Trainer") -> Iterator[None]:
 
 @contextmanager
 def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
-    """A bar with the time left on a terminal; else a line for each event."""
+    """A line for each event, and below them on a terminal a bar with the time left."""
     total, done, began = trainer.settings.iters, trainer.done, time.monotonic()
 
     def say(event: "Trained | Validated") -> None:
@@ -238,18 +239,16 @@ def _progress(trainer: "Trainer") -> Iterator[Callable[[Any], None]]:
     from rich.console import Console
 
     columns = (
+        progress.SpinnerColumn(),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.description}"),
     )
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     with progress.Progress(*columns, console=console, speed_estimate_period=600) as bar:
-        task = bar.add_task("first update", total=total, completed=done)
+        task = bar.add_task("", total=total, completed=done)
         trainer.on_update = lambda done: bar.update(task, completed=done)
-        yield lambda event: bar.update(
-            task, completed=event.iteration, description=_words(event)
-        )
+        yield lambda event: console.print(_words(event))
 
 
 def _words(event: "Trained | Validated") -> str:

@@ -162,4 +162,4 @@ if __name__ == "__main__":
     from mlx_dgemma.cli.chat import main
 
     install(sys.argv[1], pause=float(sys.argv[2]), held=int(sys.argv[1] == "held"))
-    main([*sys.argv[3:], "--model", "scripted"])
+    main([*sys.argv[3:], "--model", "sudoku4"])

@@ -19,7 +19,9 @@ from mlx_dgemma.cli.chat import MAX_TOKENS, main
 
 
 def run(typed, *args):
-    return CliRunner().invoke(main, ["--model", "m", *map(str, args)], input=typed)
+    return CliRunner().invoke(
+        main, ["--model", "sudoku4", *map(str, args)], input=typed
+    )
 
 
 @pytest.fixture

@@ -118,13 +118,13 @@ def test_flag_arrives_as_its_setting_and_nothing_else_changes(monkeypatch):
 
     monkeypatch.setattr(generation, "stream_generate", record)
     monkeypatch.setattr(loading, "load", lambda *a, **k: (None, None))
-    assert run("--model", "m", "--prompt", "p").exit_code == 0
+    assert run("--model", "sudoku4", "--prompt", "p").exit_code == 0
     unset = record.asked
     assert callable(unset.pop("prompt_progress_callback"))
     assert unset["prefill_step_size"] == generation.PREFILL_STEP
     assert {unset[name] for name in ("steps", "max_tokens", "seed")} == {None}
     for flags, changed in FLAGS.items():
-        assert run("--model", "m", "--prompt", "p", *flags.split()).exit_code == 0
+        assert run("--model", "sudoku4", "--prompt", "p", *flags.split()).exit_code == 0
         del record.asked["prompt_progress_callback"]
         assert record.asked == {**unset, **changed} != unset, flags
 
@@ -201,14 +201,14 @@ def test_failure_is_one_line_and_debug_shows_where(monkeypatch, raised, error):
         raise raised
 
     monkeypatch.setattr(loading, "load", fail)
-    result = run("--model", "m", "--prompt", "1")
+    result = run("--model", "sudoku4", "--prompt", "1")
     (line,) = result.stderr.splitlines()
     if isinstance(raised, KeyboardInterrupt):
         assert (result.exit_code, line) == (130, "interrupted")
     else:
         assert result.exit_code == 1
         assert line.startswith("error: ") and error in line
-        assert run("--model", "m", "--prompt", "1", "--debug").exception is raised
+        assert run("--model", "sudoku4", "--prompt", "1", "--debug").exception is raised
 
 
 # ------------------------------------------------------- processes and terminals

@@ -1,12 +1,14 @@
 """`mlx_dgemma.lora`: flags and YAML to a run, what it prints, what it refuses."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from terminal import Terminal, python
 
 from mlx_dgemma import LoRA, TrainSettings, convert, load
 from mlx_dgemma.adapters.lora import TARGETS
@@ -206,3 +208,16 @@ def test_estimate_needs_neither_data_nor_files():
     result = run("--estimate", "--model", "26b-4bit", "--grad-checkpoint")
     assert result.exit_code == 0 and "together" in result.stdout
     assert "Mac of 48 GB (38.7 for one process): fits" in result.stdout
+
+
+@pytest.mark.slow
+def test_in_a_terminal_no_line_is_written_into_the_bar(tiny, data, tmp_path):
+    given = [*TRAIN, "--model", tiny, "--data", data, "--iters", "5000", "--rank", "2"]
+    given += ["--steps-per-report", "2", "--adapter-path", tmp_path / "a"]
+    terminal = Terminal(python("-m", "mlx_dgemma.lora", *map(str, given)))
+    assert terminal.until("iteration 4").type("\x03").code == 130
+    lines = [line.rstrip() for line in terminal.screen().lines()]
+    assert "saving after this update; again to leave at once" in lines
+    assert any(line.startswith("iteration 2: train denoising") for line in lines)
+    assert sum("/5000" in line for line in lines) == 1, "one bar, with the time left"
+    assert re.search(r"\nstopped after iteration \d+, saved in .*", terminal.sent)
