@@ -1,7 +1,6 @@
 """`mlx_dgemma.lora`: flags and YAML to a run, what it prints, what it refuses."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -218,6 +217,6 @@ def test_in_a_terminal_no_line_is_written_into_the_bar(tiny, data, tmp_path):
     assert terminal.until("iteration 4").type("\x03").code == 130
     lines = [line.rstrip() for line in terminal.screen().lines()]
     assert "saving after this update; again to leave at once" in lines
-    assert any(line.startswith("iteration 2: train denoising") for line in lines)
+    for start in ("iteration 2: train denoising", "stopped after iteration"):
+        assert any(line.startswith(start) for line in lines), start
     assert sum("/5000" in line for line in lines) == 1, "one bar, with the time left"
-    assert re.search(r"\nstopped after iteration \d+, saved in .*", terminal.sent)
