@@ -11,6 +11,7 @@ from ..errors import ConfigError, DataError
 from .opening import open_regular, read_regular
 
 MAX_JSON_BYTES = 64 * 2**20  # a weight index of a large model is a few MB
+MAX_LINE_BYTES = 8 * 2**20  # of one row: the longest context is a few MB of text
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -75,10 +76,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open_regular(path) as file:
             number = 0
-            while line := file.readline(MAX_JSON_BYTES + 1):
+            while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MAX_JSON_BYTES:
-                    raise DataError(f"{path}:{number}: is longer than 64 MB")
+                if len(line) > MAX_LINE_BYTES:
+                    size = f"{MAX_LINE_BYTES // 2**20} MB"
+                    raise DataError(f"{path}:{number}: is longer than {size}")
                 if line.strip():
                     yield number, line
     except FileNotFoundError:

@@ -72,7 +72,7 @@ def test_a_picture_whose_disk_fails_is_refused():
 
 
 def test_lines_and_files_have_a_longest(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_JSON_BYTES", 2**20)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "a.jsonl"
     path.write_text("{}" + " " * 2**20)
     assert "a.jsonl:1: is longer than" in refusal(lambda: read_rows(path))
