@@ -30,6 +30,7 @@ HEADS = {
     "num_key_value_heads": 4,
     "num_global_key_value_heads": 1,
     "sliding_window": 1024,
+    "max_position_embeddings": 131_072,
 }
 VOCABULARY = HEADS | {  # the release's vocabulary and canvas on a small body
     "vocab_size": 262_144,
@@ -219,6 +220,7 @@ def compare(
         pipes[engine], far = context.Pipe()
         how = (far, engine, str(path), prompt, options.steps)
         context.Process(target=_serve, args=how, daemon=True).start()
+        far.close()  # so that `recv` ends if the process does
     for repeat in range(-options.warmup, options.repeats):
         for engine, pipe in pipes.items():
             pipe.send(True)
