@@ -21,7 +21,6 @@ from .training.data import conversation, options_of
 BATCH_SIZE = 50
 Progress = Callable[[int, int, int], None]  # steps allowed, answers done, answers
 Scorer = Callable[[str, str, str], Mapping[str, float]]  # prompt, answer, expected
-Check = Callable[[str, str], object]  # prompt, expected; raises ValueError
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,11 @@ def _mean_scores(scorer: Scorer, pairs: Sequence[tuple[Row, str]]) -> dict[str, 
     return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 
-def load_scorer(text: str) -> tuple[Scorer, Check | None]:
-    """Return the function that "FILE.py:function" names, and the file's `check`.
+def load_scorer(text: str, rows: Sequence[Row]) -> Scorer:
+    """Return the function that "FILE.py:function" names.
 
-    Raises SettingsError for a file or a function that is not there.
+    Raises SettingsError for a file or a function that is not there, and DataError
+    naming the first row for which the file's `check` raises ValueError.
     """
     path, _, name = text.rpartition(":")
     if not path or not name.isidentifier():
@@ -189,16 +189,12 @@ def load_scorer(text: str) -> tuple[Scorer, Check | None]:
         raise SettingsError(f"scorer {path}: {error}") from None
     if not callable(names.get(name)):
         raise SettingsError(f"scorer {path}: has no function {name!r}")
-    return names[name], names.get("check")
-
-
-def check_rows(rows: Sequence[Row], check: Check) -> None:
-    """Raise DataError naming the first row that `check` refuses with ValueError."""
-    for row in rows:
+    for row in rows if "check" in names else ():
         try:
-            check(row.question, row.answer)
+            names["check"](row.question, row.answer)
         except ValueError as error:
             raise DataError(f"{row.where}: {error}") from None
+    return names[name]
 
 
 def table(results: Mapping[str, Sequence[Result]]) -> list[str]:

@@ -10,7 +10,6 @@ from mlx_dgemma.errors import DataError, SettingsError
 from mlx_dgemma.evaluation import (
     Result,
     Row,
-    check_rows,
     evaluate,
     load_scorer,
     read_rows,
@@ -144,16 +143,18 @@ def test_errors_of_a_scorer_name_the_row(tiny_model):
     rows[1] = replace(rows[1], answer="c")
     with pytest.raises(SettingsError, match=r"data\.jsonl:2: the scorer returned c"):
         evaluate(*tiny_model, rows, scorer=strict, steps=[1])
-    with pytest.raises(DataError, match=r"data\.jsonl:3: no puzzle"):
-        check_rows(rows, lambda prompt, expected: strict(prompt, "", expected))
 
 
 def test_scorer_is_loaded_from_a_file(tmp_path):
     file = tmp_path / "score.py"
-    for more, check in (("check = max\n", max), ("", None)):
-        file.write_text("def length(p, a, e): return {'length': 2}\n" + more)
-        scorer, found = load_scorer(f"{file}:length")
-        assert scorer("", "", "") == {"length": 2} and found is check
+    rows = [Row("1", "12", where="data.jsonl:1"), Row("1", "x", where="data.jsonl:2")]
+    file.write_text("def length(p, a, e): return {'length': 2}\n")
+    assert load_scorer(f"{file}:length", rows)("", "", "") == {"length": 2}
+    with file.open("a") as more:
+        more.write("def check(prompt, expected): int(expected)\n")
+    assert load_scorer(f"{file}:length", rows[:1])("", "", "") == {"length": 2}
+    with pytest.raises(DataError, match=r"data\.jsonl:2: invalid literal"):
+        load_scorer(f"{file}:length", rows)
     (tmp_path / "broken.py").write_text("def\n")
     for text, message in (
         ("score.py", r"scorer is 'score\.py'; write it like FILE\.py:function"),
@@ -163,7 +164,7 @@ def test_scorer_is_loaded_from_a_file(tmp_path):
         (f"{tmp_path}/broken.py:length", r"broken\.py:1: invalid syntax"),
     ):
         with pytest.raises(SettingsError, match=message):
-            load_scorer(text)
+            load_scorer(text, [])
 
 
 # The table

@@ -36,7 +36,7 @@ IGNORED_KEYS = frozenset(
 )
 
 
-_WARNED: dict[Any, Any] = {}
+_WARNED: dict[Any, Any] = {}  # in which `warnings` keeps what it has shown
 
 
 class UnknownKeyWarning(UserWarning):

@@ -137,7 +137,7 @@ class Chat:
                 seed=self.seed,
                 prompt_progress_callback=view.prefilled,
             )
-            with closing(events), suppress_first(view):
+            with closing(events), ending_prefill(view):
                 for event in view.follow(events):
                     report.add(event)
                     if isinstance(event, Commit):
@@ -164,7 +164,7 @@ class Chat:
 
 
 @contextmanager
-def suppress_first(view: AnswerView) -> Iterator[None]:
+def ending_prefill(view: AnswerView) -> Iterator[None]:
     """Go on after the KeyboardInterrupt with which a first Ctrl-C ends a prefill."""
     try:
         yield

@@ -86,26 +86,24 @@ def main(
     """
     with one_line_errors(debug):
         from ..adapters import folder as adapters
-        from ..evaluation import check_rows, evaluate, load_scorer, read_rows, table
+        from ..evaluation import evaluate, load_scorer, read_rows, table
         from ..loading import load
         from ..performance.measure import machine
 
         caps = _step_caps(steps)
         rows = read_rows(data)[:count]
-        score, check = (None, None) if scorer is None else load_scorer(scorer)
-        if check is not None:
-            check_rows(rows, check)
+        score = None if scorer is None else load_scorer(scorer, rows)
         folder = resolve(model, revision)
-        drawn: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+        options |= {"scorer": score, "steps": caps}
 
         def measure(label: str, adapter: str | None = None) -> "list[Result]":
             with busy(f"loading {model}") as say:
                 loaded, tokenizer = load(folder, adapter, force=force)
                 if adapter_path is not None and adapter is None:
                     adapters.check(loaded, adapter_path)  # before the base is measured
-                how = {"scorer": score, "steps": caps} | drawn
-                how["progress"] = lambda *sizes: say(PROGRESS.format(label, *sizes))
-                return evaluate(loaded, tokenizer, rows, **how)
+                progress = lambda *sizes: say(PROGRESS.format(label, *sizes))  # noqa: E731
+                return evaluate(loaded, tokenizer, rows, progress=progress, **options)
 
         results = {"base": measure("base")}
         if adapter_path is not None:  # the base is no longer in memory
@@ -120,7 +118,8 @@ def main(
             "data": data,
             "scorer": scorer,
             "count": len(rows),
-            **drawn,
+            "batch_size": batch_size,
+            "seed": seed,
             "results": {k: [asdict(r) for r in v] for k, v in results.items()},
         }
         click.echo(json.dumps(found, indent=2))

@@ -32,7 +32,7 @@ from ..files.safetensors import (
     TensorInfo,
     check_tensors,
     checksum,
-    read_header,
+    load_file,
 )
 from ..model.cache import LayerKV, PrefixCache, Snapshot
 from ..model.language import DiffusionGemma
@@ -202,12 +202,10 @@ def load_prefix(path: str | Path, model: DiffusionGemma) -> Prefix:
         raise CheckpointError(f"{path}: no such file")
     again = "delete it and save it again"
     try:
-        header = read_header(path)
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (CheckpointError, RuntimeError, ValueError):
+        header, arrays, metadata = load_file(path)
+    except CheckpointError:
         wrong = "damaged, or not a safetensors file"
         raise CheckpointError(f"{path}: {wrong}; {again}") from None
-    arrays, metadata = loaded
     if metadata.get("kind") != KIND:
         raise CheckpointError(f"{path}: not a prompt cache; give another file")
     if (layout := metadata.get("layout")) != LAYOUT:

@@ -198,6 +198,21 @@ def load_tensors(infos: Mapping[Key, TensorInfo]) -> dict[Key, mx.array]:
     return {key: files[info.file][info.name] for key, info in infos.items()}
 
 
+def load_file(
+    path: Path,
+) -> tuple[dict[str, TensorInfo], dict[str, mx.array], dict[str, str]]:
+    """Return the tensors in a file from its checked header, as arrays, and metadata.
+
+    Raises CheckpointError.
+    """
+    infos = read_header(path)
+    try:
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    return infos, *loaded
+
+
 def checksum(arrays: dict[str, mx.array]) -> str:
     """Return a hash of names, types, shapes and every bit of arrays.
 

@@ -1,5 +1,6 @@
 """Prompts of every shape to token ids and the sources of their images."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -15,7 +16,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {"developer": "system", "model": "assistant"}
-# noncharacters of Unicode, of which a text holds none
+# noncharacters of Unicode, which hardly any text holds
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDEF)]
 PLACE = chr(0xFDEF)  # stands around the place of a WrittenText
 TURN = "<|turn>"  # starts a turn in Gemma's template
@@ -168,13 +169,8 @@ def render_chat(
     can_think = "enable_thinking" in known or not thinking
     require(can_think, "the chat template has no switch for thinking")
     mark, chat = None, list(messages)
-    try:
-        spelled = tokenizer.spells_special([chat, functions])
-    except RecursionError:
-        raise SettingsError("the messages are nested too deeply") from None
-    if spelled and not allow_special:
-        mark = next(m for m in MARKS if m not in repr([chat, functions]))
-        chat, functions = tokenizer.mark_special([chat, functions], mark)
+    if not allow_special:
+        (chat, functions), mark = mark_special(tokenizer, [chat, functions])
     text = tokenizer.apply_chat_template(
         chat,
         tools=functions or None,
@@ -185,6 +181,21 @@ def render_chat(
     )
     assert isinstance(text, str)
     return text, mark
+
+
+def mark_special(tokenizer: "Tokenizer", value: Any) -> tuple[Any, str | None]:
+    """Return a JSON value with a mark in each special token it spells, and the mark.
+
+    None in place of the mark: it spells none. The mark is a character that no text of
+    the value holds.
+    """
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
+        mark = next(one for one in MARKS if one not in written)
+        marked = tokenizer.mark_special(value, mark)
+    except (RecursionError, ValueError):  # ValueError: a value that holds itself
+        raise SettingsError("the messages are nested too deeply") from None
+    return (value, None) if marked == value else (marked, mark)
 
 
 def is_rendered(tokenizer: "Tokenizer", prompt: str) -> bool:

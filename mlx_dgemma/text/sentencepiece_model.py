@@ -1,7 +1,7 @@
 """A sentencepiece `tokenizer.model`, for checkpoints without tokenizer.json."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -31,17 +31,16 @@ class SentencePieceModel:
         tokens = list(added.values()) if isinstance(added, dict) else []
         tokens = [t for t in tokens if isinstance(t, dict) and t.get("special") is True]
         flagged = {self._ids.get(str(token.get("content"))) for token in tokens}
-        self._special = {i for i in flagged if i is not None}
-        self._special |= set(self._control.values())
-        self.special_ids = frozenset(self._special)
+        known = {i for i in flagged if i is not None}
+        self.special_ids = frozenset(known | set(self._control.values()))
         ids = {"bos_token": self._model.bos_id(), "pad_token": self._model.pad_id()}
         # sentencepiece says -1 where there is none
         self.named = {key: self._model.IdToPiece(i) for key, i in ids.items() if i >= 0}
         self._add_bos = config.get("add_bos_token", True) is True
         self._add_eos = config.get("add_eos_token", False) is True
-        longest = sorted(self._control, key=len, reverse=True)
         # sentencepiece finds user-defined pieces itself, but never control pieces
-        self._split = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+        self._controls = _any_of(self._control)
+        self._specials = _any_of(map(self._model.IdToPiece, self.special_ids))
 
     def piece(self, token: int) -> str | None:
         return self._model.IdToPiece(token) if token < self.size else None
@@ -51,7 +50,7 @@ class SentencePieceModel:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []
-        for part in self._split.split(text) if self._control else [text]:
+        for part in self._controls.split(text):
             if part in self._control:
                 ids.append(self._control[part])
             else:
@@ -65,12 +64,9 @@ class SentencePieceModel:
     def encode_ordinary(self, text: str) -> list[int]:
         """Return ids that are no special token, whatever the text spells."""
         ids: list[int] = []
-        pieces = [self._model.IdToPiece(i) for i in range(self.size)]
-        special = sorted((pieces[i] for i in self._special), key=len)
-        pattern = "|".join(map(re.escape, reversed(special)))
-        for part in re.split(f"({pattern})", text):
+        for part in self._specials.split(text):
             halves = part[:1], part[1:]  # sentencepiece would find a user-defined piece
-            pieces = halves if re.fullmatch(pattern, part) else (part,)
+            pieces = halves if self._specials.fullmatch(part) else (part,)
             ids += [i for piece in pieces for i in self._model.EncodeAsIds(piece)]
         return ids
 
@@ -80,3 +76,9 @@ class SentencePieceModel:
             "".join(run) if control else self._model.DecodePieces(list(run))
             for control, run in runs
         )
+
+
+def _any_of(pieces: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of one group that is any of the pieces, the longest first."""
+    longest = sorted(pieces, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest)) or '(?!)'})")

@@ -173,17 +173,6 @@ class Tokenizer:
                 return [self.mark_special(item, mark) for item in value]
         return value
 
-    def spells_special(self, value: Any) -> bool:
-        """Whether a text in a JSON value spells a special token."""
-        match value:
-            case str():
-                return self._special.search(value) is not None
-            case Mapping():
-                return any([self.spells_special(item) for item in value.values()])
-            case list() | tuple():
-                return any([self.spells_special(item) for item in value])
-        return False
-
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary are U+FFFD."""
         return self._backend.join(self._pieces(ids, skip_special_tokens))

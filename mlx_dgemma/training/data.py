@@ -17,7 +17,14 @@ import numpy as np
 from ..errors import DataError, DGemmaError
 from ..files.json import parse_object, read_lines
 from ..settings import MAX_TOKEN
-from ..text.chat import ALIASES, MARKS, ROLES, chat_ids, check_messages, render_chat
+from ..text.chat import (
+    ALIASES,
+    ROLES,
+    chat_ids,
+    check_messages,
+    mark_special,
+    render_chat,
+)
 from ..text.template import REASONING
 from ..text.tokenizer import Tokenizer
 
@@ -193,9 +200,8 @@ class ExampleReader:
             if not found:
                 raise DataError("the chat template leaves the answer out")
             mark = None
-            if not self.allow_special and tokenizer.spells_special(answer):
-                mark = next(one for one in MARKS if one not in answer)
-                answer = tokenizer.mark_special(answer, mark)
+            if not self.allow_special:
+                answer, mark = mark_special(tokenizer, answer)
             self._refuse_end(tokenizer.encode_rendered(answer, mark))
             response = tokenizer.encode_rendered(answer + behind, mark)
         end = next((i for i, token in enumerate(response) if token in self.ends), None)

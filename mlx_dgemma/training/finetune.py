@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..adapters.folder import CONFIG, WEIGHTS
 from ..adapters.lora import LoRA
 from ..checkpoint import hub
+from ..checkpoint.config import ModelConfig
 from ..checkpoint.generation_config import read_generation_config
 from ..errors import DataError, TrainingError
 from ..files.opening import user_path
@@ -93,10 +94,7 @@ def prepare(run: Run) -> Trainer:
     settings, source = run.settings, hub.resolve(run.model, run.revision)
     config, storage = read_shape(source, None)
     ends = read_generation_config(config, source).eos
-    tokenizer, length = Tokenizer.from_dir(source), config.canvas_length
-    longest, size = settings.max_seq_length, config.vocab_size
-    special = settings.allow_special
-    reader = ExampleReader(tokenizer, length, ends, longest, size, special)
+    reader = _reader(Tokenizer.from_dir(source), config, ends, settings)
     valid = None
     if settings.val_batches and (user_path(run.data) / FILES["valid"]).exists():
         valid = _read(reader, run, "valid")
@@ -137,14 +135,26 @@ def measure(run: Run, batches: int = 500) -> tuple[float, float]:
     batches            how many to measure, -1 for all
     """
     model, tokenizer = load(run.model, run.adapter_path or None, revision=run.revision)
-    ends, longest = model.settings.eos, run.settings.max_seq_length
-    config = model.config
-    length, size = config.canvas_length, config.vocab_size
-    special = run.settings.allow_special
-    reader = ExampleReader(tokenizer, length, ends, longest, size, special)
+    reader = _reader(tokenizer, model.config, model.settings.eos, run.settings)
     data = _read(reader, run, "test")
     order = Batches(model.config, run.settings, mx.distributed.init())
     return mean_losses(model, order, data, "test", batches)
+
+
+def _reader(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    ends: frozenset[int],
+    settings: TrainSettings,
+) -> ExampleReader:
+    return ExampleReader(
+        tokenizer,
+        config.canvas_length,
+        ends,
+        settings.max_seq_length,
+        config.vocab_size,
+        settings.allow_special,
+    )
 
 
 def _read(reader: ExampleReader, run: Run, part: str) -> Dataset:

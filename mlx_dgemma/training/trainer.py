@@ -32,8 +32,8 @@ from ..files.safetensors import (
     Expected,
     check_tensors,
     checksum,
+    load_file,
     load_tensors,
-    read_header,
 )
 from ..model.language import DiffusionGemma
 from .batches import Batches
@@ -110,13 +110,10 @@ class Trainer:
         path = self.folder / STATE
         if not path.is_file():
             raise TrainingError(f"{path}: no such file; nothing to --resume")
-        loaded: Any
         try:
-            infos = read_header(path)
-            loaded = mx.load(str(path), return_metadata=True)
-        except (CheckpointError, RuntimeError, ValueError) as error:
+            infos, arrays, metadata = load_file(path)
+        except CheckpointError as error:
             raise TrainingError(f"{path}: cannot be read ({error})") from None
-        arrays, metadata = loaded
         for name, value in self.fingerprint.items():
             if metadata.get(name) != value:
                 raise TrainingError(

@@ -39,7 +39,7 @@ def test_a_pipe_or_device_in_a_model_folder_is_refused_at_once(
 def test_a_pipe_instead_of_rows_flags_or_a_log_is_refused(tmp_path):
     path = tmp_path / "SHA256SUMS"
     os.mkfifo(path)
-    scorer = lambda p: load_scorer(f"{p}:score")  # noqa: E731
+    scorer = lambda p: load_scorer(f"{p}:score", [])  # noqa: E731
     sums = lambda p: verify(p.parent)  # noqa: E731
     for opened in (read_rows, lambda p: flags(p, ()), read, scorer, sums):
         assert "no ordinary file" in refusal(lambda opened=opened: opened(path))

@@ -46,8 +46,8 @@ def data(tmp_path_factory):
 
 def test_json_is_what_the_library_finds(data):
     printed = found("--data", data, "--steps", "1, 3", "--seed", 2, "--scorer", SCORER)
-    scorer, _ = evaluation.load_scorer(SCORER)
     rows, how = evaluation.read_rows(data), {"steps": [1, 3], "seed": 2}
+    scorer = evaluation.load_scorer(SCORER, rows)
     results = evaluation.evaluate(*load("sudoku4"), rows, scorer=scorer, **how)
     assert timeless(printed["results"]["base"]) == timeless(map(asdict, results))
     assert set(printed.pop("machine")) == {"device", "mlx", "mlx_dgemma"}

@@ -115,7 +115,6 @@ def read_tokenizer(folder: Path) -> None:
         ids = tokenizer.encode(words, add_special_tokens=True)
         tokenizer.decode(ids)
         tokenizer.decode([*range(min(300, tokenizer.vocab_size))])
-        tokenizer.spells_special(words)
         tokenizer.mark_special(words, "\ue000")
         tokenizer.encode_rendered(words, None)
         pieces = tokenizer.detokenizer()
