@@ -22,7 +22,6 @@ TRIAL = ITERS < 100  # too few to learn anything: use little data, too
 SUDOKU = Path(__file__).parent / "sudoku"
 STEPS = (1, 2, 4, 8, 24)
 
-scorer, _ = load_scorer(f"{SUDOKU / 'score.py'}:score")
 with tempfile.TemporaryDirectory() as folder:
     data, adapter = Path(folder) / "data", Path(folder) / "adapter"
     counts = ["100", "2", "2"] if TRIAL else ["20000", "64", "200"]
@@ -31,6 +30,8 @@ with tempfile.TemporaryDirectory() as folder:
     for name, count in zip(("--train", "--valid", "--test"), counts, strict=True):
         command += [name, count]
     subprocess.run(command, check=True)
+    rows, results = read_rows(data), {}
+    scorer = load_scorer(f"{SUDOKU / 'score.py'}:score", rows)
     settings = TrainSettings(
         iters=ITERS,
         batch_size=2 if TRIAL else 32,
@@ -39,7 +40,6 @@ with tempfile.TemporaryDirectory() as folder:
         val_batches=2,
     )
     train("sudoku4", data, adapter, lora=LoRA(), settings=settings, on_event=print)
-    rows, results = read_rows(data), {}
     for name, adapter_path in (("base", None), ("tuned", adapter)):
         model, tokenizer = load("sudoku4", adapter_path)
         results[name] = evaluate(model, tokenizer, rows, scorer=scorer, steps=STEPS)
